@@ -1,0 +1,1 @@
+"""Benchmarks of kan_fast: `python -m benchmarks --help`."""

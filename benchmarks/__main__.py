@@ -1,0 +1,86 @@
+"""Side by side: kan_fast's backends, linear layers, plain PyTorch KANs and whichever rivals can be imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment, rows
+from benchmarks.cases import DTYPES, Shape
+from benchmarks.options import Options, Progress
+
+# --what NAME runs `run(options) -> rows` of the module.
+TOPICS = {
+    "layer": ("benchmarks.layer", "one layer: forward, step, optimiser step, second-derivative step, memory"),
+    "bars": ("benchmarks.bars", "the CPU speed bars against nn.Linear of equal parameter count"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    topics = "; ".join(f"{name}: {text}" for name, (_, text) in TOPICS.items())
+    made.add_argument("--what", choices=list(TOPICS), default="layer", help=topics)
+    made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    made.add_argument("--backend", default="auto", help="backend of kan_fast; layer: all that are available")
+    made.add_argument("--shapes", nargs="+", metavar="B,I,O[,G[,K]]", help="shapes instead of the topic's own")
+    made.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
+    made.add_argument("--peers", nargs="*", help="contestants by name (none: --peers alone); default: all")
+    made.add_argument("--peer-path", action="append", type=Path, default=[], metavar="DIR",
+                      help="a checkout of a rival that is not on PyPI; may be repeated")
+    made.add_argument("--seconds", type=float, default=2.0, help="budget of each measurement (default 2)")
+    made.add_argument("--minutes", type=float, help="stop beginning new cases after this long")
+    made.add_argument("--threads", type=int, help="PyTorch threads (default: 2 on the CPU, as the bars are set)")
+    made.add_argument("--allocator", choices=["keep", "default"], default="keep",
+                      help="keep: freed memory is not given back to the system, so no page faults in a steady state")
+    made.add_argument("--extras", action="store_true", help="bars: bfloat16, non-uniform grids, no grad of x")
+    made.add_argument("--memory", action="store_true", help="also peak memory (a process for each measurement)")
+    made.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser().error("--device cuda: expected a CUDA device, torch.cuda.is_available() is False")
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and given.what != "bars" else "cpu"
+    try:
+        shapes = [Shape.parse(text) for text in given.shapes] if given.shapes else None
+    except ValueError as error:
+        parser().error(f"--shapes: {error}")
+    allocator = environment.set_allocator(given.allocator)
+    threads = given.threads or (min(2, environment.cores()) if device == "cpu" else torch.get_num_threads())
+    torch.set_num_threads(threads)
+    progress = Progress()
+    circumstances = environment.describe(device, allocator)
+    progress.report(
+        f"{circumstances['device_name']}, {threads} threads, torch {torch.__version__}, "
+        f"allocator {allocator}, commit {circumstances['commit']}"
+    )
+    options = Options(
+        device=device,
+        backend=given.backend,
+        shapes=shapes,
+        dtypes=given.dtype,
+        peers=given.peers,
+        peer_paths=given.peer_path,
+        seconds=given.seconds,
+        minutes=given.minutes,
+        extras=given.extras,
+        memory=given.memory,
+        report=progress.report,
+        progress=progress,
+    )
+    found = importlib.import_module(TOPICS[given.what][0]).run(options)
+    progress("")
+    if given.out is not None:
+        rows.write(given.out, found, circumstances)
+    return 1 if any("failed" in row and row.get("ours", True) for row in found) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

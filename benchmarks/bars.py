@@ -1,0 +1,202 @@
+"""The CPU speed bars: kan_fast's layer against nn.Linear of equal parameter count, PASS or MISS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import kan_fast
+from benchmarks import cases, memory, steps
+from benchmarks.cases import BARS, Shape
+from benchmarks.gate import Verdict, judge
+from benchmarks.options import Options
+from benchmarks.timing import Timing, time_interleaved
+
+Row = dict[str, Any]
+Report = Callable[[str], None]
+
+
+def _layer(shape: Shape, backend: str, dtype: torch.dtype = torch.float32) -> kan_fast.KANLayer:
+    torch.manual_seed(0)
+    return kan_fast.KANLayer(
+        shape.in_features, shape.out_features, shape.grid_size, shape.spline_order, backend=backend, dtype=dtype
+    )
+
+
+def _linear(shape: Shape) -> nn.Linear:
+    return nn.Linear(shape.linear_features, shape.out_features, bias=False)
+
+
+def _verdict(ratio: float, bar: float | None) -> str:
+    if bar is None:
+        return ""
+    return "PASS" if ratio <= bar else "MISS"
+
+
+def _milliseconds(timing: Timing) -> float:
+    return timing.median * 1e3
+
+
+def _memory_case(kind: str, key: str, backend: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    shape = Shape.parse(key)
+    layer = _layer(shape, backend) if kind == "kan_fast" else _linear(shape)
+    width = shape.in_features if kind == "kan_fast" else shape.linear_features
+    x = cases.uniform_input(shape.batch, width)
+    cotangent = cases.uniform_input(shape.batch, shape.out_features, seed=1)
+    # One row in eight warms libraries up without leaving buffers of the full size behind.
+    small = max(1, shape.batch // 8)
+    return steps.step(layer, x[:small], cotangent[:small]), steps.step(layer, x, cotangent)
+
+
+def measure_memory(shape: Shape, backend: str) -> tuple[int, int]:
+    """Peak extra bytes of a step: (kan_fast, nn.Linear of equal parameter count)."""
+    threads = torch.get_num_threads()
+    ours, linear = (
+        memory.peak_extra_cpu(_memory_case, (kind, shape.key(), backend), threads) for kind in ("kan_fast", "linear")
+    )
+    return ours, linear
+
+
+def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> Row:
+    """One row: times, ratios and errors of one shape.
+
+    extras: also bfloat16 against float32, a non-uniform grid against the uniform one, and a step without grad of x.
+    """
+    layer, linear = _layer(shape, backend), _linear(shape)
+    x = cases.uniform_input(shape.batch, shape.in_features)
+    wide = cases.uniform_input(shape.batch, shape.linear_features, seed=2)
+    cotangent = cases.uniform_input(shape.batch, shape.out_features, seed=1)
+    verdict: Verdict = judge(layer, x, cotangent)
+    row: Row = {
+        "what": "bars",
+        "shape": shape.key(),
+        "backend": backend,
+        "dtype": "float32",
+        "error": verdict.error,
+        "reference_error": verdict.reference_error,
+        "allowed_error": verdict.allowed,
+    }
+    if not verdict.right:
+        row["failed"] = f"error {verdict.error:.1e} to float64 is above the allowed {verdict.allowed:.1e}"
+        return row
+    forward = {"kan_fast": steps.forward(layer, x), "linear": steps.forward(linear, wide)}
+    both = {"kan_fast": steps.step(layer, x, cotangent), "linear": steps.step(linear, wide, cotangent)}
+    if extras:
+        low = _layer(shape, backend, torch.bfloat16)
+        bent = _layer(shape, backend)
+        bent.grid.copy_(cases.non_uniform_grid(bent.grid, shape.spline_order))
+        low_x, low_cotangent = x.bfloat16(), cotangent.bfloat16()
+        forward |= {"bfloat16": steps.forward(low, low_x), "non_uniform": steps.forward(bent, x)}
+        both |= {
+            "bfloat16": steps.step(low, low_x, low_cotangent),
+            "non_uniform": steps.step(bent, x, cotangent),
+            "no_dx": steps.parameter_step(layer, x, cotangent),
+            "linear_no_dx": steps.parameter_step(linear, wide, cotangent),
+        }
+        row["non_uniform_right"] = judge(bent, x, cotangent).right
+        row["bfloat16_right"] = judge(low, low_x, low_cotangent).right
+    for phase, calls in (("forward", forward), ("step", both)):
+        timings = time_interleaved(calls, budget=seconds)
+        ours, base = timings["kan_fast"], timings["linear"]
+        bar = getattr(BARS[shape], phase) if shape in BARS else None
+        row[f"{phase}_ms"] = _milliseconds(ours)
+        row[f"{phase}_linear_ms"] = _milliseconds(base)
+        row[f"{phase}_ratio"] = ours.ratio_to(base)
+        row[f"{phase}_spread"] = ours.spread
+        row[f"{phase}_bar"] = bar
+        row[f"{phase}_verdict"] = _verdict(row[f"{phase}_ratio"], bar)
+        if extras:
+            row[f"{phase}_bfloat16_ratio"] = timings["bfloat16"].ratio_to(ours)
+            row[f"{phase}_non_uniform_ratio"] = timings["non_uniform"].ratio_to(ours)
+            if "no_dx" in timings:
+                row["step_no_dx_ratio"] = timings["no_dx"].ratio_to(timings["linear_no_dx"])
+    return row
+
+
+def measure_latency(backend: str, seconds: float) -> Row:
+    """KAN([2, 5, 1]) on 64 samples against an MLP [2, 50, 1] with SiLU, forward and step."""
+    torch.manual_seed(0)
+    kan = kan_fast.KAN([2, 5, 1], backend=backend)
+    mlp = nn.Sequential(nn.Linear(2, 50), nn.SiLU(), nn.Linear(50, 1))
+    x, cotangent = cases.uniform_input(64, 2), torch.ones(64, 1)
+    row: Row = {"what": "latency", "backend": backend, "dtype": "float32", "case": "KAN([2,5,1]) batch 64"}
+    for phase, calls in (
+        ("forward", {"kan": steps.forward(kan, x), "mlp": steps.forward(mlp, x)}),
+        ("step", {"kan": steps.step(kan, x, cotangent), "mlp": steps.step(mlp, x, cotangent)}),
+    ):
+        timings = time_interleaved(calls, budget=seconds, warm_up=50)
+        ratio = timings["kan"].ratio_to(timings["mlp"])
+        row[f"{phase}_us"] = timings["kan"].median * 1e6
+        row[f"{phase}_mlp_us"] = timings["mlp"].median * 1e6
+        row[f"{phase}_ratio"] = ratio
+        row[f"{phase}_bar"] = cases.BAR_LATENCY
+        row[f"{phase}_verdict"] = _verdict(ratio, cases.BAR_LATENCY)
+    return row
+
+
+def print_row(row: Row, report: Report) -> None:
+    if "failed" in row:
+        report(f"{Shape.parse(row['shape'])!s:24} WRONG: {row['failed']}")
+        return
+    cells = [f"{Shape.parse(row['shape'])!s:24}"]
+    for phase in ("forward", "step"):
+        bar = row[f"{phase}_bar"]
+        bound = "" if bar is None else f" <= {bar:.2f} {row[f'{phase}_verdict']}"
+        cells.append(
+            f"{phase} {row[f'{phase}_ms']:8.3f} ms, linear {row[f'{phase}_linear_ms']:8.3f}, "
+            f"ratio {row[f'{phase}_ratio']:.3f}{bound} (spread {row[f'{phase}_spread']:.0%})"
+        )
+    cells.append(f"error {row['error']:.1e} (reference {row['reference_error']:.1e})")
+    report(" | ".join(cells))
+    if "step_no_dx_ratio" in row:
+        report(
+            " " * 24 + " | bfloat16/float32 "
+            + ", ".join(
+                f"{phase} {row[f'{phase}_bfloat16_ratio']:.2f} "
+                + _verdict(row[f"{phase}_bfloat16_ratio"], cases.BAR_BFLOAT16)
+                for phase in ("forward", "step")
+            )
+            + ("" if row["bfloat16_right"] else " WRONG")
+            + " | non-uniform/uniform "
+            + ", ".join(
+                f"{phase} {row[f'{phase}_non_uniform_ratio']:.2f} "
+                + _verdict(row[f"{phase}_non_uniform_ratio"], cases.BAR_NON_UNIFORM)
+                for phase in ("forward", "step")
+            )
+            + ("" if row["non_uniform_right"] else " WRONG")
+            + f" | step without dx: {row['step_no_dx_ratio']:.3f} of linear's"
+        )
+    if "memory_mib" in row:
+        ours, linear = row["memory_mib"], row["memory_linear_mib"]
+        verdict = _verdict(ours / max(linear, 0.5), cases.BAR_MEMORY)
+        report(" " * 24 + f" | peak extra memory of a step {ours:.1f} MiB, linear {linear:.1f} MiB {verdict}")
+
+
+def print_latency(row: Row, report: Report) -> None:
+    for phase in ("forward", "step"):
+        report(
+            f"{row['case']}: {phase} {row[f'{phase}_us']:.1f} us, MLP [2,50,1] {row[f'{phase}_mlp_us']:.1f} us, "
+            f"ratio {row[f'{phase}_ratio']:.2f} <= {row[f'{phase}_bar']:.2f} {row[f'{phase}_verdict']}"
+        )
+
+
+def run(options: Options) -> list[Row]:
+    """Measure and print; without shapes all bars and the latency line."""
+    report = options.report
+    rows: list[Row] = []
+    for shape in options.shapes or list(BARS):
+        options.progress(f"bars {shape}")
+        row = measure_shape(shape, options.backend, options.seconds, options.extras)
+        if options.memory and "failed" not in row:
+            ours, linear = measure_memory(shape, options.backend)
+            row["memory_mib"], row["memory_linear_mib"] = ours / 2**20, linear / 2**20
+        print_row(row, report)
+        rows.append(row)
+    if options.shapes is None:
+        latency = measure_latency(options.backend, options.seconds)
+        print_latency(latency, report)
+        rows.append(latency)
+    return rows

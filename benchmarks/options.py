@@ -1,0 +1,48 @@
+"""What a run of the benchmarks was asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.cases import Shape
+
+
+def to_stdout(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass
+class Options:
+    """Parsed arguments, common to all `--what`."""
+
+    device: str = "cpu"
+    backend: str = "auto"
+    shapes: list[Shape] | None = None
+    dtypes: list[str] = field(default_factory=lambda: ["float32"])
+    peers: list[str] | None = None  # None: all that can be imported
+    peer_paths: list[Path] = field(default_factory=list)
+    seconds: float = 2.0
+    minutes: float | None = None
+    extras: bool = False
+    memory: bool = False
+    report: Callable[[str], None] = to_stdout
+    progress: Callable[[str], None] = lambda text: None
+
+
+class Progress:
+    """One line on stderr that is overwritten; silent where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        self.shown = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self.shown:
+            sys.stderr.write("\r\033[K" + text[:120])
+            sys.stderr.flush()
+
+    def report(self, line: str) -> None:
+        self("")
+        to_stdout(line)
