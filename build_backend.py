@@ -96,6 +96,12 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
+def find_python_h() -> Path | None:
+    """The interpreter's C header, which distributions ship in a package of its own."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return header if header.is_file() else None
+
+
 def decide(cuda_sources: bool) -> Toolchain:
     """What to build, from the tools found and KAN_FAST_BUILD (none | cpp | cuda); what is forced and impossible raises.
 
@@ -111,7 +117,7 @@ def decide(cuda_sources: bool) -> Toolchain:
     torch = find_torch()
     if not sys.platform.startswith("linux"):
         problem = f"the native backend is built on Linux only, and this was {sys.platform}"
-    elif problem is None and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    elif problem is None and find_python_h() is None:
         problem = "no Python.h at build time (the interpreter's development headers)"
     elif problem is None and torch is None:
         problem = "no torch >= 2.10 at build time (with --no-build-isolation it must be installed first)"

@@ -72,7 +72,8 @@ class Ninja:
 
     def _step(self, words: list[str | Path], out: Path, inputs: list[Path], depfile: bool) -> Path:
         self.rules += 1
-        self.lines += [f"rule r{self.rules}", f"  command = {command(*words)}", f"  description = {out.relative_to(self.folder)}"]
+        self.lines += [f"rule r{self.rules}", f"  command = {command(*words)}"]
+        self.lines.append(f"  description = {out.relative_to(self.folder)}")
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
         self.lines.append(f"build {ninja_path(out)}: r{self.rules} {' '.join(map(ninja_path, inputs))}")
@@ -200,7 +201,8 @@ class BuildNative(build_ext):
 
     def build_extensions(self) -> None:
         """Compiles, links and copies the products to where setuptools expects them."""
-        build, native, module = plan(TOOLS, self.distribution.get_version(), ROOT / "build" / ("sanitize" if SANITIZE else "native"))
+        folder = ROOT / "build" / ("sanitize" if SANITIZE else "native")
+        build, native, module = plan(TOOLS, self.distribution.get_version(), folder)
         build.run()
         if SANITIZE:
             self.extensions = []  # the product stays in the build folder; nothing is to be copied into the package

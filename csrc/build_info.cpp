@@ -39,7 +39,7 @@ py::dict info() {
     out["target"] = KAN_TARGET;
     out["torch"] = KAN_TORCH_VERSION;
     out["isa_built"] = split(KAN_ISAS);
-    out["isa_chosen"] = kan_fast::isa_name(kan_fast::chosen_isa());
+    out["isa_chosen"] = kan::isa_name(kan::chosen_isa());
     out["cuda_archs"] = cuda_archs.empty() ? py::object(py::none()) : py::object(split(cuda_archs));
     return out;
 }

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace kan_fast {
+namespace kan {
 
 enum class Isa { baseline, avx2, avx512 };
 
@@ -43,4 +43,4 @@ inline Isa chosen_isa() {
                              isa_name(widest) + ", the widest that this build and this CPU share");
 }
 
-}  // namespace kan_fast
+}  // namespace kan
