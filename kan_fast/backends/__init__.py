@@ -1,0 +1,69 @@
+"""The table of backends: modules with the same four contractions, and the rule that picks one.
+
+Every backend module has contract_output, contract_input, contract_weight, contract_backward (arguments as in
+backends/reference.py) and `reason_not(device, dtype)`, which says why it cannot serve such tensors, or None.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+# In the order of preference of backend="auto".
+NAMES = ("native", "triton", "reference")
+
+_modules: dict[str, ModuleType] = {}
+_choices: dict[tuple[str, torch.device, torch.dtype], str] = {}
+
+
+def get(name: str) -> ModuleType:
+    """The module of a backend. Raises ValueError for an unknown name, ImportError where it cannot be loaded."""
+    module = _modules.get(name)
+    if module is None:
+        if name not in NAMES:
+            raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+        module = _modules[name] = importlib.import_module(f"kan_fast.backends.{name}")
+    return module
+
+
+def reason_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot serve tensors of `dtype` on `device`, in words; None if it can."""
+    try:
+        module = get(name)
+    except ImportError as error:
+        return f"it cannot be loaded: {error}"
+    return module.reason_not(device, dtype)
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for tensors of `dtype` on `device`: `name` itself, or the first fit for "auto".
+
+    Raises ValueError for an unknown name, RuntimeError with the reason where a backend that was asked for cannot serve.
+    """
+    key = (name, device, dtype)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = select(name, device, dtype)
+    return choice
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `choose` remembers."""
+    if name == "auto":
+        return next(candidate for candidate in NAMES if reason_not(candidate, device, dtype) is None)
+    get_reason = reason_not(name, device, dtype)
+    if get_reason is not None:
+        raise RuntimeError(f"backend: {name!r} cannot serve {dtype} tensors on {device}: {get_reason}")
+    return name
+
+
+def available_backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Names of the backends that serve tensors of `dtype` on `device`, preferred ones first.
+
+    device None stands for every kind of device that this machine has.
+    """
+    if device is not None:
+        devices = [torch.device(device)]
+    else:
+        devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    return tuple(name for name in NAMES if any(reason_not(name, d, dtype) is None for d in devices))

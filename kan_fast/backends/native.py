@@ -1,0 +1,115 @@
+"""The C++ and CUDA kernels of csrc/, reached through the operators that kan_fast/_native.so defines.
+
+Shapes, dtypes and devices are checked in csrc/ops.cpp. Arguments and results are those of backends/reference.py.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kan_fast.activations import ACTIVATIONS
+from kan_fast.spline import OUTSIDE
+
+_LIBRARY = Path(__file__).parent.parent / "_native.so"
+
+
+def _load() -> str | None:
+    """Load the library; why it cannot be, or None."""
+    if not _LIBRARY.exists():
+        return "kan_fast was installed without its C++ extension; `python -m kan_fast.info` says more"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"{_LIBRARY.name} cannot be loaded by torch {torch.__version__}: {error}"
+    return None
+
+
+_not_loaded = _load()
+_operators = torch.ops.kan_fast_native
+
+
+class _Codes(dict[str, int]):
+    """Name -> position, with an error that names the argument."""
+
+    def __init__(self, argument: str, names: tuple[str, ...]) -> None:
+        super().__init__(zip(names, range(len(names)), strict=True))
+        self._argument = argument
+
+    def __missing__(self, name: str) -> int:
+        raise ValueError(f"{self._argument}: expected one of {', '.join(self)}, got {name!r}")
+
+
+_activation_code = _Codes("base_activation", ACTIVATIONS)
+_outside_code = _Codes("outside", OUTSIDE)
+
+
+def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such tensors; None if it can."""
+    if _not_loaded is not None:
+        return _not_loaded
+    if device.type not in ("cpu", "cuda"):
+        return f"it has no kernels for {device.type}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("kan_fast_native::contract_output", device.type.upper()):
+        return f"its extension was built without {device.type.upper()}"
+    return None
+
+
+def contract_output(
+    x: Tensor,
+    scale: Tensor | None,
+    spline_weight: Tensor,
+    base_weight: Tensor | None,
+    grid: Tensor,
+    activation: str,
+    outside: str,
+    n: int,
+) -> Tensor:
+    return _operators.contract_output.default(
+        x, scale, spline_weight, base_weight, grid, _activation_code[activation], _outside_code[outside], n
+    )
+
+
+def contract_input(
+    x: Tensor,
+    spline_weight: Tensor,
+    base_weight: Tensor | None,
+    g: Tensor,
+    grid: Tensor,
+    activation: str,
+    outside: str,
+    n: int,
+) -> Tensor:
+    return _operators.contract_input.default(
+        x, spline_weight, base_weight, g, grid, _activation_code[activation], _outside_code[outside], n
+    )
+
+
+def contract_weight(
+    x: Tensor,
+    scale: Tensor | None,
+    g: Tensor,
+    grid: Tensor,
+    spline_order: int,
+    activation: str,
+    outside: str,
+    n: int,
+) -> tuple[Tensor, Tensor]:
+    return _operators.contract_weight.default(
+        x, scale, g, grid, spline_order, _activation_code[activation], _outside_code[outside], n
+    )
+
+
+def contract_backward(
+    x: Tensor,
+    spline_weight: Tensor,
+    base_weight: Tensor | None,
+    g: Tensor,
+    grid: Tensor,
+    activation: str,
+    outside: str,
+    n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _operators.contract_backward.default(
+        x, spline_weight, base_weight, g, grid, _activation_code[activation], _outside_code[outside], n
+    )

@@ -1,0 +1,103 @@
+"""What the three contractions demand of their arguments, in Python: for backends that do not check by themselves.
+
+csrc/ops.cpp makes the same demands of the native backend.
+"""
+
+import torch
+from torch import Tensor
+
+from kan_fast.activations import ACTIVATIONS
+from kan_fast.spline import OUTSIDE
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_problem(
+    x: Tensor,
+    scale: Tensor | None,
+    spline_weight: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor | None,
+    grid: Tensor,
+    spline_order: int | None,
+    activation: str,
+    outside: str,
+    n: int,
+) -> None:
+    """Raise TypeError or ValueError where an argument does not fit the others.
+
+    x (B, I), scale (B, I), spline_weight (I, F, O), base_weight (I, O), g (B, O), grid (I, F + k + 1).
+    Arguments that an operation does not have are None; spline_order is given where spline_weight is not.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"base_activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if outside not in OUTSIDE:
+        raise ValueError(f"outside: expected one of {', '.join(OUTSIDE)}, got {outside!r}")
+    if n < 0:
+        raise ValueError(f"n: expected a derivative order of 0 or more, got {n}")
+    weight = g if spline_weight is None else spline_weight
+    assert weight is not None
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape (batch, in_features), got {tuple(x.shape)}")
+    batch, in_features = x.shape
+    if spline_weight is not None:
+        if spline_weight.dim() != 3 or spline_weight.shape[0] != in_features:
+            raise ValueError(
+                "spline_weight: expected shape (in_features, grid_size + spline_order, out_features) with"
+                f" in_features = {in_features} as x has, got {tuple(spline_weight.shape)}"
+            )
+    out_features = weight.shape[-1]
+    if grid.dim() != 2 or grid.shape[0] != in_features:
+        raise ValueError(
+            "grid: expected shape (in_features, grid_size + 2 * spline_order + 1) with"
+            f" in_features = {in_features} as x has, got {tuple(grid.shape)}"
+        )
+    if spline_weight is not None:
+        spline_order = grid.shape[1] - spline_weight.shape[1] - 1
+    assert spline_order is not None
+    grid_size = grid.shape[1] - 2 * spline_order - 1
+    if spline_order < 0 or grid_size < 1:
+        bases = "" if spline_weight is None else f" and {spline_weight.shape[1]} bases"
+        raise ValueError(
+            "grid: expected grid_size + 2 * spline_order + 1 knots with spline_order >= 0 and grid_size >= 1,"
+            f" got {grid.shape[1]} knots{bases}, that is spline_order = {spline_order} and grid_size = {grid_size}"
+        )
+    if spline_weight is not None and (activation == "none") != (base_weight is None):
+        wanted = "None with base_activation 'none'" if activation == "none" else f"a tensor with base_activation {activation!r}"
+        raise ValueError(f"base_weight: expected {wanted}, got {'None' if base_weight is None else tuple(base_weight.shape)}")
+    for name, tensor, shape, meaning in (
+        ("scale", scale, (batch, in_features), "(batch, in_features)"),
+        ("base_weight", base_weight, (in_features, out_features), "(in_features, out_features)"),
+        ("g", g, (batch, out_features), "(batch, out_features)"),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {meaning} = {shape}, got {tuple(tensor.shape)}")
+    _check_dtypes(x, scale, weight, spline_weight, base_weight, g, grid)
+
+
+def _check_dtypes(
+    x: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    spline_weight: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor | None,
+    grid: Tensor,
+) -> None:
+    if grid.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"grid: expected float32 or float64 knots, got {grid.dtype}")
+    tensors = (("x", x), ("scale", scale), ("spline_weight", spline_weight), ("base_weight", base_weight), ("g", g))
+    for name, tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise TypeError(f"{name}: float64 goes only with float64, got x of {x.dtype} and {name} of {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as x has, got {tensor.device}")
+    if grid.device != x.device:
+        raise ValueError(f"grid: expected device {x.device} as x has, got {grid.device}")
+    for name, tensor in (("base_weight", base_weight), ("g", g)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise TypeError(f"{name}: expected {weight.dtype} as the spline weights have, got {tensor.dtype}")

@@ -1,0 +1,84 @@
+"""kan_linear: the layer as a function."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kan_fast import backends, ops
+
+BaseActivation = str | Callable[[Tensor], Tensor] | None
+
+
+def kan_linear(
+    x: Tensor,
+    spline_weight: Tensor,
+    grid: Tensor,
+    base_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    base_activation: BaseActivation = "silu",
+    outside: str = "zero",
+    backend: str = "auto",
+) -> Tensor:
+    """y[..., o] = bias[o] + sum_i (base_weight[i, o] * act(x[..., i]) + sum_f spline_weight[i, f, o] * B_f(x[..., i]))
+
+    x (..., in), spline_weight (in, G + k, out), grid (in, G + 2k + 1), base_weight (in, out) or None for no base
+    branch, bias (out) or None -> (..., out). grid_size G and spline_order k follow from the shapes.
+
+    float32, float64, bfloat16 or float16; the result has the dtype of the weights. x may be of another of these dtypes,
+    but float64 goes only with float64. Intervals, bases and sums are computed in float32 (float64 for float64), and the
+    knots are float32 or float64. Under autocast weights and result take the autocast dtype, as in nn.Linear; x and
+    the knots do not.
+
+    base_activation: "silu", "identity", "gelu" (erf form), "relu", "tanh" (all fused), or any callable (x) -> same
+    shape, which is applied outside of the kernel. outside: "zero" (bases end at their last knots), "linear" or "clamp"
+    (the spline goes on from the edge of the range [t_k, t_{G+k}] with value and slope, or with the value alone).
+    backend: "auto", "native", "triton" or "reference".
+
+    Raises ValueError or TypeError for arguments that do not fit, RuntimeError for a backend that cannot serve the
+    tensors, with the reason, and for a grid that requires grad.
+
+    Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.10).
+    """
+    if torch._C._is_any_autocast_enabled():
+        spline_weight, base_weight, bias = _autocast(x, spline_weight, base_weight, bias)
+    name = _select(backend, x.device, spline_weight.dtype)
+    if base_weight is None:
+        activation, base = "none", None
+    elif isinstance(base_activation, str):
+        activation, base = base_activation, None
+    elif base_activation is None:
+        raise ValueError("base_weight: expected None with base_activation None, got a tensor")
+    else:
+        activation, base = "none", base_activation(x).to(base_weight.dtype) @ base_weight
+    rows = x if x.dim() == 2 else _as_rows(x)
+    y = ops.contract_output(
+        rows, None, spline_weight, base_weight if base is None else None, grid, activation, outside, 0, name
+    )
+    if rows is not x:
+        y = y.view(*x.shape[:-1], y.shape[1])
+    if base is not None:
+        y = y + base
+    return y if bias is None else y + bias
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., in_features), got a scalar")
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
+def _select(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if torch.compiler.is_compiling():
+        return backends.select(backend, device, dtype)  # no cache to guard
+    return backends.choose(backend, device, dtype)
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Weights in the autocast dtype of x's device, by the rule of nn.Linear: float64 stays."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

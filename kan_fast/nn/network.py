@@ -1,0 +1,49 @@
+"""KAN: a stack of KANLayers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kan_fast.nn.layer import KANLayer
+
+
+class KAN(nn.Module):
+    """Kolmogorov-Arnold network of the given widths.
+
+    forward: (..., layer_dims[0]) -> (..., layer_dims[-1]). `layers` holds one KANLayer between neighbouring widths;
+    `layer_kwargs` go to each of them. Raises ValueError for fewer than two widths and what KANLayer raises.
+
+    Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.6).
+    """
+
+    def __init__(
+        self, layer_dims: Sequence[int], grid_size: int = 5, spline_order: int = 3, **layer_kwargs: Any
+    ) -> None:
+        super().__init__()
+        dims = list(layer_dims)
+        if len(dims) < 2:
+            raise ValueError(f"layer_dims: expected at least two widths, got {dims}")
+        self.layer_dims = dims
+        self.layers = nn.ModuleList(
+            KANLayer(dims[i], dims[i + 1], grid_size, spline_order, **layer_kwargs) for i in range(len(dims) - 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def reset_parameters(self) -> None:
+        """Draw every layer anew."""
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def regularization_loss(self, regularization_factor: float = 1e-4) -> Tensor:
+        """regularization_factor * sum of |spline_weight| over all edges that are not masked: an autograd scalar."""
+        total = torch.stack([layer.masked_weights()[0].abs().sum() for layer in self.layers]).sum()
+        return regularization_factor * total
+
+
+KolmogorovArnoldNetwork = KAN
