@@ -3,6 +3,7 @@
 Shapes, dtypes and devices are checked in csrc/ops.cpp. Arguments and results are those of backends/reference.py.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from kan_fast.activations import ACTIVATIONS
 from kan_fast.spline import OUTSIDE
 
-_LIBRARY = Path(__file__).parent.parent / "_native.so"
+# The variable names another build of the library, such as the one with sanitizers.
+_LIBRARY = Path(os.environ.get("KAN_FAST_NATIVE_LIBRARY") or Path(__file__).parent.parent / "_native.so")
 
 
 def _load() -> str | None:
     """Load the library; why it cannot be, or None."""
+    if not _LIBRARY.exists() and "KAN_FAST_NATIVE_LIBRARY" in os.environ:
+        return f"KAN_FAST_NATIVE_LIBRARY names {_LIBRARY}, which does not exist"
     if not _LIBRARY.exists():
         return "kan_fast was installed without its C++ extension; `python -m kan_fast.info` says more"
     try:
