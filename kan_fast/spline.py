@@ -55,7 +55,8 @@ def basis(x: Tensor, grid: Tensor, span: Tensor, spline_order: int, n: int) -> T
         ratios = []
         for q in range(d):
             width = knots[q + 1] - knots[q + 1 - d]
-            ratios.append(torch.where(width > 0, values[q] / width, 0))  # 0/0 counts as 0
+            # 0/0 counts as 0, in the gradient too: autograd multiplies by the slope of the branch that is not taken.
+            ratios.append(torch.where(width > 0, values[q] / torch.where(width > 0, width, 1), 0))
         if d <= k - n:
             rising = [ratios[q] * (x - knots[q + 1 - d]) for q in range(d)]
             falling = [ratios[q] * (knots[q + 1] - x) for q in range(d)]

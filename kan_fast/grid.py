@@ -1,0 +1,307 @@
+"""Grids that follow the data: refinement by knot insertion, moving the knots, and a rule of thumb for the size."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kan_fast.nn import KANLayer
+from kan_fast.spline import bases
+from kan_fast.traverse import Data, chunks, kan_layers, layer_inputs
+
+# Directions of the least-squares system weaker than this share of the strongest one keep the old function instead of
+# chasing the data. The old function's own representation is untouched by it: the ridge acts on the correction only.
+_RIDGE = 1e-4
+
+
+def tune_grid_size(data_complexity: float, input_dim: int) -> int:
+    """Number of grid intervals to start with.
+
+    data_complexity: about the number of samples, above 0. input_dim: number of inputs, at least 1.
+    max(5, min(20, int(2 * ln(data_complexity)))), two fewer (3 at least) for more than 10 inputs, three more (25 at most)
+    for fewer than 3.
+    """
+    if not data_complexity > 0:
+        raise ValueError(f"data_complexity: expected a number above 0, got {data_complexity}")
+    if input_dim < 1:
+        raise ValueError(f"input_dim: expected at least 1, got {input_dim}")
+    base = max(5, min(20, int(2 * math.log(data_complexity))))
+    if input_dim > 10:
+        return max(3, base - 2)
+    return min(25, base + 3) if input_dim < 3 else base
+
+
+def insert_knots(spline_weight: Tensor, grid: Tensor, new_grid: Tensor) -> Tensor:
+    """Coefficients of the same splines on a grid that has more knots.
+
+    spline_weight (I, G + k, O), grid (I, G + 2k + 1), new_grid (I, G' + 2k + 1) -> (I, G' + k, O) of spline_weight's dtype.
+    Every row of new_grid holds the row of grid, with the same k knots outside the range on either side. The splines agree
+    everywhere on the real line: inside the range, in the partial sums around it, and in the zero beyond.
+
+    A coefficient on the new grid is sum_i alpha_i(j) c_i with the discrete B-splines alpha, which obey the recurrence of
+    B-splines with the new knot j + r in place of x at step r (E. Cohen, T. Lyche, R. Riesenfeld, "Discrete B-splines and
+    subdivision techniques", 1980: the Oslo algorithm). All alpha >= 0 and at most k + 1 of them count.
+    """
+    num_bases, k = spline_weight.shape[1], grid.shape[1] - spline_weight.shape[1] - 1
+    old, new = grid.double(), new_grid.double()
+    new_bases = new_grid.shape[1] - k - 1
+    if new_bases < num_bases:
+        raise ValueError(f"new_grid: expected at least the {grid.shape[1]} knots of grid, got {new_grid.shape[1]}")
+    starts = new[:, :new_bases].contiguous()
+    span = torch.searchsorted(old, starts, right=True) - 1
+    rows = torch.arange(len(old), device=old.device)[:, None]
+    knots = {offset: old[rows, (span + offset).clamp(0, old.shape[1] - 1)] for offset in range(1 - k, k + 1)}
+    alpha = [torch.ones_like(starts)]
+    for r in range(1, k + 1):
+        x = new[:, r : r + new_bases]
+        ratios = []
+        for q in range(r):
+            width = knots[q + 1] - knots[q + 1 - r]
+            ratios.append(torch.where(width > 0, alpha[q] / width, 0))
+        rising = [ratios[q] * (x - knots[q + 1 - r]) for q in range(r)]
+        falling = [ratios[q] * (knots[q + 1] - x) for q in range(r)]
+        alpha = [falling[0], *(rising[q] + falling[q + 1] for q in range(r - 1)), rising[-1]]
+    result = spline_weight.new_empty(len(old), new_bases, spline_weight.shape[2])
+    for part in chunks(len(old), new_bases * spline_weight.shape[2]):
+        total = torch.zeros_like(result[part], dtype=torch.float64)
+        for q in range(k + 1):
+            index = span[part] - k + q
+            exists = (index >= 0) & (index < num_bases)
+            taken = spline_weight[part].double()[rows[: len(index)], index.clamp(0, num_bases - 1)]
+            total += torch.where(exists, alpha[q][part], 0)[..., None] * taken
+        result[part] = total.to(result.dtype)
+    return result
+
+
+@torch.no_grad()
+def adaptive_grid_refinement(
+    model: nn.Module,
+    loader: Data,
+    refinement_factor: int = 2,
+    *,
+    uniform_share: float = 0.1,
+    max_samples: int = 16384,
+    optimizer: torch.optim.Optimizer | None = None,
+    optimizer_state: str = "carry",
+) -> list[int]:
+    """Insert knots where each layer's own inputs are dense, without changing what the model computes.
+
+    model: any module with KANLayers. loader: inputs (N, ...), or an iterable of inputs or (input, ...) tuples.
+    Each layer goes from G to refinement_factor * G intervals. The old knots stay; the new ones split, again and again, the
+    interval whose pieces hold the most of that layer's inputs, evenly. `uniform_share` of the weight goes to the intervals'
+    widths instead. Returns the new grid size of every layer.
+
+    The parameters stay the same objects with a new shape, so an optimiser keeps them. Its state has the old shape: pass
+    `optimizer`, and choose optimizer_state "carry" (moments go through the same knot insertion as the coefficients) or
+    "reset". L-BFGS can only be reset.
+    """
+    if isinstance(refinement_factor, bool) or not isinstance(refinement_factor, int) or refinement_factor < 2:
+        raise ValueError(f"refinement_factor: expected an integer of 2 or more, got {refinement_factor!r}")
+    _check_share("uniform_share", uniform_share, 0.0)
+    _check_optimizer(optimizer, optimizer_state)
+    inputs = layer_inputs(model, loader, max_samples)
+    sizes = []
+    for name, layer in kan_layers(model).items():
+        old, k = layer.grid, layer.spline_order
+        size = refinement_factor * layer.grid_size
+        inner = _split_dense(inputs[name].double(), old[:, k : k + layer.grid_size + 1].double(), size, uniform_share)
+        new = torch.cat([old[:, :k], inner.to(old.dtype), old[:, old.shape[1] - k :]], 1)
+        _resize(layer, new, lambda weight, old=old, new=new: insert_knots(weight, old, new), optimizer, optimizer_state)
+        sizes.append(size)
+    return sizes
+
+
+@torch.no_grad()
+def update_grid(
+    model: nn.Module,
+    loader_or_x: Data,
+    *,
+    grid_eps: float = 0.02,
+    margin: float = 0.01,
+    max_samples: int = 16384,
+    optimizer: torch.optim.Optimizer | None = None,
+    optimizer_state: str = "carry",
+) -> list[float]:
+    """Move the knots of every layer to its data, keep the size, and refit the coefficients.
+
+    model: any module with KANLayers. loader_or_x: inputs (N, ...), or an iterable of inputs or (input, ...) tuples.
+    Knots: grid_eps * uniform + (1 - grid_eps) * quantiles of that layer's inputs, 0 < grid_eps <= 1, on their range widened
+    by `margin` of its width at both ends; the knots outside go on at the spacing of the nearest interval. An input that is
+    constant in the data keeps its width, and is moved only if the constant lies outside.
+    Coefficients: least squares on the data in float64, by orthogonal factors; where the data say nothing the spline keeps
+    the old function's shape. Returns the relative change ||new - old|| / ||old|| of every layer's output on its data.
+
+    optimizer, optimizer_state: as in adaptive_grid_refinement; moments go through the same refit as the coefficients.
+    Layers are taken in order, each with the inputs that the already updated ones before it produce.
+    """
+    _check_share("grid_eps", grid_eps, 1e-6)
+    if not margin >= 0:
+        raise ValueError(f"margin: expected 0 or more, got {margin}")
+    _check_optimizer(optimizer, optimizer_state)
+    changes = []
+    for name, layer in kan_layers(model).items():
+        x = layer_inputs(model, loader_or_x, max_samples)[name]
+        if not x.isfinite().all():
+            raise ValueError(f"loader_or_x: expected finite inputs of layer {name!r}, got NaN or infinity")
+        before = layer(x).double()
+        old = layer.grid
+        new = _moved_grid(x.double(), old.double(), layer.spline_order, grid_eps, margin).to(old.dtype)
+        refit = _refit_matrix(x.double(), old.double(), new.double(), layer.spline_order, layer.outside)
+
+        def refitted(weight: Tensor, refit: Tensor = refit) -> Tensor:
+            return torch.bmm(refit, weight.double()).to(weight.dtype)
+
+        _resize(layer, new, refitted, optimizer, optimizer_state)
+        size = before.norm()
+        changes.append(float((layer(x).double() - before).norm() / size) if size > 0 else 0.0)
+    return changes
+
+
+def _split_dense(x: Tensor, inner: Tensor, size: int, uniform_share: float) -> Tensor:
+    """Split the intervals of a grid into `size` ones: x (N, I), inner (I, G + 1) -> (I, size + 1), float64."""
+    grid_size = inner.shape[1] - 1
+    extra = size - grid_size
+    width = inner.diff(dim=1)
+    share = width / width.sum(1, keepdim=True)
+    below = torch.searchsorted(x.t().contiguous().sort(1).values, inner.contiguous())
+    counts = below.diff(dim=1).double()
+    counts = torch.where(counts.sum(1, keepdim=True) > 0, counts / counts.sum(1, keepdim=True).clamp(min=1), share)
+    weight = (1 - uniform_share) * counts + uniform_share * share
+    finest = torch.finfo(torch.float32).eps ** 0.5  # of the range: narrower cells lose their meaning in float32
+    pieces = torch.arange(1, extra + 1, device=x.device, dtype=x.dtype)
+    result = inner.new_empty(len(inner), size + 1)
+    for part in chunks(len(inner), grid_size * extra):
+        # Highest averages: the m-th cut of an interval is worth its weight over the m pieces it then has.
+        worth = weight[part, :, None] / pieces
+        too_fine = share[part, :, None] / (pieces + 1) < finest
+        worth = torch.where(too_fine, share[part, :, None] / pieces - 2, worth)
+        chosen = worth.flatten(1).topk(extra, dim=1).indices // extra
+        cuts = torch.zeros_like(width[part]).scatter_add(1, chosen, torch.ones_like(chosen, dtype=x.dtype))
+        end = (cuts + 1).cumsum(1)
+        index = torch.arange(size, device=x.device, dtype=x.dtype).expand(len(end), -1).contiguous()
+        interval = torch.searchsorted(end, index, right=True)
+        taken = cuts.gather(1, interval) + 1
+        position = (index - (end.gather(1, interval) - taken)) / taken
+        result[part, :size] = inner[part].gather(1, interval) + position * width[part].gather(1, interval)
+        result[part, size] = inner[part, grid_size]
+    return result
+
+
+def _moved_grid(x: Tensor, grid: Tensor, spline_order: int, grid_eps: float, margin: float) -> Tensor:
+    """Knots of update_grid: x (N, I), grid (I, G + 2k + 1) -> the same shape, float64."""
+    k, grid_size = spline_order, grid.shape[1] - 2 * spline_order - 1
+    ordered = x.sort(0).values
+    low, high = ordered[0], ordered[-1]
+    old_low, old_high = grid[:, k], grid[:, k + grid_size]
+    half = (old_high - old_low) / 2
+    constant = high - low <= 1e-9 * torch.maximum(half, low.abs())
+    inside = (low >= old_low) & (high <= old_high)
+    centre = torch.where(inside, (old_low + old_high) / 2, low)
+    slack = margin * (high - low)
+    a = torch.where(constant, centre - half, low - slack)
+    b = torch.where(constant, centre + half, high + slack)
+    step = torch.linspace(0, 1, grid_size + 1, device=x.device, dtype=x.dtype)
+    uniform = a[:, None] + step * (b - a)[:, None]
+    # Quantiles by index and linear interpolation: torch.quantile refuses more than 2**24 elements.
+    position = step * (len(x) - 1)
+    left = position.floor().long().clamp(max=len(x) - 1)
+    right = (left + 1).clamp(max=len(x) - 1)
+    quantiles = torch.lerp(ordered[left], ordered[right], (position - left)[:, None]).t().clone()
+    quantiles[:, 0], quantiles[:, -1] = a, b
+    inner = torch.where(constant[:, None], uniform, grid_eps * uniform + (1 - grid_eps) * quantiles)
+    # A first basis reaches into the range by one interval only: were its other knots much wider apart, its value there
+    # would be tiny, its coefficient undetermined and the spline outside the range wild. Hence the nearest spacing.
+    outer = torch.arange(1, k + 1, device=x.device, dtype=x.dtype)
+    before = inner[:, :1] - outer.flip(0) * (inner[:, 1] - inner[:, 0])[:, None]
+    after = inner[:, -1:] + outer * (inner[:, -1] - inner[:, -2])[:, None]
+    return torch.cat([before, inner, after], 1)
+
+
+def _refit_matrix(x: Tensor, old: Tensor, new: Tensor, spline_order: int, outside: str) -> Tensor:
+    """The linear map from coefficients on `old` to coefficients on `new`: (I, G + k, G + k), float64.
+
+    x (N, I), old and new (I, G + 2k + 1), float64. First a fit of the old splines on points spread over every interval of
+    the new grid, which has full rank; then the least-squares correction on the data. Both act on bases alone, so the number
+    of outputs does not matter: minimising ||B_new T - B_old|| serves all coefficients at once.
+    """
+    k = spline_order
+    grid_size = new.shape[1] - 2 * k - 1
+    # Chebyshev points of every interval.
+    angle = (torch.arange(k + 2, device=x.device, dtype=x.dtype) + 0.5) * (math.pi / (k + 2))
+    place = (1 - angle.cos()) / 2
+    inner = new[:, k : k + grid_size + 1]
+    points = (inner[:, :-1, None] + place * inner.diff(dim=1)[..., None]).flatten(1)
+    identity = torch.eye(grid_size + k, device=x.device, dtype=x.dtype)
+    result = identity.repeat(len(new), 1, 1)
+    unchanged = (old == new).all(1)
+    for part in chunks(len(new), 2 * (grid_size + k) * max(points.shape[1], 4 * (grid_size + k))):
+        old_part, new_part = old[part], new[part]
+        triangle = _triangle(points[part].t(), old_part, new_part, k, outside)
+        result[part] = _solve(triangle, identity.expand(len(old_part), -1, -1) * 0, 0.0)
+        triangle = _triangle(x[:, part], old_part, new_part, k, outside)
+        result[part] = _solve(triangle, result[part], _RIDGE)
+    return torch.where(unchanged[:, None, None], identity, result)
+
+
+def _triangle(x: Tensor, old: Tensor, new: Tensor, spline_order: int, outside: str) -> Tensor:
+    """The triangular factor of [B_new | B_old] over all rows of x (N, I), made in chunks of rows: (I, 2F, 2F)."""
+    width = 2 * (new.shape[1] - spline_order - 1)
+    triangle = x.new_zeros(len(new), width, width)
+    for rows in chunks(len(x), len(new) * width):
+        block = [bases(x[rows], grid, spline_order, outside, 0) for grid in (new, old)]
+        triangle = torch.linalg.qr(torch.cat([triangle, torch.cat(block, 2).transpose(0, 1)], 1), mode="r").R
+    return triangle
+
+
+def _solve(triangle: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """argmin ||B_new T - B_old||^2 + (ridge * strongest singular value)^2 ||T - start||^2: (I, F, F)."""
+    num_bases = start.shape[1]
+    factor, target = triangle[:, :num_bases, :num_bases], triangle[:, :num_bases, num_bases:]
+    u, s, vh = torch.linalg.svd(factor)
+    strongest = s[:, :1].clamp(min=torch.finfo(s.dtype).tiny)
+    weak = s <= torch.finfo(s.dtype).eps * num_bases * strongest
+    gain = torch.where(weak, 0, s / (s * s + (ridge * strongest) ** 2))
+    correction = u.mT @ (target - factor @ start)
+    return start + vh.mT @ (gain[..., None] * correction)
+
+
+def _resize(
+    layer: KANLayer,
+    grid: Tensor,
+    convert: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    optimizer_state: str,
+) -> None:
+    """Give a layer a new grid and converted coefficients, its optimiser the matching state."""
+    weight = layer.spline_weight
+    converted = convert(weight.detach())
+    if optimizer is not None:
+        state = optimizer.state.get(weight, {})
+        if optimizer_state == "reset":
+            state.clear()
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                moved = convert(value)
+                # Squared gradients stay what they are: a least-squares refit may take them below zero.
+                state[key] = moved.clamp(min=0) if bool((value >= 0).all()) else moved
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.state.clear()
+            optimizer._numel_cache = None
+    # The Parameter takes its new shape before set_grid, which would make another object of it and leave optimisers
+    # with the old one.
+    weight.grad = None
+    weight.data = converted
+    layer.set_grid(grid, converted)
+
+
+def _check_share(name: str, value: float, least: float) -> None:
+    if not least <= value <= 1:
+        raise ValueError(f"{name}: expected a number from {least:g} to 1, got {value}")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, optimizer_state: str) -> None:
+    if optimizer_state not in ("carry", "reset"):
+        raise ValueError(f"optimizer_state: expected 'carry' or 'reset', got {optimizer_state!r}")
+    if isinstance(optimizer, torch.optim.LBFGS) and optimizer_state == "carry":
+        raise ValueError("optimizer_state: expected 'reset' with L-BFGS, whose history has no new coordinates, got 'carry'")

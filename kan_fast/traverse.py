@@ -1,0 +1,86 @@
+"""What the tools share: finding the layers of a model, feeding data through it, and splitting work into chunks."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kan_fast.nn import KANLayer
+
+# No tool holds more than this many numbers of a (samples, in, out) or (samples, in, bases) tensor at once:
+# 32 MiB in float64, enough to keep a GPU busy and small beside any model.
+CHUNK_ELEMENTS = 2**22
+
+Data = Tensor | Iterable[Any]
+
+
+def kan_layers(model: nn.Module) -> dict[str, KANLayer]:
+    """Every KANLayer of a model by its name, in the order of registration; raises ValueError where there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
+    if not layers:
+        raise ValueError(f"model: expected a module that holds KANLayers, got {type(model).__name__} without any")
+    return layers
+
+
+def batches(data: Data, model: nn.Module) -> Iterator[Tensor]:
+    """Inputs batch by batch, on the device and in the dtype of the model's first layer.
+
+    data: a tensor (N, in), or an iterable (a DataLoader, a list) of tensors or of tuples whose first member is the input.
+    """
+    like = next(iter(kan_layers(model).values())).spline_weight
+    for batch in [data] if isinstance(data, Tensor) else data:
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(x, Tensor):
+            raise TypeError(f"data: expected tensors or tuples that start with one, got {type(x).__name__}")
+        yield x.to(device=like.device, dtype=like.dtype)
+
+
+def first_rows(data: Data, model: nn.Module, max_samples: int) -> Tensor:
+    """The first `max_samples` rows of the data as one tensor (N, ...); raises ValueError for empty data."""
+    taken: list[Tensor] = []
+    for x in batches(data, model):
+        taken.append(x[: max_samples - sum(map(len, taken))])
+        if sum(map(len, taken)) >= max_samples:
+            break
+    if not taken or not sum(map(len, taken)):
+        raise ValueError("data: expected at least one sample, got none")
+    return torch.cat(taken)
+
+
+@torch.no_grad()
+def watch_inputs(model: nn.Module, data: Data, layers: Iterable[KANLayer], visit: Callable[[KANLayer, Tensor], None]) -> None:
+    """Run the model in eval mode over the data and call visit(layer, x (n, in)) on what each layer receives."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        visit(layer, args[0].detach().flatten(0, -2))
+
+    training = {module: module.training for module in model.modules()}
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        model.eval()
+        for x in batches(data, model):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+
+
+def layer_inputs(model: nn.Module, data: Data, max_samples: int) -> dict[str, Tensor]:
+    """What every KANLayer receives for the first `max_samples` rows of data: name -> (N, in)."""
+    layers = kan_layers(model)
+    seen: dict[KANLayer, list[Tensor]] = {layer: [] for layer in layers.values()}
+    watch_inputs(model, first_rows(data, model, max_samples), seen, lambda layer, x: seen[layer].append(x))
+    missing = [name for name, layer in layers.items() if not seen[layer]]
+    if missing:
+        raise ValueError(f"model: its forward never called {', '.join(missing)}")
+    return {name: torch.cat(seen[layer]) for name, layer in layers.items()}
+
+
+def chunks(total: int, row_elements: int) -> Iterator[slice]:
+    """Slices of range(total) such that a slice's rows, of `row_elements` numbers each, stay below CHUNK_ELEMENTS."""
+    step = max(1, CHUNK_ELEMENTS // max(1, row_elements))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
