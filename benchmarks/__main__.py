@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--allocator", choices=["keep", "default"], default="keep",
                       help="keep: freed memory is not given back to the system, so no page faults in a steady state")
     made.add_argument("--extras", action="store_true", help="bars: bfloat16, non-uniform grids, no grad of x")
+    made.add_argument("--phases", nargs="+", choices=["forward", "step", "optimiser", "second_derivative"],
+                      help="layer: only these")
     made.add_argument("--memory", action="store_true", help="also peak memory (a process for each measurement)")
     made.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
     return made
@@ -70,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         peer_paths=given.peer_path,
         seconds=given.seconds,
         minutes=given.minutes,
+        phases=given.phases,
         extras=given.extras,
         memory=given.memory,
         report=progress.report,

@@ -26,6 +26,7 @@ class Options:
     peer_paths: list[Path] = field(default_factory=list)
     seconds: float = 2.0
     minutes: float | None = None
+    phases: list[str] | None = None  # layer: forward, step, optimiser, second_derivative
     extras: bool = False
     memory: bool = False
     report: Callable[[str], None] = to_stdout

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 Call = Callable[[], object]
+WARM_BELOW = 0.02  # seconds; a longer call fills the caches itself
 
 
 @dataclass
@@ -45,7 +46,6 @@ def time_interleaved(
     max_rounds: int = 200,
     burst: float = 1e-3,
     warm_up: int = 2,
-    before_round: Call | None = None,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Time every call, interleaved.
@@ -53,6 +53,7 @@ def time_interleaved(
     budget: seconds for all of it (exceeded only to reach `min_rounds`). burst: a contestant repeats until its turn
     lasts about this many seconds, so that the clock's resolution and the switch between contestants do not count.
     """
+    singles: dict[str, float] = {}
     repeats: dict[str, int] = {}
     turn = 0.0
     for name, call in calls.items():
@@ -61,7 +62,7 @@ def time_interleaved(
         start = time.perf_counter()
         call()
         single = max(time.perf_counter() - start, 1e-7)
-        repeats[name] = max(1, round(burst / single))
+        singles[name], repeats[name] = single, max(1, round(burst / single))
         turn += single * repeats[name]
     rounds = max(min_rounds, min(max_rounds, int(budget / turn)))
     timings = {name: Timing() for name in calls}
@@ -69,11 +70,10 @@ def time_interleaved(
     shuffle = random.Random(seed)
     for _ in range(rounds):
         shuffle.shuffle(order)
-        if before_round is not None:
-            before_round()
         for name in order:
             call, count = calls[name], repeats[name]
-            call()  # brings this contestant's tensors back into the caches that the others emptied
+            if singles[name] < WARM_BELOW:
+                call()  # brings this contestant's tensors back into the caches that the others emptied
             start = time.perf_counter()
             for _ in range(count):
                 call()

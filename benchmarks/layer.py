@@ -1,0 +1,266 @@
+"""The main table: one layer, every contestant, every phase, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kan_fast
+from benchmarks import cases, ceilings, gate, memory, steps, timing, timing_cuda
+from benchmarks.cases import BARS, DTYPES, Shape
+from benchmarks.contestants import Contestant, add_peer_paths, build, contestants
+from benchmarks.options import Options
+from benchmarks.timing import Call, Timing
+
+Row = dict[str, Any]
+PHASES = ("forward", "step", "optimiser", "second_derivative")
+# On a GPU the wide shapes are what its tensor cores are for.
+CUDA_SHAPES = [
+    Shape(4096, 256, 256, 5),
+    Shape(16384, 1024, 1024, 5),
+    Shape(4096, 784, 64, 5),
+    Shape(4096, 1024, 1024, 20),
+    Shape(64, 64, 64, 5),
+    Shape(65536, 2, 5, 5),
+    Shape(1048576, 5, 1, 5),
+]
+
+
+def make_layer(shape: Shape, device: str, dtype: torch.dtype) -> kan_fast.KANLayer:
+    """Our layer on the reference backend, same numbers for every contestant."""
+    torch.manual_seed(0)
+    layer = kan_fast.KANLayer(
+        shape.in_features, shape.out_features, shape.grid_size, shape.spline_order, backend="reference"
+    )
+    return layer.to(device=device, dtype=dtype)
+
+
+def make_inputs(contestant: Contestant, shape: Shape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (batch, in; or as wide as the equal-parameter linear layer's) and a cotangent (batch, out)."""
+    width = shape.linear_features if contestant.wide else shape.in_features
+    x = cases.uniform_input(shape.batch, width, device=device, dtype=dtype)
+    return x, cases.uniform_input(shape.batch, shape.out_features, device=device, dtype=dtype, seed=1)
+
+
+def make_call(phase: str, module: nn.Module, x: Tensor, cotangent: Tensor) -> Call:
+    if phase == "forward":
+        return steps.forward(module, x)
+    if phase == "step":
+        return steps.step(module, x, cotangent)
+    if phase == "optimiser":
+        return steps.optimiser_step(module, x, cotangent)
+    return steps.second_derivative_step(module, x)
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+
+
+def judge(contestant: Contestant, module: nn.Module, ours: kan_fast.KANLayer, x: Tensor, cotangent: Tensor) -> Row:
+    """Error to float64 of one that computes our function. Ours: outputs and gradients, and "failed" when wrong."""
+    if contestant.ours:
+        assert isinstance(module, kan_fast.KANLayer)
+        verdict = gate.judge(module, x, cotangent)
+        row: Row = {"error": verdict.error, "reference_error": verdict.reference_error}
+        if not verdict.right:
+            row["failed"] = f"wrong: error {verdict.error:.1e} to float64, allowed {verdict.allowed:.1e}"
+        return row
+    rows = x[: gate.ROWS]
+    with torch.no_grad():
+        truth = gate.with_backend(ours, "reference", torch.float64)(rows.double())
+        return {"error": gate.relative_error(module(rows), truth)}
+
+
+class Case:
+    """One shape, dtype and device: the contestants that could be built, and the rows of those that could not."""
+
+    def __init__(self, shape: Shape, device: str, dtype_name: str, lines: list[Contestant]) -> None:
+        self.shape, self.device, self.dtype_name = shape, device, dtype_name
+        self.dtype = DTYPES[dtype_name]
+        self.ours = make_layer(shape, device, self.dtype)
+        self.modules: dict[str, nn.Module] = {}
+        self.inputs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rows: dict[str, Row] = {}
+        for contestant in lines:
+            self._admit(contestant)
+
+    def _admit(self, contestant: Contestant) -> None:
+        row: Row = {
+            "what": "layer",
+            "shape": self.shape.key(),
+            "dtype": self.dtype_name,
+            "contestant": contestant.name,
+            "ours": contestant.ours,
+            "same_function": contestant.exact,
+            "note": contestant.note,
+        }
+        self.rows[contestant.name] = row
+        if contestant.absent is not None:
+            row["absent"] = contestant.absent
+            return
+        try:
+            module = build(contestant, self.shape, self.ours)
+            x, cotangent = make_inputs(contestant, self.shape, self.device, self.dtype)
+            row["parameters"] = sum(p.numel() for p in steps.parameters_of(module))
+            if contestant.exact:
+                row |= judge(contestant, module, self.ours, x, cotangent)
+        except Exception as error:  # a rival's failure is a result, and it is listed
+            row["failed"] = _short(error)
+        if "failed" not in row:
+            self.modules[contestant.name] = module
+            self.inputs[contestant.name] = (x, cotangent)
+
+    def measure(self, phase: str, seconds: float) -> None:
+        """Time one phase of all contestants, interleaved; one that raises gets its error in its row."""
+        calls: dict[str, Call] = {}
+        for name, module in self.modules.items():
+            if phase == "second_derivative" and name.startswith("linear"):
+                continue  # its second derivative is zero: no work to compare with
+            try:
+                call = make_call(phase, module, *self.inputs[name])
+                call()
+            except Exception as error:
+                self.rows[name][f"{phase}_failed"] = _short(error)
+                continue
+            calls[name] = call
+        if not calls:
+            return
+        if self.device == "cuda":
+            timings = timing_cuda.time_interleaved(calls, budget=seconds)
+            self._graphs(phase, calls, timings, seconds)
+        else:
+            timings = timing.time_interleaved(calls, budget=seconds, min_rounds=5)
+        flops, moved = ceilings.work(self.shape, phase, self.dtype.itemsize)
+        for name, found in timings.items():
+            row = self.rows[name]
+            row[f"{phase}_ms"] = found.median * 1e3
+            row[f"{phase}_spread"] = found.spread
+            row[f"{phase}_rounds"] = len(found.rounds)
+            if "linear equal" in timings:
+                row[f"{phase}_ratio"] = found.ratio_to(timings["linear equal"])
+            if phase in ("forward", "step"):
+                row[f"{phase}_tflops"] = flops / found.median / 1e12
+                row[f"{phase}_gbps"] = moved / found.median / 1e9
+
+    def _graphs(self, phase: str, calls: dict[str, Call], timings: dict[str, Timing], seconds: float) -> None:
+        """Graph replay of the calls that are short enough for launches to matter."""
+        graphs: dict[str, Call] = {}
+        for name, call in calls.items():
+            if timings[name].median > timing_cuda.GRAPH_BELOW:
+                continue
+            try:
+                graphs[name] = timing_cuda.graph(call)
+            except Exception as error:
+                self.rows[name][f"{phase}_graph_failed"] = _short(error)
+                torch.cuda.synchronize()
+        if graphs:
+            for name, found in timing_cuda.time_interleaved(graphs, budget=seconds / 2).items():
+                self.rows[name][f"{phase}_graph_ms"] = found.median * 1e3
+
+    def measure_memory(self, threads: int) -> None:
+        """Peak extra memory of forward and step; on the CPU a process for each."""
+        for name, module in self.modules.items():
+            for phase in ("forward", "step"):
+                try:
+                    if self.device == "cuda":
+                        peak = memory.peak_extra_cuda(make_call(phase, module, *self.inputs[name]))
+                    else:
+                        arguments = (name, self.shape.key(), self.dtype_name, phase, tuple(_PEER_PATHS))
+                        peak = memory.peak_extra_cpu(_memory_case, arguments, threads)
+                except Exception as error:
+                    self.rows[name][f"{phase}_memory_failed"] = _short(error)
+                    continue
+                self.rows[name][f"{phase}_memory_mib"] = peak / 2**20
+
+
+_PEER_PATHS: list[Any] = []
+
+
+def _memory_case(
+    name: str, key: str, dtype_name: str, phase: str, peer_paths: tuple[Any, ...]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    add_peer_paths(list(peer_paths))
+    shape, dtype = Shape.parse(key), DTYPES[dtype_name]
+    peers = [] if name.startswith("kan_fast") or name == "linear equal" else [name]
+    contestant = next(line for line in contestants("auto", peers) if line.name == name)
+    module = build(contestant, shape, make_layer(shape, "cpu", dtype))
+    x, cotangent = make_inputs(contestant, shape, "cpu", dtype)
+    small = max(1, shape.batch // 8)
+    return make_call(phase, module, x[:small], cotangent[:small]), make_call(phase, module, x, cotangent)
+
+
+def _cell(row: Row, phase: str) -> str:
+    if f"{phase}_failed" in row:
+        return "fails"
+    if f"{phase}_ms" not in row:
+        return "-"
+    ratio = row.get(f"{phase}_ratio")
+    return f"{row[f'{phase}_ms']:.3g}" + (f" ({ratio:.2f})" if ratio is not None else "")
+
+
+def print_case(rows: list[Row], phases: list[str], report: Callable[[str], None]) -> None:
+    """Table of one shape: milliseconds (ratio to the equal-parameter linear layer), errors, memory, then remarks."""
+    shape = Shape.parse(rows[0]["shape"])
+    report(f"\n{shape}, {rows[0]['dtype']}: ms (ratio to linear equal)")
+    head = ["contestant", *phases, "error to float64", "memory fwd / step, MiB"]
+    report(" | ".join(f"{text:>22}" for text in head))
+    remarks = []
+    for row in rows:
+        if "absent" in row or "failed" in row:
+            remarks.append(f"  {row['contestant']}: {'absent, ' + row['absent'] if 'absent' in row else row['failed']}")
+            continue
+        remarks += [f"  {row['contestant']}, {p}: {row[f'{p}_failed']}" for p in phases if f"{p}_failed" in row]
+        error = f"{row['error']:.1e}" if "error" in row else "another function" if not row["same_function"] else "-"
+        peak = [f"{row[key]:.1f}" if key in row else "-" for key in ("forward_memory_mib", "step_memory_mib")]
+        cells = [row["contestant"], *(_cell(row, phase) for phase in phases), error, " / ".join(peak)]
+        report(" | ".join(f"{text:>22}" for text in cells))
+    for phase in phases:
+        ours = [row for row in rows if row["ours"] and f"{phase}_ms" in row]
+        others = [row for row in rows if not row["ours"] and row["same_function"] and f"{phase}_ms" in row]
+        if ours and others:
+            best = min(ours, key=lambda row: row[f"{phase}_ms"])
+            rival = min(others, key=lambda row: row[f"{phase}_ms"])
+            report(
+                f"  {phase}: {best['contestant']} takes {best[f'{phase}_ms'] / rival[f'{phase}_ms']:.2f} of the time "
+                f"of the fastest other of the same function, {rival['contestant']}"
+            )
+    for remark in remarks:
+        report(remark)
+
+
+def run(options: Options) -> list[Row]:
+    """All shapes and dtypes; a new case is not begun after `options.minutes`."""
+    add_peer_paths(options.peer_paths)
+    _PEER_PATHS[:] = options.peer_paths
+    lines = contestants(options.backend, options.peers)
+    shapes = options.shapes or (CUDA_SHAPES if options.device == "cuda" else list(BARS))
+    phases = options.phases or list(PHASES)
+    end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    rows: list[Row] = []
+    for dtype_name in options.dtypes:
+        limits = ceilings.measure(options.device, DTYPES[dtype_name], min(1.0, options.seconds))
+        options.report(f"{dtype_name}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bandwidth / 1e9:.3g} GB/s")
+        for shape in shapes:
+            if time.monotonic() > end:
+                options.report(f"out of time: {shape}, {dtype_name} not measured")
+                continue
+            torch.compiler.reset()  # each shape is compiled for itself, not for shapes in general
+            options.progress(f"{shape} {dtype_name}: building and checking")
+            case = Case(shape, options.device, dtype_name, lines)
+            for phase in phases:
+                options.progress(f"{shape} {dtype_name}: {phase}")
+                case.measure(phase, options.seconds)
+            if options.memory:
+                options.progress(f"{shape} {dtype_name}: memory")
+                case.measure_memory(torch.get_num_threads())
+            found = list(case.rows.values())
+            for row in found:
+                row["matmul_tflops"], row["copy_gbps"] = limits.flops / 1e12, limits.bandwidth / 1e9
+            print_case(found, phases, options.report)
+            rows += found
+    return rows
