@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kan_fast import backends, ops
+from kan_fast import ops
+from kan_fast.backends import choose
 
 BaseActivation = str | Callable[[Tensor], Tensor] | None
 
@@ -43,7 +44,8 @@ def kan_linear(
     """
     if torch._C._is_any_autocast_enabled():
         spline_weight, base_weight, bias = _autocast(x, spline_weight, base_weight, bias)
-    name = _select(backend, x.device, spline_weight.dtype)
+    if not torch.compiler.is_compiling():  # a compiled or exported program chooses when it runs
+        backend = choose(backend, x.device, spline_weight.dtype)
     if base_weight is None:
         activation, base = "none", None
     elif isinstance(base_activation, str):
@@ -54,7 +56,7 @@ def kan_linear(
         activation, base = "none", base_activation(x).to(base_weight.dtype) @ base_weight
     rows = x if x.dim() == 2 else _as_rows(x)
     y = ops.contract_output(
-        rows, None, spline_weight, base_weight if base is None else None, grid, activation, outside, 0, name
+        rows, None, spline_weight, base_weight if base is None else None, grid, activation, outside, 0, backend
     )
     if rows is not x:
         y = y.view(*x.shape[:-1], y.shape[1])
@@ -67,12 +69,6 @@ def _as_rows(x: Tensor) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., in_features), got a scalar")
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
-
-
-def _select(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if torch.compiler.is_compiling():
-        return backends.select(backend, device, dtype)  # no cache to guard
-    return backends.choose(backend, device, dtype)
 
 
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""The one door to the contractions: their derivatives, their batching rules, and what compilers see of them.
+"""The one door to the contractions: their derivatives, and what transforms and compilers see of them.
 
 Three contractions of one trilinear form (phi^(n): n-th derivative of the features, W: spline and base weights)
 
@@ -12,10 +12,10 @@ among them. Each formula stands once, in an autograd.Function; who arrives how:
 
 - nothing to differentiate: the function of the backend is called directly;
 - eager autograd, torch.func, forward mode: the Function;
-- torch.compile, torch.export, fake tensors, other dispatch modes: the operator torch.ops.kan_fast.*, whose autograd
-  kernel is the same Function, so that forward mode through it is right too.
+- torch.compile, torch.export, fake tensors, other dispatch modes: the operator torch.ops.kan_fast.* (operators.py), whose
+  kernels for autograd and torch.func are the same Function, so that even forward mode through it is right.
 
-Shapes and dtypes are those of backends/reference.py, whose arguments `backend` follows.
+Arguments, shapes and dtypes are those of backends/reference.py, then the name of the backend; operators take "auto" too.
 """
 
 from typing import Any
@@ -26,11 +26,14 @@ from torch import Tensor
 
 from kan_fast import batching
 from kan_fast.backends import get
-from kan_fast.checks import check_problem
+from kan_fast.operators import dispatched, forward_mode, register
 
 _C = torch._C
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _operators = torch.ops.kan_fast
+
+MaybeTensor = Tensor | None
 
 
 def contract_output(
@@ -45,13 +48,10 @@ def contract_output(
     backend: str,
 ) -> Tensor:
     """sum_{i, f} scale * phi_f^(n)(x) * weight -> (B, O), differentiable in x, scale and both weights."""
+    args = x, scale, spline_weight, base_weight, grid, activation, outside, n, backend
     if _is_compiling():
-        return _operators.contract_output(x, scale, spline_weight, base_weight, grid, activation, outside, n, backend)
-    if _tracked(x, scale, spline_weight, base_weight, grid):
-        return _ContractOutput.apply(x, scale, spline_weight, base_weight, grid, activation, outside, n, backend)
-    if _dispatched(x):
-        return _operators.contract_output(x, scale, spline_weight, base_weight, grid, activation, outside, n, backend)
-    return get(backend).contract_output(x, scale, spline_weight, base_weight, grid, activation, outside, n)
+        return _operators.contract_output(*args)  # type: ignore[no-any-return]
+    return (_ContractOutput.apply if _tracked(args) else _ContractOutput.forward)(*args)
 
 
 def contract_input(
@@ -66,13 +66,10 @@ def contract_input(
     backend: str,
 ) -> Tensor:
     """sum_{f, o} phi_f^(n)(x) * weight * g -> (B, I), differentiable in x, g and both weights."""
+    args = x, spline_weight, base_weight, g, grid, activation, outside, n, backend
     if _is_compiling():
-        return _operators.contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    if _tracked(x, spline_weight, base_weight, g, grid):
-        return _ContractInput.apply(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    if _dispatched(x):
-        return _operators.contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    return get(backend).contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n)
+        return _operators.contract_input(*args)  # type: ignore[no-any-return]
+    return (_ContractInput.apply if _tracked(args) else _ContractInput.forward)(*args)
 
 
 def contract_weight(
@@ -87,13 +84,10 @@ def contract_weight(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """sum_b scale * phi_f^(n)(x) * g -> (I, G + k, O) and (I, O), differentiable in x, scale and g."""
+    args = x, scale, g, grid, spline_order, activation, outside, n, backend
     if _is_compiling():
-        return _operators.contract_weight(x, scale, g, grid, spline_order, activation, outside, n, backend)
-    if _tracked(x, scale, g, grid):
-        return _ContractWeight.apply(x, scale, g, grid, spline_order, activation, outside, n, backend)
-    if _dispatched(x):
-        return _operators.contract_weight(x, scale, g, grid, spline_order, activation, outside, n, backend)
-    return get(backend).contract_weight(x, scale, g, grid, spline_order, activation, outside, n)
+        return _operators.contract_weight(*args)  # type: ignore[no-any-return]
+    return (_ContractWeight.apply if _tracked(args) else _ContractWeight.forward)(*args)
 
 
 def contract_backward(
@@ -108,94 +102,94 @@ def contract_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(contract_input of order n + 1, *contract_weight of order n), differentiable in x, g and both weights."""
+    args = x, spline_weight, base_weight, g, grid, activation, outside, n, backend
     if _is_compiling():
-        return _operators.contract_backward(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    if _tracked(x, spline_weight, base_weight, g, grid):
-        return _ContractBackward.apply(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    if _dispatched(x):
-        return _operators.contract_backward(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    return get(backend).contract_backward(x, spline_weight, base_weight, g, grid, activation, outside, n)
+        return _operators.contract_backward(*args)  # type: ignore[no-any-return]
+    return (_ContractBackward.apply if _tracked(args) else _ContractBackward.forward)(*args)
 
 
-def _tracked(*tensors: Tensor | None) -> bool:
+def _tracked(args: tuple[Any, ...]) -> bool:
     """Whether a derivative may be asked for, or a torch.func transform is at work."""
     return (
-        (torch.is_grad_enabled() and _C._any_requires_grad(*tensors))
+        (_is_grad_enabled() and _C._any_requires_grad(*args))
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 
 
-def _dispatched(x: Tensor) -> bool:
-    """Whether the call must be seen by a dispatch mode or a tensor subclass (fake tensors, tracing, counters)."""
-    return _C._len_torch_dispatch_stack() > 0 or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+def _run(name: str, args: tuple[Any, ...]) -> Any:
+    """The operation itself, below autograd: by the operator where somebody watches, else by the backend."""
+    if dispatched(args[0]):
+        return getattr(_operators, name)(*args)
+    return getattr(get(args[-1]), name)(*args[:-1])
 
 
 class _Contraction(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """torch's own, without binding the signature anew on every call (29 us of its 35 in torch 2.13)."""
+        """torch's own without binding the signature on every call, which in torch 2.13 is 29 us of its 35."""
         if _C._are_functorch_transforms_active():
-            return super().apply(*args)
+            return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.set_materialize_grads(False)
+def _save(ctx: Any, *tensors: MaybeTensor) -> None:
     ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0:
+    if forward_mode():
+        ctx.set_materialize_grads(False)
         ctx.save_for_forward(*tensors)
 
 
-def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+def _saved(ctx: Any) -> tuple[Any, ...]:
     """Saved tensors; those that a finished torch.func transform wrapped come unwrapped (torch.func.vjp needs it)."""
-    unwrap = torch._C._functorch.unwrap_if_dead
-    return tuple(None if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors)
+    unwrap = _C._functorch.unwrap_if_dead
+    return tuple([tensor if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors])
 
 
-def _refuse_grid(tangent_or_flag: Tensor | bool | None) -> None:
-    if tangent_or_flag is not None and tangent_or_flag is not False:
-        raise RuntimeError("grid: knots are not differentiable, expected a grid that does not require grad")
+def _refuse_grid() -> None:
+    raise RuntimeError("grid: the knots are not differentiable, expected a grid that does not require grad")
 
 
-def _weights(d_spline: Tensor | None, d_base: Tensor | None, like: tuple[int, ...], activation: str) -> Any:
+def _order(spline_weight: Tensor, grid: Tensor) -> int:
+    return grid.shape[1] - spline_weight.shape[1] - 1
+
+
+def _weights(d_spline: MaybeTensor, d_base: MaybeTensor, shape: Any, activation: str) -> tuple[Tensor, MaybeTensor, str]:
     """A direction in weight space as (spline_weight, base_weight, activation): a missing part is zero."""
     if d_spline is None:
         assert d_base is not None
-        d_spline = d_base.new_zeros(()).expand(like)
+        d_spline = d_base.new_zeros(()).expand(shape)
     return d_spline, d_base, "none" if d_base is None else activation
 
 
-def _product(scale: Tensor | None, factor: Tensor) -> Tensor:
+def _times(scale: MaybeTensor, factor: Tensor) -> Tensor:
     return factor if scale is None else scale * factor
 
 
-def _sum(*terms: Tensor | None) -> Tensor | None:
+def _sum(*terms: MaybeTensor) -> MaybeTensor:
     present = [term for term in terms if term is not None]
     return sum(present[1:], present[0]) if present else None
 
 
 class _ContractOutput(_Contraction):
     @staticmethod
-    def forward(x, scale, spline_weight, base_weight, grid, activation, outside, n, backend):
-        if _dispatched(x):
-            return _operators.contract_output(x, scale, spline_weight, base_weight, grid, activation, outside, n, backend)
-        return get(backend).contract_output(x, scale, spline_weight, base_weight, grid, activation, outside, n)
+    def forward(*args: Any) -> Any:
+        return _run("contract_output", args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, scale, spline_weight, base_weight, grid, *ctx.options = inputs
         need_x, need_scale, _, _, need_grid, *_ = ctx.needs_input_grad
-        _refuse_grid(need_grid)
-        ctx.order = grid.shape[1] - spline_weight.shape[1] - 1
-        if not (need_x or need_scale or forward_ad._current_level >= 0):
-            spline_weight = base_weight = None  # linear in the weights: their gradient does not read them
-        _save(ctx, x, scale, spline_weight, base_weight, grid)
+        if need_grid:
+            _refuse_grid()
+        if need_x or need_scale or forward_mode():
+            _save(ctx, x, scale, spline_weight, base_weight, grid)
+        else:  # linear in the weights, so their gradients do not read them
+            ctx.order = _order(spline_weight, grid)
+            _save(ctx, x, scale, None, None, grid)
 
     @staticmethod
-    def backward(ctx, g):
-        if g is None:
-            return (None,) * 9
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, scale, spline_weight, base_weight, grid = _saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_scale, need_spline, need_base, *_ = ctx.needs_input_grad
@@ -205,21 +199,31 @@ class _ContractOutput(_Contraction):
         else:
             if need_x:
                 dx = contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 1, backend)
-                dx = _product(scale, dx)
+                dx = _times(scale, dx)
             if need_scale:
                 d_scale = contract_input(x, spline_weight, base_weight, g, grid, *ctx.options)
             if need_spline or need_base:
-                d_spline, d_base = contract_weight(x, scale, g, grid, ctx.order, *ctx.options)
-        return dx, d_scale, d_spline if need_spline else None, d_base if need_base else None, *(None,) * 5
+                order = ctx.order if spline_weight is None else _order(spline_weight, grid)
+                d_spline, d_base = contract_weight(x, scale, g, grid, order, *ctx.options)
+        return dx, d_scale, d_spline if need_spline else None, d_base if need_base else None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, dx, d_scale, d_spline, d_base, d_grid, *_):
-        _refuse_grid(d_grid)
+    def jvp(
+        ctx: Any,
+        dx: MaybeTensor,
+        d_scale: MaybeTensor,
+        d_spline: MaybeTensor,
+        d_base: MaybeTensor,
+        d_grid: MaybeTensor,
+        *_: None,
+    ) -> MaybeTensor:
+        if d_grid is not None:
+            _refuse_grid()
         x, scale, spline_weight, base_weight, grid = ctx.saved_tensors
         activation, outside, n, backend = ctx.options
         by_x = by_scale = by_weight = None
         if dx is not None:
-            scaled = _product(scale, dx)
+            scaled = _times(scale, dx)
             by_x = contract_output(x, scaled, spline_weight, base_weight, grid, activation, outside, n + 1, backend)
         if d_scale is not None:
             by_scale = contract_output(x, d_scale, spline_weight, base_weight, grid, *ctx.options)
@@ -229,34 +233,30 @@ class _ContractOutput(_Contraction):
         return _sum(by_x, by_scale, by_weight)
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_output(contract_output, info.batch_size, in_dims, args)
 
 
 class _ContractInput(_Contraction):
     @staticmethod
-    def forward(x, spline_weight, base_weight, g, grid, activation, outside, n, backend):
-        if _dispatched(x):
-            return _operators.contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-        return get(backend).contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n)
+    def forward(*args: Any) -> Any:
+        return _run("contract_input", args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, spline_weight, base_weight, g, grid, *ctx.options = inputs
         need_x, need_spline, need_base, need_g, need_grid, *_ = ctx.needs_input_grad
-        _refuse_grid(need_grid)
-        ctx.order = grid.shape[1] - spline_weight.shape[1] - 1
-        forward_mode = forward_ad._current_level >= 0
-        if not (need_x or need_g or forward_mode):
+        if need_grid:
+            _refuse_grid()
+        ctx.order = _order(spline_weight, grid)
+        if not (need_x or need_g or forward_mode()):
             spline_weight = base_weight = None
-        if not (need_x or need_spline or need_base or forward_mode):
+        if not (need_x or need_spline or need_base or forward_mode()):
             g = None
         _save(ctx, x, spline_weight, base_weight, g, grid)
 
     @staticmethod
-    def backward(ctx, a):
-        if a is None:
-            return (None,) * 9
+    def backward(ctx: Any, a: Tensor) -> Any:
         x, spline_weight, base_weight, g, grid = _saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_spline, need_base, need_g, *_ = ctx.needs_input_grad
@@ -267,11 +267,20 @@ class _ContractInput(_Contraction):
             d_spline, d_base = contract_weight(x, a, g, grid, ctx.order, *ctx.options)
         if need_g:
             dg = contract_output(x, a, spline_weight, base_weight, grid, *ctx.options)
-        return dx, d_spline if need_spline else None, d_base if need_base else None, dg, *(None,) * 5
+        return dx, d_spline if need_spline else None, d_base if need_base else None, dg, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, dx, d_spline, d_base, dg, d_grid, *_):
-        _refuse_grid(d_grid)
+    def jvp(
+        ctx: Any,
+        dx: MaybeTensor,
+        d_spline: MaybeTensor,
+        d_base: MaybeTensor,
+        dg: MaybeTensor,
+        d_grid: MaybeTensor,
+        *_: None,
+    ) -> MaybeTensor:
+        if d_grid is not None:
+            _refuse_grid()
         x, spline_weight, base_weight, g, grid = ctx.saved_tensors
         activation, outside, n, backend = ctx.options
         by_x = by_weight = by_g = None
@@ -285,56 +294,54 @@ class _ContractInput(_Contraction):
         return _sum(by_x, by_weight, by_g)
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_input(contract_input, info.batch_size, in_dims, args)
 
 
 class _ContractWeight(_Contraction):
     @staticmethod
-    def forward(x, scale, g, grid, spline_order, activation, outside, n, backend):
-        if _dispatched(x):
-            return _operators.contract_weight(x, scale, g, grid, spline_order, activation, outside, n, backend)
-        return get(backend).contract_weight(x, scale, g, grid, spline_order, activation, outside, n)
+    def forward(*args: Any) -> Any:
+        return _run("contract_weight", args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, scale, g, grid, *ctx.options = inputs
         need_x, need_scale, _, need_grid, *_ = ctx.needs_input_grad
-        _refuse_grid(need_grid)
-        if not (need_x or need_scale or forward_ad._current_level >= 0):
-            g = None
-        _save(ctx, x, scale, g, grid)
+        if need_grid:
+            _refuse_grid()
+        ctx.set_materialize_grads(False)
+        ctx.out_features = g.shape[1]
+        _save(ctx, x, scale, g if need_x or need_scale or forward_mode() else None, grid)
 
     @staticmethod
-    def backward(ctx, a_spline, a_base):
+    def backward(ctx: Any, a_spline: MaybeTensor, a_base: MaybeTensor) -> Any:
         order, activation, outside, n, backend = ctx.options
         if activation == "none":
-            a_base = None  # the empty second result
+            a_base = None  # that of the empty second result
         if a_spline is None and a_base is None:
             return (None,) * 9
         x, scale, g, grid = _saved(ctx)
-        num_bases = grid.shape[1] - order - 1
-        like = (x.shape[1], num_bases, (a_base if a_spline is None else a_spline).shape[-1])
-        a_spline, a_base, activation = _weights(a_spline, a_base, like, activation)
+        shape = x.shape[1], grid.shape[1] - order - 1, ctx.out_features
+        a_spline, a_base, activation = _weights(a_spline, a_base, shape, activation)
         need_x, need_scale, need_g, *_ = ctx.needs_input_grad
         dx = d_scale = dg = None
         if need_x:
-            dx = contract_input(x, a_spline, a_base, g, grid, activation, outside, n + 1, backend)
-            dx = _product(scale, dx)
+            dx = _times(scale, contract_input(x, a_spline, a_base, g, grid, activation, outside, n + 1, backend))
         if need_scale:
             d_scale = contract_input(x, a_spline, a_base, g, grid, activation, outside, n, backend)
         if need_g:
             dg = contract_output(x, scale, a_spline, a_base, grid, activation, outside, n, backend)
-        return dx, d_scale, dg, *(None,) * 6
+        return dx, d_scale, dg, None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, dx, d_scale, dg, d_grid, *_):
-        _refuse_grid(d_grid)
+    def jvp(ctx: Any, dx: MaybeTensor, d_scale: MaybeTensor, dg: MaybeTensor, d_grid: MaybeTensor, *_: None) -> Any:
+        if d_grid is not None:
+            _refuse_grid()
         x, scale, g, grid = ctx.saved_tensors
         order, activation, outside, n, backend = ctx.options
         terms = []
         if dx is not None:
-            scaled = _product(scale, dx)
+            scaled = _times(scale, dx)
             terms.append(contract_weight(x, scaled, g, grid, order, activation, outside, n + 1, backend))
         if d_scale is not None:
             terms.append(contract_weight(x, d_scale, g, grid, *ctx.options))
@@ -343,26 +350,25 @@ class _ContractWeight(_Contraction):
         return tuple(_sum(*parts) for parts in zip(*terms, strict=True))
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_weight(contract_weight, info.batch_size, in_dims, args)
 
 
 class _ContractBackward(_Contraction):
     @staticmethod
-    def forward(x, spline_weight, base_weight, g, grid, activation, outside, n, backend):
-        if _dispatched(x):
-            return _operators.contract_backward(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-        return get(backend).contract_backward(x, spline_weight, base_weight, g, grid, activation, outside, n)
+    def forward(*args: Any) -> Any:
+        return _run("contract_backward", args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, spline_weight, base_weight, g, grid, *ctx.options = inputs
-        _refuse_grid(ctx.needs_input_grad[4])
-        ctx.order = grid.shape[1] - spline_weight.shape[1] - 1
+        if ctx.needs_input_grad[4]:
+            _refuse_grid()
+        ctx.set_materialize_grads(False)
         _save(ctx, x, spline_weight, base_weight, g, grid)
 
     @staticmethod
-    def backward(ctx, a, a_spline, a_base):
+    def backward(ctx: Any, a: MaybeTensor, a_spline: MaybeTensor, a_base: MaybeTensor) -> Any:
         x, spline_weight, base_weight, g, grid = _saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_spline, need_base, need_g, *_ = ctx.needs_input_grad
@@ -371,109 +377,67 @@ class _ContractBackward(_Contraction):
             if need_x:
                 dx = a * contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 2, backend)
             if need_spline or need_base:
-                d_spline, d_base = contract_weight(x, a, g, grid, ctx.order, activation, outside, n + 1, backend)
+                order = _order(spline_weight, grid)
+                d_spline, d_base = contract_weight(x, a, g, grid, order, activation, outside, n + 1, backend)
             if need_g:
                 dg = contract_output(x, a, spline_weight, base_weight, grid, activation, outside, n + 1, backend)
         if base_weight is None:
-            a_base = None  # the empty third result
+            a_base = None  # that of the empty third result
         if a_spline is not None or a_base is not None:
-            weights = _weights(a_spline, a_base, spline_weight.shape, activation)
-            a_spline, a_base, activation = weights
+            a_spline, a_base, activation = _weights(a_spline, a_base, spline_weight.shape, activation)
             if need_x:
                 by_weight = contract_input(x, a_spline, a_base, g, grid, activation, outside, n + 1, backend)
                 dx = _sum(dx, by_weight)
             if need_g:
-                by_weight = contract_output(x, None, a_spline, a_base, grid, activation, outside, n, backend)
-                dg = _sum(dg, by_weight)
-        return dx, d_spline if need_spline else None, d_base if need_base else None, dg, *(None,) * 5
+                dg = _sum(dg, contract_output(x, None, a_spline, a_base, grid, activation, outside, n, backend))
+        return dx, d_spline if need_spline else None, d_base if need_base else None, dg, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, dx, d_spline, d_base, dg, d_grid, *_):
-        _refuse_grid(d_grid)
+    def jvp(
+        ctx: Any,
+        dx: MaybeTensor,
+        d_spline: MaybeTensor,
+        d_base: MaybeTensor,
+        dg: MaybeTensor,
+        d_grid: MaybeTensor,
+        *_: None,
+    ) -> Any:
+        if d_grid is not None:
+            _refuse_grid()
         x, spline_weight, base_weight, g, grid = ctx.saved_tensors
         activation, outside, n, backend = ctx.options
-        weights = d_input = None
-        terms = []
+        order = _order(spline_weight, grid)
+        d_input: list[Tensor] = []
+        d_weight: list[tuple[Tensor, Tensor]] = []
         if dx is not None:
-            d_input = dx * contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 2, backend)
-            terms.append(contract_weight(x, dx, g, grid, ctx.order, activation, outside, n + 1, backend))
+            by_x = contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 2, backend)
+            d_input.append(dx * by_x)
+            d_weight.append(contract_weight(x, dx, g, grid, order, activation, outside, n + 1, backend))
         if dg is not None:
-            by_g = contract_input(x, spline_weight, base_weight, dg, grid, activation, outside, n + 1, backend)
-            d_input = _sum(d_input, by_g)
-            terms.append(contract_weight(x, None, dg, grid, ctx.order, *ctx.options))
+            d_input.append(contract_input(x, spline_weight, base_weight, dg, grid, activation, outside, n + 1, backend))
+            d_weight.append(contract_weight(x, None, dg, grid, order, *ctx.options))
         if d_spline is not None or d_base is not None:
             d_spline, d_base, activation = _weights(d_spline, d_base, spline_weight.shape, activation)
-            by_weight = contract_input(x, d_spline, d_base, g, grid, activation, outside, n + 1, backend)
-            d_input = _sum(d_input, by_weight)
-        weights = [_sum(*parts) for parts in zip(*terms, strict=True)] or [None, None]
-        return d_input, *weights
+            d_input.append(contract_input(x, d_spline, d_base, g, grid, activation, outside, n + 1, backend))
+        if not d_weight:
+            return _sum(*d_input), None, None
+        return _sum(*d_input), *(_sum(*parts) for parts in zip(*d_weight, strict=True))
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_backward((contract_input, contract_weight), info.batch_size, in_dims, args)
 
 
-def _fake_contract_output(x, scale, spline_weight, base_weight, grid, activation, outside, n, backend):
-    check_problem(x, scale, spline_weight, base_weight, None, grid, None, activation, outside, n)
-    return spline_weight.new_empty(x.shape[0], spline_weight.shape[2])
-
-
-def _fake_contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n, backend):
-    check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
-    return x.new_empty(x.shape)
-
-
-def _fake_contract_weight(x, scale, g, grid, spline_order, activation, outside, n, backend):
-    check_problem(x, scale, None, None, g, grid, spline_order, activation, outside, n)
-    in_features, out_features = x.shape[1], g.shape[1]
-    d_spline = g.new_empty(in_features, grid.shape[1] - spline_order - 1, out_features)
-    return d_spline, g.new_empty(0 if activation == "none" else in_features, out_features)
-
-
-def _fake_contract_backward(x, spline_weight, base_weight, g, grid, activation, outside, n, backend):
-    order = grid.shape[1] - spline_weight.shape[1] - 1
-    dx = _fake_contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
-    return dx, *_fake_contract_weight(x, None, g, grid, order, activation, outside, n, backend)
-
-
-def _autograd_kernel(function: type[_Contraction], operator: Any) -> Any:
-    def kernel(keyset: Any, *args: Any) -> Any:
-        differentiate = torch.is_grad_enabled() and _C._any_requires_grad(*args)
-        if differentiate or (forward_ad._current_level >= 0 and _C._is_fwd_grad_enabled()):
-            return function.apply(*args)
-        with _C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & _C._after_autograd_keyset, *args)
-
-    return kernel
-
-
-def _backend_kernel(name: str) -> Any:
-    def kernel(*args: Any) -> Any:
-        return getattr(get(args[-1]), name)(*args[:-1])
-
-    return kernel
-
-
-_OPTIONS = "str activation, str outside, int n, str backend"
 _WEIGHTS = "Tensor spline_weight, Tensor? base_weight"
-_SCHEMAS = {
-    "contract_output": (f"(Tensor x, Tensor? scale, {_WEIGHTS}, Tensor grid, {_OPTIONS}) -> Tensor", _ContractOutput, _fake_contract_output),
-    "contract_input": (f"(Tensor x, {_WEIGHTS}, Tensor g, Tensor grid, {_OPTIONS}) -> Tensor", _ContractInput, _fake_contract_input),
-    "contract_weight": (
-        f"(Tensor x, Tensor? scale, Tensor g, Tensor grid, int spline_order, {_OPTIONS}) -> (Tensor, Tensor)",
-        _ContractWeight,
-        _fake_contract_weight,
-    ),
-    "contract_backward": (
-        f"(Tensor x, {_WEIGHTS}, Tensor g, Tensor grid, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-        _ContractBackward,
-        _fake_contract_backward,
-    ),
-}
-_library = torch.library.Library("kan_fast", "DEF")
-for _name, (_schema, _function, _fake) in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _backend_kernel(_name), "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd_kernel(_function, getattr(_operators, _name).default), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"kan_fast::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"kan_fast::{_name}", _function.vmap, lib=_library)
+register("contract_output", f"Tensor x, Tensor? scale, {_WEIGHTS}, Tensor grid", "Tensor", 2, _ContractOutput)
+register("contract_input", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "Tensor", 1, _ContractInput)
+register(
+    "contract_weight",
+    "Tensor x, Tensor? scale, Tensor g, Tensor grid, int spline_order",
+    "(Tensor, Tensor)",
+    2,
+    _ContractWeight,
+)
+register(
+    "contract_backward", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "(Tensor, Tensor, Tensor)", 1, _ContractBackward
+)

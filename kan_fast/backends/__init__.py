@@ -28,6 +28,8 @@ def get(name: str) -> ModuleType:
 
 def reason_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot serve tensors of `dtype` on `device`, in words; None if it can."""
+    if name == "triton" and device.type == "cpu":
+        return "it has no kernels for cpu"  # known without the second that importing triton takes
     try:
         module = get(name)
     except ImportError as error:
@@ -43,17 +45,16 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     key = (name, device, dtype)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choices[key] = select(name, device, dtype)
+        choice = _choices[key] = _choose(name, device, dtype)
     return choice
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What `choose` remembers."""
+def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         return next(candidate for candidate in NAMES if reason_not(candidate, device, dtype) is None)
-    get_reason = reason_not(name, device, dtype)
-    if get_reason is not None:
-        raise RuntimeError(f"backend: {name!r} cannot serve {dtype} tensors on {device}: {get_reason}")
+    reason = reason_not(name, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend: {name!r} cannot serve {dtype} tensors on {device}: {reason}")
     return name
 
 
