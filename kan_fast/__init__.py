@@ -1,7 +1,72 @@
 """Fast B-spline Kolmogorov-Arnold layers for PyTorch."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kan_fast import functional
 from kan_fast.backends import available_backends
 from kan_fast.nn import KAN, KANLayer, KolmogorovArnoldNetwork
 
-__all__ = ["KAN", "KANLayer", "KolmogorovArnoldNetwork", "available_backends", "functional"]
+if TYPE_CHECKING:
+    from kan_fast.grid import adaptive_grid_refinement, tune_grid_size, update_grid
+    from kan_fast.history import History
+    from kan_fast.plotting import plot_history, plot_kan, plot_layer
+    from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
+    from kan_fast.regularization import activation_regularization, advanced_regularization
+    from kan_fast.symbolic import fit_symbolic_function, symbolic_extraction
+    from kan_fast.training import train_kan
+
+# Where the tools live. They load when they are asked for: some need matplotlib or SymPy, the layers need torch alone.
+_TOOLS = {
+    "History": "history",
+    "activation_regularization": "regularization",
+    "adaptive_grid_refinement": "grid",
+    "advanced_regularization": "regularization",
+    "compact": "pruning",
+    "edge_scores": "pruning",
+    "fit_symbolic_function": "symbolic",
+    "node_scores": "pruning",
+    "plot_history": "plotting",
+    "plot_kan": "plotting",
+    "plot_layer": "plotting",
+    "prune_kan": "pruning",
+    "symbolic_extraction": "symbolic",
+    "train_kan": "training",
+    "tune_grid_size": "grid",
+    "update_grid": "grid",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TOOLS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kan_fast.{_TOOLS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "KAN",
+    "History",
+    "KANLayer",
+    "KolmogorovArnoldNetwork",
+    "activation_regularization",
+    "adaptive_grid_refinement",
+    "advanced_regularization",
+    "available_backends",
+    "compact",
+    "edge_scores",
+    "fit_symbolic_function",
+    "functional",
+    "node_scores",
+    "plot_history",
+    "plot_kan",
+    "plot_layer",
+    "prune_kan",
+    "symbolic_extraction",
+    "train_kan",
+    "tune_grid_size",
+    "update_grid",
+]

@@ -1,5 +1,6 @@
 """Grids that follow the data: refinement by knot insertion, moving the knots, and a rule of thumb for the size."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -107,7 +108,7 @@ def adaptive_grid_refinement(
         size = refinement_factor * layer.grid_size
         inner = _split_dense(inputs[name].double(), old[:, k : k + layer.grid_size + 1].double(), size, uniform_share)
         new = torch.cat([old[:, :k], inner.to(old.dtype), old[:, old.shape[1] - k :]], 1)
-        _resize(layer, new, lambda weight, old=old, new=new: insert_knots(weight, old, new), optimizer, optimizer_state)
+        _resize(layer, new, functools.partial(insert_knots, grid=old, new_grid=new), optimizer, optimizer_state)
         sizes.append(size)
     return sizes
 
@@ -148,14 +149,14 @@ def update_grid(
         old = layer.grid
         new = _moved_grid(x.double(), old.double(), layer.spline_order, grid_eps, margin).to(old.dtype)
         refit = _refit_matrix(x.double(), old.double(), new.double(), layer.spline_order, layer.outside)
-
-        def refitted(weight: Tensor, refit: Tensor = refit) -> Tensor:
-            return torch.bmm(refit, weight.double()).to(weight.dtype)
-
-        _resize(layer, new, refitted, optimizer, optimizer_state)
+        _resize(layer, new, functools.partial(_mapped, matrix=refit), optimizer, optimizer_state)
         size = before.norm()
         changes.append(float((layer(x).double() - before).norm() / size) if size > 0 else 0.0)
     return changes
+
+
+def _mapped(spline_weight: Tensor, matrix: Tensor) -> Tensor:
+    return torch.bmm(matrix, spline_weight.double()).to(spline_weight.dtype)
 
 
 def _split_dense(x: Tensor, inner: Tensor, size: int, uniform_share: float) -> Tensor:
@@ -263,7 +264,8 @@ def _solve(triangle: Tensor, start: Tensor, ridge: float) -> Tensor:
     weak = s <= torch.finfo(s.dtype).eps * num_bases * strongest
     gain = torch.where(weak, 0, s / (s * s + (ridge * strongest) ** 2))
     correction = u.mT @ (target - factor @ start)
-    return start + vh.mT @ (gain[..., None] * correction)
+    solution: Tensor = start + vh.mT @ (gain[..., None] * correction)
+    return solution
 
 
 def _resize(

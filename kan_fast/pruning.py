@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.spline import bases
-from kan_fast.traverse import Data, chunks, kan_layers, watch_inputs
+from kan_fast.traverse import Data, chunks, kan_layers, network_layers, watch_inputs
 
 METHODS = ("coefficient", "activation", "attribution")
 
@@ -43,7 +43,7 @@ def edge_scores(
 
     model: any module with KANLayers. data: inputs (N, ...), or an iterable of inputs or (input, ...) tuples.
     method, by default "activation" with data and "coefficient" without:
-    "coefficient": root mean square of an edge's spline coefficients and its base weight, each counted once: sqrt(mean c^2 + w^2).
+    "coefficient": sqrt(mean c^2 + w^2) of an edge's spline coefficients c and its base weight w.
     "activation": root mean square of the edge's values on the data that reach its layer.
     "attribution": what an edge gives to the outputs: backwards from score 1 at each output, an edge has the score of the node
     it leads to times std(edge) / std(node), and a node the sum over the edges that leave it. For a KAN only.
@@ -165,10 +165,9 @@ def compact(model: KAN, drop_inputs: bool = False) -> KAN:
     keep = [index if len(index) else torch.zeros(1, dtype=torch.long, device=index.device) for index in keep]
     constant: Tensor | None = None  # the values of the layer's inputs if nothing fed them, (in,)
     layers = []
-    for place, layer in enumerate(model.layers):
-        assert isinstance(layer, KANLayer)
+    for place, layer in enumerate(network_layers(model)):
         alive = _alive(layer)
-        bias = torch.zeros_like(layer.spline_weight[0, 0]).double() if layer.bias is None else layer.bias.double()
+        bias = _bias(layer)
         if constant is not None:
             fixed = ~_fed(model, place)
             rows = fixed.nonzero()[:, 0]
@@ -255,6 +254,12 @@ def _attribution(model: nn.Module, layers: dict[str, KANLayer], moments: "_Momen
     return {name: result[name] for name in layers}
 
 
+def _bias(layer: KANLayer) -> Tensor:
+    """(out,), float64; zeros where the layer has none."""
+    weight = layer.spline_weight
+    return weight.new_zeros(layer.out_features, dtype=torch.float64) if layer.bias is None else layer.bias.double()
+
+
 def _alive(layer: KANLayer) -> Tensor:
     """(in, out) of bool: edges that are not identically zero."""
     spline, base = layer.masked_weights()
@@ -264,15 +269,16 @@ def _alive(layer: KANLayer) -> Tensor:
 
 def _fed(model: KAN, place: int) -> Tensor:
     """(in,) of bool: inputs of layer `place` that some input of the model reaches."""
-    fed = torch.ones(model.layers[0].in_features, dtype=torch.bool, device=model.layers[0].grid.device)
-    for layer in list(model.layers)[:place]:
+    layers = network_layers(model)
+    fed = torch.ones(layers[0].in_features, dtype=torch.bool, device=layers[0].grid.device)
+    for layer in layers[:place]:
         fed = (_alive(layer) & fed[:, None]).any(0)
     return fed
 
 
 def _reachable(model: KAN) -> list[Tensor]:
     """For every width of the model, (width,) of bool: nodes that lie on a living path from an input to an output."""
-    layers = list(model.layers)
+    layers = network_layers(model)
     fed = [_fed(model, place) for place in range(len(layers) + 1)]
     heard = torch.ones_like(fed[-1])
     used = [fed[-1]]

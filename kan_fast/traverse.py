@@ -1,12 +1,12 @@
 """What the tools share: finding the layers of a model, feeding data through it, and splitting work into chunks."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from kan_fast.nn import KANLayer
+from kan_fast.nn import KAN, KANLayer
 
 # No tool holds more than this many numbers of a (samples, in, out) or (samples, in, bases) tensor at once:
 # 32 MiB in float64, enough to keep a GPU busy and small beside any model.
@@ -21,6 +21,11 @@ def kan_layers(model: nn.Module) -> dict[str, KANLayer]:
     if not layers:
         raise ValueError(f"model: expected a module that holds KANLayers, got {type(model).__name__} without any")
     return layers
+
+
+def network_layers(model: KAN) -> list[KANLayer]:
+    """model.layers, in order."""
+    return cast("list[KANLayer]", list(model.layers))
 
 
 def batches(data: Data, model: nn.Module) -> Iterator[Tensor]:
@@ -53,7 +58,7 @@ def watch_inputs(model: nn.Module, data: Data, layers: Iterable[KANLayer], visit
     """Run the model in eval mode over the data and call visit(layer, x (n, in)) on what each layer receives."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        visit(layer, args[0].detach().flatten(0, -2))
+        visit(cast(KANLayer, layer), args[0].detach().flatten(0, -2))
 
     training = {module: module.training for module in model.modules()}
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]

@@ -6,6 +6,7 @@ import torch
 
 from kan_fast import KAN
 from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
+from kan_fast.regularization import activation_regularization
 
 
 def make_model(dims=(3, 4, 2), **options):
@@ -16,8 +17,8 @@ def make_model(dims=(3, 4, 2), **options):
 def edge_table(layer, x):
     """Every edge's values from its own function, one at a time: (N, in, out)."""
     with torch.no_grad():
-        columns = [torch.stack([layer.edge(i, o)(x[:, i]) for o in range(layer.out_features)], 1) for i in range(layer.in_features)]
-    return torch.stack(columns, 1)
+        values = [layer.edge(i, o)(x[:, i]) for i in range(layer.in_features) for o in range(layer.out_features)]
+    return torch.stack(values, 1).unflatten(1, (layer.in_features, layer.out_features))
 
 
 def test_coefficient_score():
@@ -106,7 +107,10 @@ def test_masked_edges_stay_dead_when_compiled():
 
 
 @pytest.mark.parametrize("drop_inputs", [False, True])
-@pytest.mark.parametrize("options", [{}, {"bias": True, "outside": "linear"}, {"base_activation": None}, {"base_activation": torch.cos}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True, "outside": "linear"}, {"base_activation": None}, {"base_activation": torch.cos}],
+)
 def test_compact_computes_the_same(options, drop_inputs):
     model = make_model((4, 6, 5, 2), **options)
     masks = [torch.ones(4, 6, dtype=torch.bool), torch.ones(6, 5, dtype=torch.bool), torch.ones(5, 2, dtype=torch.bool)]
@@ -164,8 +168,6 @@ def test_unused_features_are_named():
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
-        from kan_fast.regularization import activation_regularization
-
         optimizer.zero_grad()
         output, penalty = activation_regularization(model, x, return_output=True)
         loss = (output - y).square().mean() + 2e-3 * penalty

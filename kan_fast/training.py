@@ -1,0 +1,378 @@
+"""A training loop for networks of KANLayers, and of anything else."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from kan_fast.grid import update_grid
+from kan_fast.history import History
+from kan_fast.nn import KANLayer
+from kan_fast.regularization import activation_regularization
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batches = Iterable[Any]
+
+# Rows of the present epoch that a grid update sees, the latest ones.
+_GRID_ROWS = 16384
+
+
+def train_kan(
+    model: nn.Module,
+    train_loader: Batches,
+    val_loader: Batches | None = None,
+    epochs: int = 100,
+    lr: float = 1e-3,
+    *,
+    weight_decay: float = 1e-4,
+    optimizer: str | Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] = "adamw",
+    scheduler: str | LRScheduler | Callable[[Optimizer], LRScheduler] | None = "plateau",
+    loss: Loss | None = None,
+    clip_norm: float | None = 1.0,
+    regularization: Callable[[nn.Module], Tensor] | None = None,
+    activation_l1: float = 0.0,
+    activation_entropy: float = 0.0,
+    metrics: dict[str, Loss] | None = None,
+    grid_update_every: int = 0,
+    grid_update_until: int | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    early_stopping: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    restore_best: bool = False,
+    progress: bool | None = None,
+    callback: Callable[[int, History], None] | None = None,
+) -> History:
+    """Train a model and return its History, which unpacks as (train_losses, val_losses).
+
+    train_loader, val_loader: iterables of (x (N, ...), y (N, ...)), gone through once an epoch. epochs counts from the very
+    beginning, those before a resume included. Without val_loader the train loss stands for the validation loss.
+
+    optimizer: "adamw" (lr, weight_decay), "lbfgs" (lr, strong Wolfe line search; 20 iterations a batch, so give it one batch
+    that holds all data), an Optimizer, or a function of the parameters that makes one. scheduler: "plateau" (factor 0.5,
+    patience 10), None, a scheduler, or a function of the optimizer; stepped once an epoch, on the validation loss if it is a
+    ReduceLROnPlateau. loss(output, y): mean squared error by default.
+    clip_norm: largest norm of the whole gradient, None for no clipping; L-BFGS is never clipped, its line search compares
+    gradients.
+    regularization(model): added to the loss, e.g. `lambda m: advanced_regularization(m)`. activation_l1, activation_entropy:
+    factors of the KAN paper's penalty (activation_regularization), computed in the same forward pass.
+    metrics: name -> f(output, y), averaged over the validation data.
+    grid_update_every: update_grid after every so many optimizer steps, up to step grid_update_until, on the rows that the
+    epoch has shown so far (the last 16384); the optimizer's state is carried over (reset with L-BFGS).
+    device: moved there before training. autocast: dtype of torch.autocast; float16 scales the loss.
+    early_stopping: stop after that many epochs without a better validation loss.
+    checkpoint_dir: best.pt (state_dict of the model at the best epoch) and last.pt (everything) are written there after
+    every epoch. resume: go on from last.pt; model, optimizer, scheduler, random numbers of torch and Python, and a
+    generator of the loader's own are as they were, so the run is the one that was never interrupted.
+    restore_best: end with the best weights instead of the last.
+    progress: a bar by tqdm; None means if tqdm is there. callback(epoch, history): called after every epoch.
+
+    Raises FloatingPointError when a loss turns NaN or infinite; it says where, and the model has its best weights back.
+    """
+    if epochs < 0:
+        raise ValueError(f"epochs: expected 0 or more, got {epochs}")
+    if device is not None:
+        model.to(device)
+    run = _Run(model, _make_optimizer(model, optimizer, lr, weight_decay), loss or nn.functional.mse_loss, autocast)
+    run.scheduler = _make_scheduler(run.optimizer, scheduler)
+    run.clip_norm, run.regularization = clip_norm, regularization
+    run.activation = (activation_l1, activation_entropy)
+    run.grid_update_every, run.grid_update_until = grid_update_every, grid_update_until
+    run.history.metrics = {name: [] for name in metrics or {}}
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        if folder is None:
+            raise ValueError("resume: needs checkpoint_dir, got None")
+        run.load(folder, train_loader)
+    history = run.history
+    done = len(history.train_losses)
+    bar = _progress_bar(progress, done, epochs)
+    for epoch in range(done, epochs):
+        if history.stopped_early:
+            break
+        start = time.perf_counter()
+        history.learning_rates.append(float(run.optimizer.param_groups[0]["lr"]))
+        run.train_epoch(epoch, train_loader)
+        run.validate(epoch, val_loader, metrics or {})
+        if isinstance(run.scheduler, ReduceLROnPlateau):
+            run.scheduler.step(history.val_losses[-1])
+        elif run.scheduler is not None:
+            run.scheduler.step()
+        history.seconds.append(time.perf_counter() - start)
+        if early_stopping is not None and epoch - history.best_epoch >= early_stopping:
+            history.stopped_early = True
+        if folder is not None:
+            run.save(folder, train_loader)
+        if bar is not None:
+            bar.set_postfix(train=f"{history.train_losses[-1]:.3g}", val=f"{history.val_losses[-1]:.3g}")
+            bar.update()
+        if callback is not None:
+            callback(epoch, history)
+    if bar is not None:
+        bar.close()
+    if restore_best:
+        load_model_state(model, run.best_state)
+    return history
+
+
+class _Run:
+    """A model in training with all that changes from step to step."""
+
+    scheduler: LRScheduler | ReduceLROnPlateau | None = None
+    clip_norm: float | None = None
+    regularization: Callable[[nn.Module], Tensor] | None = None
+    activation: tuple[float, float] = (0.0, 0.0)
+    grid_update_every: int = 0
+    grid_update_until: int | None = None
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, loss: Loss, autocast: torch.dtype | None) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.device = next(model.parameters()).device
+        self.autocast = autocast
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+        self.history = History()
+        self.steps = 0
+        self.best_state = _copy_state(model)
+
+    def train_epoch(self, epoch: int, loader: Batches) -> None:
+        self.model.train()
+        losses: list[Tensor] = []
+        penalties: list[Tensor] = []
+        sizes: list[int] = []
+        finite: list[Tensor] = []
+        recent: list[Tensor] = []
+        for batch in loader:
+            x, y = self._pair(batch)
+            data_loss, penalty = self._step(x, y)
+            losses.append(data_loss)
+            penalties.append(penalty)
+            sizes.append(len(x))
+            finite.append(x.isfinite().all() & y.isfinite().all())
+            self.steps += 1
+            if self.grid_update_every:
+                recent = _latest([*recent, x.detach()])
+                self._maybe_update_grid(recent)
+        if not sizes:
+            raise ValueError("train_loader: expected at least one batch, got none")
+        # One wait for the device an epoch.
+        table = torch.stack([torch.stack(losses).double(), torch.stack(penalties).double(), torch.stack(finite).double()]).cpu()
+        bad = (~(table[0] + table[1]).isfinite()).nonzero()
+        if len(bad):
+            self._fail("train", epoch, int(bad[0]), bool(table[2, bad[0]]))
+        weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+        self.history.train_losses.append(float(table[0] @ weights))
+        self.history.penalties.append(float(table[1] @ weights))
+
+    @torch.no_grad()
+    def validate(self, epoch: int, loader: Batches | None, metrics: dict[str, Loss]) -> None:
+        history = self.history
+        if loader is None:
+            history.val_losses.append(history.train_losses[-1])
+        else:
+            self.model.eval()
+            measures = [self.loss, *metrics.values()]
+            rows, sizes, finite = [], [], []
+            for batch in loader:
+                x, y = self._pair(batch)
+                with self._autocast():
+                    output = self.model(x)
+                    rows.append(torch.stack([measure(output, y).detach().double() for measure in measures]))
+                sizes.append(len(x))
+                finite.append(x.isfinite().all() & y.isfinite().all())
+            if not sizes:
+                raise ValueError("val_loader: expected at least one batch, got none")
+            table = torch.stack(rows).cpu()
+            bad = (~table[:, 0].isfinite()).nonzero()
+            if len(bad):
+                self._fail("validation", epoch, int(bad[0]), bool(finite[int(bad[0])]))
+            weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+            means = (weights @ table).tolist()
+            history.val_losses.append(means[0])
+            for name, value in zip(metrics, means[1:]):
+                history.metrics[name].append(value)
+        if history.val_losses[-1] < history.best_loss:
+            history.best_epoch = epoch
+            self.best_state = _copy_state(self.model)
+
+    def _step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step; the loss and penalty before it."""
+        first: list[Tensor] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            with self._autocast():
+                data_loss, penalty = self._losses(x, y)
+            self.scaler.scale(data_loss + penalty).backward()
+            first[:] = first or [data_loss.detach(), penalty.detach()]
+            return data_loss + penalty
+
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self.optimizer.step(closure)
+        else:
+            closure()
+            if self.clip_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return first[0], first[1]
+
+    def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if any(self.activation):
+            output, penalty = activation_regularization(self.model, x, *self.activation, return_output=True)
+        else:
+            output = self.model(x)
+            penalty = output.new_zeros(())
+        if self.regularization is not None:
+            penalty = penalty + self.regularization(self.model)
+        return self.loss(output, y), penalty
+
+    def _maybe_update_grid(self, recent: list[Tensor]) -> None:
+        if self.steps % self.grid_update_every or self.steps > (self.grid_update_until or self.steps):
+            return
+        state = "reset" if isinstance(self.optimizer, torch.optim.LBFGS) else "carry"
+        changes = update_grid(self.model, torch.cat(recent), optimizer=self.optimizer, optimizer_state=state)
+        self.history.grid_changes.append((self.steps, changes))
+
+    def _fail(self, part: str, epoch: int, batch: int, data_finite: bool) -> None:
+        best = self.history.best_epoch
+        load_model_state(self.model, self.best_state)
+        kept = f"its best weights, of epoch {best} (validation loss {self.history.best_loss:.6g})"
+        kept = kept if best >= 0 else "its initial weights"
+        reason = "the batch's data are finite" if data_finite else "the batch's data hold NaN or infinity"
+        raise FloatingPointError(
+            f"the {part} loss is not finite at epoch {epoch}, batch {batch} ({reason}); the model has {kept}, back"
+        )
+
+    def _pair(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"loader: expected batches (x, y), got {type(batch).__name__}")
+        x, y = (part.to(self.device, non_blocking=True) for part in batch)
+        return x, y
+
+    def _autocast(self) -> Any:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    def save(self, folder: Path, loader: Batches) -> None:
+        if self.history.best_epoch == len(self.history.val_losses) - 1:
+            _write(self.best_state, folder / "best.pt")
+        generator = getattr(loader, "generator", None)
+        state = {
+            "model": self.model.state_dict(),
+            "best": self.best_state,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": self.history.state_dict(),
+            "steps": self.steps,
+            "random": random.getstate(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None,
+            "loader": None if generator is None else generator.get_state(),
+        }
+        _write(state, folder / "last.pt")
+
+    def load(self, folder: Path, loader: Batches) -> None:
+        state = torch.load(folder / "last.pt", map_location=self.device, weights_only=True)
+        load_model_state(self.model, state["model"])
+        self.best_state = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            raise ValueError("scheduler: expected one exactly if the interrupted run had one")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history = History(**state["history"])
+        self.history.grid_changes = [(step, changes) for step, changes in self.history.grid_changes]
+        self.steps = state["steps"]
+        version, numbers, gauss = state["random"]
+        random.setstate((version, tuple(numbers), gauss))
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        if state["loader"] is not None:
+            loader.generator.set_state(state["loader"].cpu())  # type: ignore[attr-defined]
+
+
+def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """model.load_state_dict(state), after giving every KANLayer the grid size that the state has."""
+    for name, layer in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, KANLayer) and f"{prefix}spline_weight" in state:
+            weight, grid = state[f"{prefix}spline_weight"], state[f"{prefix}grid"]
+            if weight.shape != layer.spline_weight.shape:
+                # The Parameter stays the same object, so that an optimizer keeps it.
+                layer.spline_weight.grad = None
+                layer.spline_weight.data = weight.to(layer.spline_weight)
+                layer.set_grid(grid, weight)
+    model.load_state_dict(state)
+
+
+def _copy_state(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in model.state_dict().items()
+    }
+
+
+def _write(state: Any, path: Path) -> None:
+    """Whole or not at all: an interruption must not leave half a checkpoint."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _latest(blocks: list[Tensor]) -> list[Tensor]:
+    """The last blocks that hold _GRID_ROWS rows."""
+    while len(blocks) > 1 and sum(map(len, blocks[1:])) >= _GRID_ROWS:
+        blocks = blocks[1:]
+    return blocks
+
+
+def _make_optimizer(model: nn.Module, optimizer: Any, lr: float, weight_decay: float) -> Optimizer:
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    if optimizer == "lbfgs":
+        return torch.optim.LBFGS(parameters, lr=lr, line_search_fn="strong_wolfe")
+    if callable(optimizer):
+        made = optimizer(parameters)
+        if isinstance(made, Optimizer):
+            return made
+    raise ValueError(f"optimizer: expected 'adamw', 'lbfgs', an Optimizer or a function that makes one, got {optimizer!r}")
+
+
+def _make_scheduler(optimizer: Optimizer, scheduler: Any) -> LRScheduler | None:
+    if scheduler is None or isinstance(scheduler, LRScheduler):
+        return scheduler
+    if scheduler == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
+    if callable(scheduler):
+        made = scheduler(optimizer)
+        if isinstance(made, LRScheduler):
+            return made
+    raise ValueError(f"scheduler: expected 'plateau', None, a scheduler or a function that makes one, got {scheduler!r}")
+
+
+def _progress_bar(progress: bool | None, done: int, epochs: int) -> Any:
+    if progress is False:
+        return None
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        if progress is None:
+            return None
+        raise ImportError("progress=True needs tqdm: pip install 'kan_fast[train]'") from error
+    return tqdm(total=epochs, initial=done, unit="epoch")
