@@ -15,6 +15,11 @@ from benchmarks.options import Options, Progress
 # --what NAME runs `run(options) -> rows` of the module.
 TOPICS = {
     "layer": ("benchmarks.layer", "one layer: forward, step, optimiser step, second-derivative step, memory"),
+    "sweep": ("benchmarks.sweep", "times along batch, width, grid size and order (--axes)"),
+    "network": ("benchmarks.network", "KANs against MLPs, and the published KAN-benchmarking protocol"),
+    "training": ("benchmarks.training", "accuracy at equal parameters and equal training time (--tasks)"),
+    "latency": ("benchmarks.latency", "small calls against an MLP"),
+    "kernels": ("benchmarks.kernels", "single kernels on a GPU"),
     "bars": ("benchmarks.bars", "the CPU speed bars against nn.Linear of equal parameter count"),
 }
 
@@ -38,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--extras", action="store_true", help="bars: bfloat16, non-uniform grids, no grad of x")
     made.add_argument("--phases", nargs="+", choices=["forward", "step", "optimiser", "second_derivative"],
                       help="layer: only these")
+    made.add_argument("--axes", nargs="+", choices=["batch", "width", "grid_size", "spline_order"], help="sweep: these")
+    made.add_argument("--tasks", nargs="+", choices=["digits", "function", "poisson"], help="training: these")
     made.add_argument("--memory", action="store_true", help="also peak memory (a process for each measurement)")
     made.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
     return made
@@ -73,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         seconds=given.seconds,
         minutes=given.minutes,
         phases=given.phases,
+        axes=given.axes,
+        tasks=given.tasks,
         extras=given.extras,
         memory=given.memory,
         report=progress.report,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kan_fast
-from benchmarks import cases, memory, steps
+from benchmarks import cases, latency, memory, steps
 from benchmarks.cases import BARS, Shape
 from benchmarks.gate import Verdict, judge
 from benchmarks.options import Options
@@ -116,27 +116,6 @@ def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> R
     return row
 
 
-def measure_latency(backend: str, seconds: float) -> Row:
-    """KAN([2, 5, 1]) on 64 samples against an MLP [2, 50, 1] with SiLU, forward and step."""
-    torch.manual_seed(0)
-    kan = kan_fast.KAN([2, 5, 1], backend=backend)
-    mlp = nn.Sequential(nn.Linear(2, 50), nn.SiLU(), nn.Linear(50, 1))
-    x, cotangent = cases.uniform_input(64, 2), torch.ones(64, 1)
-    row: Row = {"what": "latency", "backend": backend, "dtype": "float32", "case": "KAN([2,5,1]) batch 64"}
-    for phase, calls in (
-        ("forward", {"kan": steps.forward(kan, x), "mlp": steps.forward(mlp, x)}),
-        ("step", {"kan": steps.step(kan, x, cotangent), "mlp": steps.step(mlp, x, cotangent)}),
-    ):
-        timings = time_interleaved(calls, budget=seconds, warm_up=50)
-        ratio = timings["kan"].ratio_to(timings["mlp"])
-        row[f"{phase}_us"] = timings["kan"].median * 1e6
-        row[f"{phase}_mlp_us"] = timings["mlp"].median * 1e6
-        row[f"{phase}_ratio"] = ratio
-        row[f"{phase}_bar"] = cases.BAR_LATENCY
-        row[f"{phase}_verdict"] = _verdict(ratio, cases.BAR_LATENCY)
-    return row
-
-
 def print_row(row: Row, report: Report) -> None:
     if "failed" in row:
         report(f"{Shape.parse(row['shape'])!s:24} WRONG: {row['failed']}")
@@ -175,14 +154,6 @@ def print_row(row: Row, report: Report) -> None:
         report(" " * 24 + f" | peak extra memory of a step {ours:.1f} MiB, linear {linear:.1f} MiB {verdict}")
 
 
-def print_latency(row: Row, report: Report) -> None:
-    for phase in ("forward", "step"):
-        report(
-            f"{row['case']}: {phase} {row[f'{phase}_us']:.1f} us, MLP [2,50,1] {row[f'{phase}_mlp_us']:.1f} us, "
-            f"ratio {row[f'{phase}_ratio']:.2f} <= {row[f'{phase}_bar']:.2f} {row[f'{phase}_verdict']}"
-        )
-
-
 def run(options: Options) -> list[Row]:
     """Measure and print; without shapes all bars and the latency line."""
     report = options.report
@@ -196,7 +167,6 @@ def run(options: Options) -> list[Row]:
         print_row(row, report)
         rows.append(row)
     if options.shapes is None:
-        latency = measure_latency(options.backend, options.seconds)
-        print_latency(latency, report)
-        rows.append(latency)
+        rows.append(latency.measure(*latency.CASES[0], options))
+        latency.print_row(rows[-1], report)
     return rows

@@ -215,7 +215,7 @@ def print_case(rows: list[Row], phases: list[str], report: Callable[[str], None]
             remarks.append(f"  {row['contestant']}: {'absent, ' + row['absent'] if 'absent' in row else row['failed']}")
             continue
         remarks += [f"  {row['contestant']}, {p}: {row[f'{p}_failed']}" for p in phases if f"{p}_failed" in row]
-        error = f"{row['error']:.1e}" if "error" in row else "another function" if not row["same_function"] else "-"
+        error = f"{row['error']:.1e}" if "error" in row else "-" if "linear" in row["contestant"] else "another function"
         peak = [f"{row[key]:.1f}" if key in row else "-" for key in ("forward_memory_mib", "step_memory_mib")]
         cells = [row["contestant"], *(_cell(row, phase) for phase in phases), error, " / ".join(peak)]
         report(" | ".join(f"{text:>22}" for text in cells))

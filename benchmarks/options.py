@@ -24,6 +24,8 @@ class Options:
     dtypes: list[str] = field(default_factory=lambda: ["float32"])
     peers: list[str] | None = None  # None: all that can be imported
     peer_paths: list[Path] = field(default_factory=list)
+    axes: list[str] | None = None  # sweep
+    tasks: list[str] | None = None  # training
     seconds: float = 2.0
     minutes: float | None = None
     phases: list[str] | None = None  # layer: forward, step, optimiser, second_derivative

@@ -1,0 +1,95 @@
+"""Small calls, where the cost of a call matters more than arithmetic: KAN networks against MLPs of equal depth."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import kan_fast
+from benchmarks import cases, steps
+from benchmarks.cases import BAR_LATENCY
+from benchmarks.options import Options
+from benchmarks.timing import time_interleaved
+
+Row = dict[str, Any]
+# Widths of the KAN, widths of the MLP, batch. The first is the one with a bar.
+CASES: list[tuple[list[int], list[int], int]] = [
+    ([2, 5, 1], [2, 50, 1], 64),
+    ([2, 5, 1], [2, 50, 1], 1),
+    ([64, 32, 10], [64, 256, 10], 1),
+    ([64, 32, 10], [64, 256, 10], 64),
+]
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """Linear layers of these widths with SiLU between them."""
+    layers: list[nn.Module] = []
+    for into, out in itertools.pairwise(widths):
+        layers += [nn.Linear(into, out), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: Options) -> Row:
+    """Microseconds of forward and step (gradients of x and all parameters), and ratios to the MLP's."""
+    torch.manual_seed(0)
+    kan = kan_fast.KAN(kan_widths, backend=options.backend).to(options.device)
+    dense = mlp(mlp_widths).to(options.device)
+    x = cases.uniform_input(batch, kan_widths[0], device=options.device)
+    cotangent = torch.ones(batch, kan_widths[-1], device=options.device)
+    row: Row = {
+        "what": "latency",
+        "backend": options.backend,
+        "dtype": "float32",
+        "kan": kan_widths,
+        "mlp": mlp_widths,
+        "batch": batch,
+    }
+    for phase, calls in (
+        ("forward", {"kan": steps.forward(kan, x), "mlp": steps.forward(dense, x)}),
+        ("step", {"kan": steps.step(kan, x, cotangent), "mlp": steps.step(dense, x, cotangent)}),
+    ):
+        # On a GPU too the host's clock is the right one: what counts is how fast calls can be issued and finished.
+        if options.device == "cuda":
+            calls = {name: _synchronised(call) for name, call in calls.items()}
+        timings = time_interleaved(calls, budget=options.seconds, warm_up=50)
+        row[f"{phase}_us"] = timings["kan"].median * 1e6
+        row[f"{phase}_mlp_us"] = timings["mlp"].median * 1e6
+        row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
+        row[f"{phase}_spread"] = timings["kan"].spread
+    if (kan_widths, mlp_widths, batch) == CASES[0] and options.device == "cpu":
+        for phase in ("forward", "step"):
+            row[f"{phase}_bar"] = BAR_LATENCY
+            row[f"{phase}_verdict"] = "PASS" if row[f"{phase}_ratio"] <= BAR_LATENCY else "MISS"
+    return row
+
+
+def _synchronised(call: Callable[[], object]) -> Callable[[], object]:
+    def finished() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return finished
+
+
+def print_row(row: Row, report: Callable[[str], None]) -> None:
+    cells = []
+    for phase in ("forward", "step"):
+        bar = f" <= {row[f'{phase}_bar']:.2f} {row[f'{phase}_verdict']}" if f"{phase}_bar" in row else ""
+        cells.append(
+            f"{phase} {row[f'{phase}_us']:.1f} us, MLP {row[f'{phase}_mlp_us']:.1f} us, "
+            f"ratio {row[f'{phase}_ratio']:.2f}{bar}"
+        )
+    report(f"KAN({row['kan']}) on {row['batch']} samples against MLP {row['mlp']}: " + " | ".join(cells))
+
+
+def run(options: Options) -> list[Row]:
+    rows = []
+    for kan_widths, mlp_widths, batch in CASES:
+        options.progress(f"latency {kan_widths} batch {batch}")
+        rows.append(measure(kan_widths, mlp_widths, batch, options))
+        print_row(rows[-1], options.report)
+    return rows
