@@ -43,7 +43,7 @@ ISA_FLAGS = {
 # and the order of operations mean what they say.
 COMMON_FLAGS = [
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"),
 ]
 OPTIMIZE_FLAGS = ["-O3", "-DNDEBUG"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -1,0 +1,209 @@
+// contract_output(x, s, W, n)[b, o] = sum_{i,f} s phi_f^(n)(x) W: the forward pass, and every derivative's share of it.
+#include "bucket.h"
+#include "narrow.h"
+
+namespace kan::cpu::KAN_ISA {
+namespace {
+
+// One input on one tile: y[row][0 .. V N) += window weights * coefficients (+ base), bucket by bucket.
+//   y (rows, V N) packed; c: coefficient window; base: row of base weights (V N) or null.
+template <class T, int M, int V, bool BASE, bool SCALED>
+void accumulate_outputs(const Tile<T>& tile, const Window<T>& c, const T* base, T* __restrict y) {
+  using Vt = Vec<T>;
+  constexpr int N = Simd<T>::N;
+  alignas(64) static const T zeros[V * N] = {};
+  Vt b[V];
+  if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = load<T>(base + v * N); }
+  for (int g = 0; g <= tile.buckets; ++g) {
+    const uint8_t *row = tile.rows + tile.start[g], *end = tile.rows + tile.start[g + 1];
+    if (row == end) continue;
+    if (g == tile.buckets) {
+      if (BASE)
+        do {
+          T* out = y + ptrdiff_t(*row) * (V * N);
+          const T s = tile.base[*row++];
+          KAN_UNROLL for (int v = 0; v < V; ++v) store<T>(out + v * N, load<T>(out + v * N) + s * b[v]);
+        } while (row < end);
+      continue;
+    }
+    const T* p[M];
+    KAN_UNROLL for (int m = 0; m < M; ++m) {
+      int r = g + c.offset + m;
+      p[m] = r >= 0 && r < c.count ? c.rows + r * c.stride : zeros;
+    }
+    Vt last[V], d[M > 1 ? M - 1 : 1][V];
+    KAN_UNROLL for (int v = 0; v < V; ++v) {
+      last[v] = load<T>(p[M - 1] + v * N);
+      KAN_UNROLL for (int m = 0; m < M - 1; ++m) d[m][v] = load<T>(p[m] + v * N) - last[v];
+    }
+    do {
+      const ptrdiff_t r = *row++;
+      T* out = y + r * (V * N);
+      Vt a[V];
+      if (SCALED) {
+        const T s = tile.total[r];
+        KAN_UNROLL for (int v = 0; v < V; ++v) a[v] = load<T>(out + v * N) + s * last[v];
+      } else {
+        KAN_UNROLL for (int v = 0; v < V; ++v) a[v] = load<T>(out + v * N) + last[v];
+      }
+      KAN_UNROLL for (int m = 0; m < M - 1; ++m) {
+        const T w = tile.w[m][r];
+        KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += w * d[m][v];
+      }
+      if (BASE) {
+        const T s = tile.base[r];
+        KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += s * b[v];
+      }
+      KAN_UNROLL for (int v = 0; v < V; ++v) store<T>(out + v * N, a[v]);
+    } while (row < end);
+  }
+}
+
+template <class T> using OutputKernel = void (*)(const Tile<T>&, const Window<T>&, const T*, T*);
+
+template <class T, int M, int V> OutputKernel<T> pick_flags(bool base, bool scaled) {
+  if (base) return scaled ? accumulate_outputs<T, M, V, true, true> : accumulate_outputs<T, M, V, true, false>;
+  return scaled ? accumulate_outputs<T, M, V, false, true> : accumulate_outputs<T, M, V, false, false>;
+}
+template <class T, int M> OutputKernel<T> pick_vectors(int vectors, bool base, bool scaled) {
+  if constexpr (widest_tile(M) >= 4) { if (vectors == 4) return pick_flags<T, M, 4>(base, scaled); }
+  if constexpr (widest_tile(M) >= 2) { if (vectors == 2) return pick_flags<T, M, 2>(base, scaled); }
+  return pick_flags<T, M, 1>(base, scaled);
+}
+template <class T> OutputKernel<T> pick(int window, int vectors, bool base, bool scaled) {
+  switch (window) {
+    case 1: return pick_vectors<T, 1>(vectors, base, scaled);
+    case 2: return pick_vectors<T, 2>(vectors, base, scaled);
+    case 3: return pick_vectors<T, 3>(vectors, base, scaled);
+    case 4: return pick_vectors<T, 4>(vectors, base, scaled);
+    case 5: return pick_vectors<T, 5>(vectors, base, scaled);
+    default: return pick_vectors<T, 6>(vectors, base, scaled);
+  }
+}
+
+template <class T> struct OutputTask {
+  const Problem<T>& p;
+  const Runtime& runtime;
+  int64_t rows_per_task, outs_per_task, out_tasks;
+};
+
+// Rows [b0, b1) x outputs [o0, o1): for each block of inputs, prepare all tiles once, then run every output tile over them.
+template <class T> void output_range(const Problem<T>& p, const Runtime& runtime, int64_t b0, int64_t b1, int64_t o0,
+                                     int64_t o1) {
+  constexpr int N = Simd<T>::N;
+  const Order<T> order(p, p.n_output, p.scale);
+  const int64_t O = p.out_features, I = p.in_features;
+  const int bases = p.bases(), buckets = bucket_count(p), n = order.n;
+  const int tiles = int((b1 - b0 + kTileRows - 1) / kTileRows);
+  const bool base = p.base_weight != nullptr;
+  const int width = widest_tile(order.window) * N;
+
+  Arena arena(runtime);
+  const size_t knots_scratch = Knots<T>::scratch(p.knots(), p.spline_order);
+  arena.reserve<Tile<T>>(size_t(tiles) * kBlockInputs);
+  arena.reserve<uint16_t>(size_t(tiles) * kBlockInputs * (buckets + 2));
+  arena.reserve<T>(2 * kBlockInputs * kTileRows + knots_scratch + size_t(bases + n + 2) * width +
+                   size_t(tiles) * kTileRows * width);
+  arena.commit();
+  Tile<T>* tile = arena.take<Tile<T>>(size_t(tiles) * kBlockInputs);
+  uint16_t* starts = arena.take<uint16_t>(size_t(tiles) * kBlockInputs * (buckets + 2));
+  T* column = arena.take<T>(kBlockInputs * kTileRows);
+  T* scale_column = arena.take<T>(kBlockInputs * kTileRows);
+  T* knots_memory = arena.take<T>(knots_scratch);
+  T* packed = arena.take<T>(size_t(bases + n + 1) * width);
+  T* packed_base = arena.take<T>(width);
+  T* y = arena.take<T>(size_t(tiles) * kTileRows * width);
+
+  for (int64_t i0 = 0; i0 < I; i0 += kBlockInputs) {
+    const int inputs = int(smaller<int64_t>(kBlockInputs, I - i0));
+    for (int t = 0; t < tiles; ++t) {
+      const int64_t first = b0 + int64_t(t) * kTileRows;
+      const int rows = int(smaller<int64_t>(kTileRows, b1 - first));
+      transpose<T>(p.x + first * I + i0, I, rows, inputs, column, kTileRows);
+      if (p.scale) transpose<T>(p.scale + first * I + i0, I, rows, inputs, scale_column, kTileRows);
+      for (int i = 0; i < inputs; ++i) {
+        Tile<T>& here = tile[t * kBlockInputs + i];
+        here.start = starts + ptrdiff_t(t * kBlockInputs + i) * (buckets + 2);
+        here.buckets = buckets;
+        Knots<T> knots;
+        knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), p.spline_order, p.outside, knots_memory);
+        prepare_tile(p, knots, order, column + i * kTileRows, p.scale ? scale_column + i * kTileRows : nullptr, rows, here);
+      }
+    }
+    for (int64_t o = o0; o < o1;) {
+      const OutputTile<T> out = output_tile<T>(o, o1, order.window);
+      const int w = out.vectors * N;
+      const OutputKernel<T> kernel = pick<T>(order.window, out.vectors, base, order.scaled);
+      // A sum of its own for every block of inputs keeps float error near that of a blocked matrix product.
+      memset(y, 0, sizeof(T) * size_t(tiles) * kTileRows * size_t(w));
+      for (int i = 0; i < inputs; ++i) {
+        const T* c = p.spline_weight + (i0 + i) * bases * O + o;
+        const T* b = base ? p.base_weight + (i0 + i) * O + o : nullptr;
+        Window<T> window{c, O, bases, (p.outside == kZero ? 0 : p.spline_order) - p.spline_order + n};
+        if (!order.spline) {
+          window.count = 0;
+        } else if (n > 0 || !out.whole()) {
+          difference(p.grid + (i0 + i) * p.knots(), p.spline_order, n, bases, c, O, out.columns, w, packed);
+          window = {packed, w, bases + n, window.offset};
+        } else if (i + 1 < inputs) {
+          for (int f = 0; f < bases; ++f)
+            for (int v = 0; v < out.vectors; ++v) __builtin_prefetch(c + (bases + f) * O + v * N);
+        }
+        if (base && !out.whole()) {
+          copy_padded(b, out.columns, w, packed_base);
+          b = packed_base;
+        }
+        for (int t = 0; t < tiles; ++t) kernel(tile[t * kBlockInputs + i], window, b, y + ptrdiff_t(t) * kTileRows * w);
+      }
+      for (int64_t r = b0; r < b1; ++r) {
+        const T* from = y + (r - b0) * w;
+        T* to = p.y + r * O + o;
+        if (i0 == 0) {
+          memcpy(to, from, sizeof(T) * size_t(out.columns));
+        } else {
+          int c = 0;
+          for (; c + N <= out.columns; c += N) store<T>(to + c, load<T>(to + c) + load<T>(from + c));
+          for (; c < out.columns; ++c) to[c] += from[c];
+        }
+      }
+      o += out.columns;
+    }
+  }
+}
+
+}  // namespace
+
+template <class T> void contract_output(const Problem<T>& p, const Runtime& runtime) {
+  if (p.batch == 0 || p.out_features == 0) return;
+  if (p.in_features == 0) {
+    memset(p.y, 0, sizeof(T) * size_t(p.batch) * size_t(p.out_features));
+    return;
+  }
+  if (narrow::serves_output(p)) return narrow::contract_output(p, runtime);
+  // Two tiles a task share the coefficients in L2. Small batches are split over outputs as well.
+  const int64_t work = p.batch * p.in_features * p.out_features;
+  int64_t threads = smaller<int64_t>(runtime.threads, larger<int64_t>(1, work / kMinimumWork));
+  int64_t rows = smaller<int64_t>(2 * kTileRows, (p.batch + threads - 1) / threads);
+  if (threads == 1 && p.batch <= kTileRows) rows = p.batch;
+  int64_t row_tasks = (p.batch + rows - 1) / rows, out_tasks = 1, outs = p.out_features;
+  if (threads > 1 && rows < kTileRows / 2 && p.out_features >= 128) {
+    rows = smaller<int64_t>(p.batch, kTileRows);
+    row_tasks = (p.batch + rows - 1) / rows;
+    out_tasks = smaller<int64_t>(threads, p.out_features / 64);
+    outs = ((p.out_features + out_tasks - 1) / out_tasks + 63) / 64 * 64;
+    out_tasks = (p.out_features + outs - 1) / outs;
+  }
+  OutputTask<T> task{p, runtime, rows, outs, out_tasks};
+  auto body = [](void* context, int64_t index) {
+    const OutputTask<T>& k = *static_cast<OutputTask<T>*>(context);
+    const int64_t b = index / k.out_tasks * k.rows_per_task, o = index % k.out_tasks * k.outs_per_task;
+    output_range(k.p, k.runtime, b, smaller(k.p.batch, b + k.rows_per_task), o,
+                 smaller(k.p.out_features, o + k.outs_per_task));
+  };
+  runtime.parallel(row_tasks * out_tasks, body, &task);
+}
+
+template void contract_output<float>(const Problem<float>&, const Runtime&);
+template void contract_output<double>(const Problem<double>&, const Runtime&);
+
+}  // namespace kan::cpu::KAN_ISA

@@ -1,0 +1,224 @@
+// Vectors of the instruction set this file is compiled for. GCC/Clang vector extensions do the arithmetic on every
+// machine; intrinsics stand only where a shuffle decides the speed. Nothing here may come from the standard library's
+// templates: the linker would merge a copy compiled for AVX-512 into code that must run without it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef KAN_ISA
+#define KAN_ISA baseline
+#endif
+#if defined(KAN_ISA_AVX512)
+#define KAN_BYTES 64
+#elif defined(KAN_ISA_AVX2)
+#define KAN_BYTES 32
+#else
+#define KAN_BYTES 16
+#endif
+
+#define KAN_UNROLL _Pragma("GCC unroll 16")
+
+namespace kan::cpu::KAN_ISA {
+
+template <class T> struct Simd;
+template <> struct Simd<float> {
+  static constexpr int N = KAN_BYTES / 4;
+  typedef float V __attribute__((vector_size(KAN_BYTES), may_alias));
+  typedef float U __attribute__((vector_size(KAN_BYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(KAN_BYTES)));
+  using Int = int32_t;
+  static constexpr float kEpsilon = 1.1920929e-7f;
+};
+template <> struct Simd<double> {
+  static constexpr int N = KAN_BYTES / 8;
+  typedef double V __attribute__((vector_size(KAN_BYTES), may_alias));
+  typedef double U __attribute__((vector_size(KAN_BYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(KAN_BYTES)));
+  using Int = int64_t;
+  static constexpr double kEpsilon = 2.220446049250313e-16;
+};
+
+template <class T> using Vec = typename Simd<T>::V;
+template <class T> using VecInt = typename Simd<T>::I;
+
+template <class T> KAN_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::U*>(p); }
+template <class T> KAN_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename Simd<T>::U*>(p) = v; }
+template <class T> KAN_INLINE Vec<T> broadcast(T a) { return a - Vec<T>{}; }
+template <class T> KAN_INLINE VecInt<T> to_int(Vec<T> v) { return __builtin_convertvector(v, VecInt<T>); }
+template <class T> KAN_INLINE Vec<T> to_real(VecInt<T> v) { return __builtin_convertvector(v, Vec<T>); }
+template <class T> KAN_INLINE bool any(VecInt<T> mask) {
+  typename Simd<T>::Int bits = 0;
+  for (int lane = 0; lane < Simd<T>::N; ++lane) bits |= mask[lane];
+  return bits != 0;
+}
+#if defined(KAN_ISA_AVX512)
+template <> KAN_INLINE bool any<float>(VecInt<float> mask) {
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+#endif
+
+// A lane-wise table: entry index[lane] for every lane. Up to two registers of entries are permuted, longer ones gathered.
+// The table must be readable up to a multiple of the vector length.
+template <class T> KAN_INLINE Vec<T> lookup(const T* table, int length, VecInt<T> index) {
+#if defined(KAN_ISA_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    if (length <= 16) return (Vec<T>)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+    if (length <= 32)
+      return (Vec<T>)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+    return (Vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)index, table, 4);
+  } else {
+    if (length <= 8) return (Vec<T>)_mm512_permutexvar_pd((__m512i)index, _mm512_loadu_pd(table));
+    if (length <= 16)
+      return (Vec<T>)_mm512_permutex2var_pd(_mm512_loadu_pd(table), (__m512i)index, _mm512_loadu_pd(table + 8));
+    return (Vec<T>)_mm512_mask_i64gather_pd(_mm512_setzero_pd(), 0xff, (__m512i)index, table, 8);
+  }
+#elif defined(KAN_ISA_AVX2)
+  (void)length;
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_i32gather_ps(table, (__m256i)index, 4);
+  else return (Vec<T>)_mm256_i64gather_pd(table, (__m256i)index, 8);
+#else
+  (void)length;
+  Vec<T> result;
+  for (int lane = 0; lane < Simd<T>::N; ++lane) result[lane] = table[index[lane]];
+  return result;
+#endif
+}
+
+template <class T> KAN_INLINE T sum(Vec<T> v) {
+  T total = 0;
+  for (int lane = 0; lane < Simd<T>::N; ++lane) total += v[lane];
+  return total;
+}
+
+// out[q] = sum of the lanes of a[q], q = 0 .. 3.
+template <class T> KAN_INLINE void sum4(const Vec<T>* a, T* out) {
+  KAN_UNROLL for (int q = 0; q < 4; ++q) out[q] = sum<T>(a[q]);
+}
+#if defined(KAN_ISA_AVX512)
+template <> KAN_INLINE void sum4<float>(const Vec<float>* a, float* out) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[0], (__m512)a[1]), _mm512_unpackhi_ps((__m512)a[0], (__m512)a[1]));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[2], (__m512)a[3]), _mm512_unpackhi_ps((__m512)a[2], (__m512)a[3]));
+  __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+template <> KAN_INLINE float sum<float>(Vec<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+#elif defined(KAN_ISA_AVX2)
+template <> KAN_INLINE void sum4<float>(const Vec<float>* a, float* out) {
+  __m256 ab = _mm256_hadd_ps((__m256)a[0], (__m256)a[1]), cd = _mm256_hadd_ps((__m256)a[2], (__m256)a[3]);
+  __m256 abcd = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+}
+#endif
+
+// exp(x) for x <= 0; relative error about 1 ulp (Cephes' argument reduction and, for float, its polynomial).
+KAN_INLINE Vec<float> exp_negative(Vec<float> x) {
+  using V = Vec<float>;
+  x = x > -87.0f ? x : broadcast<float>(-87.0f);
+  VecInt<float> n = to_int<float>(x * 1.44269504088896341f - 0.5f);
+  V nf = to_real<float>(n);
+  V r = x - nf * 0.693359375f;
+  r = r - nf * -2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return p * (V)((n + 127) << 23);
+}
+KAN_INLINE Vec<double> exp_negative(Vec<double> x) {
+  using V = Vec<double>;
+  x = x > -708.0 ? x : broadcast<double>(-708.0);
+  VecInt<double> n = to_int<double>(x * 1.4426950408889634 - 0.5);
+  V nf = to_real<double>(n);
+  V r = x - nf * 0.693145751953125;
+  r = r - nf * 1.42860682030941723212e-6;
+  // Taylor to r^13: |r| <= ln(2)/2 leaves 4e-18.
+  V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * (r * r) + (r + 1.0);
+  return p * (V)((n + 1023) << 52);
+}
+
+// out[i * ld_out + b] = in[b * ld_in + i] for b < rows, i < columns. On AVX-512 in blocks of 16 x 16 registers.
+template <class T>
+inline void transpose(const T* in, ptrdiff_t ld_in, int64_t rows, int64_t columns, T* out, ptrdiff_t ld_out) {
+  for (int64_t b0 = 0; b0 < rows; b0 += 16) {
+    int64_t b1 = b0 + 16 < rows ? b0 + 16 : rows;
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t b = b0; b < b1; ++b) out[i * ld_out + b] = in[b * ld_in + i];
+  }
+}
+#if defined(KAN_ISA_AVX512)
+static inline __mmask16 lanes16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+static inline void transpose16(__m512* r) {
+  __m512 t[16];
+  auto pd = [](__m512 v) { return _mm512_castps_pd(v); };
+  auto ps = [](__m512d v) { return _mm512_castpd_ps(v); };
+  KAN_UNROLL for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  KAN_UNROLL for (int i = 0; i < 4; ++i) {
+    r[4 * i] = ps(_mm512_unpacklo_pd(pd(t[4 * i]), pd(t[4 * i + 2])));
+    r[4 * i + 1] = ps(_mm512_unpackhi_pd(pd(t[4 * i]), pd(t[4 * i + 2])));
+    r[4 * i + 2] = ps(_mm512_unpacklo_pd(pd(t[4 * i + 1]), pd(t[4 * i + 3])));
+    r[4 * i + 3] = ps(_mm512_unpackhi_pd(pd(t[4 * i + 1]), pd(t[4 * i + 3])));
+  }
+  KAN_UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  KAN_UNROLL for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+template <>
+inline void transpose<float>(const float* in, ptrdiff_t ld_in, int64_t rows, int64_t columns, float* out,
+                             ptrdiff_t ld_out) {
+  for (int64_t i0 = 0; i0 < columns; i0 += 16)
+    for (int64_t b0 = 0; b0 < rows; b0 += 16) {
+      __m512 r[16];
+      __mmask16 in_mask = lanes16(columns - i0), out_mask = lanes16(rows - b0);
+      KAN_UNROLL for (int k = 0; k < 16; ++k)
+        r[k] = b0 + k < rows ? _mm512_maskz_loadu_ps(in_mask, in + (b0 + k) * ld_in + i0) : _mm512_setzero_ps();
+      transpose16(r);
+      int64_t count = columns - i0 < 16 ? columns - i0 : 16;
+      for (int k = 0; k < count; ++k) _mm512_mask_storeu_ps(out + (i0 + k) * ld_out + b0, out_mask, r[k]);
+    }
+}
+#endif
+
+// Copies `count` values and fills up with zeros to `width`.
+template <class T> KAN_INLINE void copy_padded(const T* in, int64_t count, int64_t width, T* out) {
+  memcpy(out, in, sizeof(T) * size_t(count));
+  if (width > count) memset(out + count, 0, sizeof(T) * size_t(width - count));
+}
+
+template <class T> KAN_INLINE T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> KAN_INLINE T larger(T a, T b) { return a > b ? a : b; }
+
+}  // namespace kan::cpu::KAN_ISA

@@ -1,0 +1,50 @@
+// What the operators ask of the kernels: plain structs of raw pointers, no torch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace kan {
+
+enum Activation : int { kNone = 0, kSilu = 1, kIdentity = 2, kGelu = 3, kRelu = 4, kTanh = 5 };
+enum Outside : int { kZero = 0, kLinear = 1, kClamp = 2 };
+
+constexpr int kMaxOrder = 5;
+
+// One of the three contractions of T_n = sum s phi^(n)(x) W g, or the fused first backward. All tensors contiguous, of one
+// type T (float or double). A null output is not computed.
+template <class T>
+struct Problem {
+  int64_t batch, in_features, out_features;
+  int grid_size, spline_order;
+  int activation, outside;
+  const T* x;              // (batch, in)
+  const T* scale;          // (batch, in) or null
+  const T* spline_weight;  // (in, grid_size + spline_order, out)
+  const T* base_weight;    // (in, out) or null
+  const T* grid;           // (in, grid_size + 2 spline_order + 1)
+  const T* g;              // (batch, out)
+  int n_output, n_input, n_weight;  // derivative order of each contraction
+  T* y;                    // (batch, out):  contract_output
+  T* dx;                   // (batch, in):   contract_input
+  T* d_spline;             // as spline_weight: contract_weight
+  T* d_base;               // as base_weight or null
+
+  int bases() const { return grid_size + spline_order; }
+  int knots() const { return grid_size + 2 * spline_order + 1; }
+};
+
+// How a kernel spreads its tasks over threads and where it gets scratch memory from.
+struct Runtime {
+  int threads;
+  // Calls body(context, task) for every task in [0, tasks), each once, on any thread.
+  void (*parallel)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  // At least `bytes` of 64-byte aligned memory, private to the calling thread until its next request.
+  char* (*workspace)(size_t bytes);
+};
+
+namespace cpu {
+template <class T> void contract_output(const Problem<T>&, const Runtime&);
+template <class T> void contract_backward(const Problem<T>&, const Runtime&);  // dx, d_spline, d_base: any subset
+}  // namespace cpu
+
+}  // namespace kan

@@ -1,0 +1,289 @@
+// The only file that knows torch: checks, conversions, allocation, launch. Bound through torch's stable ABI, so that one
+// library serves torch 2.10 and every later version, on every Python.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace {
+
+using kan::Problem;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument("kan_fast: " + message);
+}
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + ")";
+}
+
+void expect_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == int64_t(sizes.size());
+  int64_t d = 0;
+  std::string wanted = "(";
+  for (int64_t size : sizes) {
+    same = same && t.size(d) == size;
+    wanted += (d ? ", " : "") + std::to_string(size);
+    ++d;
+  }
+  if (!same) require(false, std::string(name) + " must have shape " + wanted + "), got " + shape_of(t));
+}
+
+bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+// The compute type: float64 for float64 weights, float32 for all others. x may be narrower or wider than the weights, but
+// float64 goes with float64 only.
+ScalarType compute_type(const Tensor& x, const Tensor& weights) {
+  require(is_floating(x.scalar_type()), "x must be floating point");
+  require(is_floating(weights.scalar_type()), "weights must be floating point");
+  const bool wide = weights.scalar_type() == ScalarType::Double;
+  require(wide == (x.scalar_type() == ScalarType::Double), "x and the weights must both be float64 or both narrower");
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+// Contiguous and of the compute type; the tensor itself where it is so already.
+Tensor prepared(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(t, type));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+Tensor as_type(Tensor t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+struct AlignedBuffer {
+  char* memory = nullptr;
+  size_t size = 0;
+  ~AlignedBuffer() { std::free(memory); }
+};
+
+char* workspace(size_t bytes) {
+  // Kept for the life of the thread: a fresh block of this size would be a fresh mapping, and page faults, on every call.
+  thread_local AlignedBuffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.memory);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.memory = static_cast<char*>(std::aligned_alloc(4096, buffer.size));
+    if (!buffer.memory) {
+      buffer.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.memory;
+}
+
+void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (tasks == 1) return body(context, 0);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(context, task);
+  });
+}
+
+kan::Runtime runtime() { return {int(torch::stable::get_num_threads()), parallel, workspace}; }
+
+// Shapes and codes shared by all operators; tensors that an operator lacks are null.
+template <class T> struct Call {
+  Problem<T> p{};
+  Tensor x, grid;
+  MaybeTensor scale, spline, base, g;
+
+  static const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+  static T* out(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+};
+
+void check_codes(int64_t activation, int64_t outside, int64_t n) {
+  require(activation >= kan::kNone && activation <= kan::kTanh, "activation code must be 0..5, got " + std::to_string(activation));
+  require(outside >= kan::kZero && outside <= kan::kClamp, "outside code must be 0..2, got " + std::to_string(outside));
+  require(n >= 0 && n <= 32, "derivative order n must be 0..32, got " + std::to_string(n));
+}
+
+template <class T>
+Call<T> prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
+                const MaybeTensor& g, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside,
+                ScalarType type) {
+  Call<T> call;
+  Problem<T>& p = call.p;
+  p.batch = x.size(0);
+  p.in_features = x.size(1);
+  p.spline_order = int(spline_order);
+  p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
+  p.activation = int(activation);
+  p.outside = int(outside);
+  call.x = prepared(x, type);
+  call.grid = prepared(grid, type);
+  p.x = Call<T>::data(call.x);
+  p.grid = Call<T>::data(call.grid);
+  if (scale) {
+    expect_shape("scale", *scale, {p.batch, p.in_features});
+    call.scale = prepared(*scale, type);
+    p.scale = Call<T>::data(*call.scale);
+  }
+  if (spline) {
+    p.out_features = spline->size(2);
+    call.spline = prepared(*spline, type);
+    p.spline_weight = Call<T>::data(*call.spline);
+  }
+  if (g) {
+    require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
+    if (!spline) p.out_features = g->size(1);
+    expect_shape("g", *g, {p.batch, p.out_features});
+    call.g = prepared(*g, type);
+    p.g = Call<T>::data(*call.g);
+  }
+  if (base) {
+    expect_shape("base_weight", *base, {p.in_features, p.out_features});
+    call.base = prepared(*base, type);
+    p.base_weight = Call<T>::data(*call.base);
+  }
+  return call;
+}
+
+int64_t order_of(const Tensor& x, const Tensor& spline, const Tensor& grid) {
+  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
+  require(spline.dim() == 3 && spline.size(0) == x.size(1),
+          "spline_weight must have shape (" + std::to_string(x.size(1)) + ", grid_size + spline_order, out), got " + shape_of(spline));
+  require(grid.dim() == 2 && grid.size(0) == x.size(1),
+          "grid must have shape (" + std::to_string(x.size(1)) + ", grid_size + 2 * spline_order + 1), got " + shape_of(grid));
+  return grid.size(1) - spline.size(1) - 1;
+}
+
+void check_order(int64_t order, const Tensor& grid) {
+  require(order >= 0 && order <= kan::kMaxOrder, "spline_order must be 0.." + std::to_string(kan::kMaxOrder) +
+                                                     " here, got " + std::to_string(order));
+  require(grid.size(1) - 2 * order - 1 >= 1,
+          "grid must hold at least one interval, got " + std::to_string(grid.size(1)) + " knots for spline_order " + std::to_string(order));
+  require(grid.scalar_type() == ScalarType::Float || grid.scalar_type() == ScalarType::Double, "grid must be float32 or float64");
+}
+
+void check_base(const MaybeTensor& base, int64_t activation) {
+  require((activation == kan::kNone) == !base, "base_weight must be given exactly when activation is not none");
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+template <class T>
+Tensor output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base, const Tensor& grid,
+              int64_t order, int64_t activation, int64_t outside, int64_t n, ScalarType type) {
+  Call<T> call = prepare<T>(x, scale, spline, base, std::nullopt, grid, order, activation, outside, type);
+  Tensor y = empty(x, {call.p.batch, call.p.out_features}, type);
+  call.p.n_output = int(n);
+  call.p.y = Call<T>::out(y);
+  kan::cpu::contract_output<T>(call.p, runtime());
+  return as_type(y, spline.scalar_type());
+}
+
+Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base,
+                       const Tensor& grid, int64_t activation, int64_t outside, int64_t n) {
+  const int64_t order = order_of(x, spline, grid);
+  check_order(order, grid);
+  check_codes(activation, outside, n);
+  check_base(base, activation);
+  const ScalarType type = compute_type(x, spline);
+  return type == ScalarType::Double ? output<double>(x, scale, spline, base, grid, order, activation, outside, n, type)
+                                    : output<float>(x, scale, spline, base, grid, order, activation, outside, n, type);
+}
+
+struct Gradients {
+  Tensor dx, d_spline, d_base;
+};
+
+// dx of order n_input where spline weights are given, weight gradients of order n_weight where want_weight.
+template <class T>
+Gradients gradients(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
+                    const Tensor& g, const Tensor& grid, int64_t order, int64_t activation, int64_t outside,
+                    int64_t n_input, int64_t n_weight, bool want_weight, ScalarType type) {
+  Call<T> call = prepare<T>(x, scale, spline, base, g, grid, order, activation, outside, type);
+  Problem<T>& p = call.p;
+  p.n_input = int(n_input);
+  p.n_weight = int(n_weight);
+  Gradients out;
+  if (spline) {
+    out.dx = empty(x, {p.batch, p.in_features}, type);
+    p.dx = Call<T>::out(out.dx);
+  }
+  if (want_weight) {
+    out.d_spline = empty(x, {p.in_features, p.bases(), p.out_features}, type);
+    out.d_base = empty(x, {activation == kan::kNone ? 0 : p.in_features, p.out_features}, type);
+    p.d_spline = Call<T>::out(out.d_spline);
+    if (activation != kan::kNone) p.d_base = Call<T>::out(out.d_base);
+  }
+  kan::cpu::contract_backward<T>(p, runtime());
+  if (spline) out.dx = as_type(out.dx, x.scalar_type());
+  if (want_weight) {
+    out.d_spline = as_type(out.d_spline, g.scalar_type());
+    out.d_base = as_type(out.d_base, g.scalar_type());
+  }
+  return out;
+}
+
+Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& g, const Tensor& grid,
+                      int64_t activation, int64_t outside, int64_t n) {
+  const int64_t order = order_of(x, spline, grid);
+  check_order(order, grid);
+  check_codes(activation, outside, n);
+  check_base(base, activation);
+  const ScalarType type = compute_type(x, spline);
+  auto run = type == ScalarType::Double ? gradients<double> : gradients<float>;
+  return run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, 0, false, type).dx;
+}
+
+std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& scale, const Tensor& g, const Tensor& grid,
+                                           int64_t spline_order, int64_t activation, int64_t outside, int64_t n) {
+  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
+  require(grid.dim() == 2 && grid.size(0) == x.size(1), "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
+  check_order(spline_order, grid);
+  check_codes(activation, outside, n);
+  const ScalarType type = compute_type(x, g);
+  auto run = type == ScalarType::Double ? gradients<double> : gradients<float>;
+  Gradients d = run(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, 0, n, true, type);
+  return {d.d_spline, d.d_base};
+}
+
+std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tensor& spline, const MaybeTensor& base,
+                                                     const Tensor& g, const Tensor& grid, int64_t activation,
+                                                     int64_t outside, int64_t n) {
+  const int64_t order = order_of(x, spline, grid);
+  check_order(order, grid);
+  check_codes(activation, outside, n);
+  check_base(base, activation);
+  const ScalarType type = compute_type(x, spline);
+  auto run = type == ScalarType::Double ? gradients<double> : gradients<float>;
+  Gradients d = run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n + 1, n, true, type);
+  return {d.dx, d.d_spline, d.d_base};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(kan_fast_native, m) {
+  m.def("contract_output(Tensor x, Tensor? scale, Tensor spline_weight, Tensor? base_weight, Tensor grid, int activation, "
+        "int outside, int n) -> Tensor");
+  m.def("contract_input(Tensor x, Tensor spline_weight, Tensor? base_weight, Tensor g, Tensor grid, int activation, "
+        "int outside, int n) -> Tensor");
+  m.def("contract_weight(Tensor x, Tensor? scale, Tensor g, Tensor grid, int spline_order, int activation, int outside, "
+        "int n) -> (Tensor, Tensor)");
+  m.def("contract_backward(Tensor x, Tensor spline_weight, Tensor? base_weight, Tensor g, Tensor grid, int activation, "
+        "int outside, int n) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CPU, m) {
+  m.impl("contract_output", TORCH_BOX(&contract_output));
+  m.impl("contract_input", TORCH_BOX(&contract_input));
+  m.impl("contract_weight", TORCH_BOX(&contract_weight));
+  m.impl("contract_backward", TORCH_BOX(&contract_backward));
+}
