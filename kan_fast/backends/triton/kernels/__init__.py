@@ -1,0 +1,1 @@
+"""The kernels and the mathematics that they share; importing it imports Triton."""

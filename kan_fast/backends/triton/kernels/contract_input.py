@@ -1,0 +1,124 @@
+"""dx[b, i] = sum_{f, o} phi_f^(n)(x[b, i]) * weight[i, f, o] * g[b, o]: the kernels."""
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of its functions itself: only tl.constexpr may stand there.
+
+import triton
+import triton.language as tl
+
+from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, spline_features, spread
+from kan_fast.backends.triton.kernels.spline import uniform_inputs
+
+
+@triton.jit
+def pull_back(
+    g, spline_weight, base_weight, rows, row_ok, block, first_base, in_features, out_features, g_row, g_col,
+    FEATURES: tl.constexpr, SPLINE: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """g W^T for a block of inputs: bases (ROWS, BASES * INPUTS), inputs running fastest, and base branch (ROWS, INPUTS)."""
+    k = tl.arange(0, BASES * INPUTS)
+    i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
+    k_ok = (i < in_features) & (f < FEATURES)
+    row_of_weights = (i * FEATURES + f) * out_features
+    inputs = block * INPUTS + tl.arange(0, INPUTS)
+    spline = tl.zeros((ROWS, BASES * INPUTS), DTYPE)
+    base = tl.zeros((ROWS, INPUTS), DTYPE)
+    for start in range(0, out_features, DEPTH):
+        outputs = start + tl.arange(0, DEPTH)
+        ok = outputs < out_features
+        at_g = g + rows[:, None] * g_row + outputs[None, :].to(tl.int64) * g_col
+        pulled = tl.load(at_g, mask=row_ok[:, None] & ok[None, :], other=0.0).to(OPERAND)
+        if SPLINE:
+            at_w = spline_weight + row_of_weights[:, None] + outputs[None, :]
+            w = tl.load(at_w, mask=k_ok[:, None] & ok[None, :], other=0.0).to(OPERAND)
+            spline = tl.dot(pulled, tl.trans(w), spline, input_precision=PRECISION, out_dtype=DTYPE)
+        if BASE:
+            at_w = base_weight + inputs[:, None].to(tl.int64) * out_features + outputs[None, :]
+            w = tl.load(at_w, mask=(inputs < in_features)[:, None] & ok[None, :], other=0.0).to(OPERAND)
+            base = tl.dot(pulled, tl.trans(w), base, input_precision=PRECISION, out_dtype=DTYPE)
+    return spline, base
+
+
+@triton.jit
+def contract_input_wide(
+    x, spline_weight, base_weight, g, all_knots, uniform, dx,
+    batch, in_features, out_features, x_row, x_col, g_row, g_col,
+    ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+    SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile (ROWS, INPUTS) of dx: the product g W^T, weighed by phi^(n) and summed over the bases in its epilogue.
+
+    uniform (blocks of INPUTS inputs,) as uniform_blocks leaves it.
+    """
+    CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
+    BASE: tl.constexpr = ACTIVATION != 0
+    tile = tl.program_id(0)
+    tall, blocks = tl.cdiv(batch, ROWS), tl.cdiv(in_features, INPUTS)
+    group = tile // (GROUP * blocks)
+    height = tl.minimum(tall - group * GROUP, GROUP)
+    within = tile % (GROUP * blocks)
+    block = within // height
+    rows = (group * GROUP + within % height).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_ok = rows < batch
+    inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
+    ok = row_ok[:, None] & (inputs < in_features)
+
+    # The base branch shares the tiles of g with the first bases.
+    spline, base = pull_back(
+        g, spline_weight, base_weight, rows, row_ok, block, 0, in_features, out_features, g_row, g_col,
+        FEATURES, SPLINE, BASE, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, DEPTH,
+    )  # fmt: skip
+    at, s = load_scaled(x, x, rows[:, None], inputs, x_row, x_col, x_row, x_col, ok, False, DTYPE)
+    total = tl.zeros((ROWS, INPUTS), DTYPE)
+    if BASE:
+        total += base * base_feature(at, s, False, ACTIVATION, N)
+    if SPLINE:
+        knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
+        first, values, others = spline_features(at, s, knots, tl.load(uniform + block), False, ORDER, FEATURES, OUTSIDE, N)
+        phi = spread(first, values, others, 0, ROWS, INPUTS, BASES, ORDER)
+        total += tl.sum(tl.reshape(phi * spline, (ROWS, BASES, INPUTS)), 1)
+        for chunk in range(1, CHUNKS):
+            spline, _ = pull_back(
+                g, spline_weight, base_weight, rows, row_ok, block, chunk * BASES, in_features, out_features, g_row, g_col,
+                FEATURES, SPLINE, False, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, DEPTH,
+            )  # fmt: skip
+            phi = spread(first, values, others, chunk * BASES, ROWS, INPUTS, BASES, ORDER)
+            total += tl.sum(tl.reshape(phi * spline, (ROWS, BASES, INPUTS)), 1)
+    at_dx = dx + rows[:, None] * in_features + inputs
+    tl.store(at_dx, total.to(dx.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def contract_input_narrow(
+    x, spline_weight, base_weight, g, all_knots, dx,
+    batch, in_features, out_features, x_row, x_col, g_row, g_col,
+    ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+    SPLINE: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of dx; their g (at most COLUMNS outputs) stays in registers. Plain multiply-add, as in the narrow forward."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    row_ok, column_ok = rows < batch, columns < out_features
+    at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
+    pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(DTYPE)
+    for step in range(in_features):
+        i = tl.zeros((), tl.int64) + step  # the interpreter counts in Python's numbers
+        at, s = load_scaled(x, x, rows, i, x_row, x_col, x_row, x_col, row_ok, False, DTYPE)
+        total = tl.zeros((ROWS,), DTYPE)
+        if SPLINE:
+            knots = knots_of(all_knots, i, in_features, ORDER, FEATURES)
+            flag = uniform_inputs(all_knots, i + tl.arange(0, 1), in_features, ORDER, FEATURES, DTYPE)
+            first, values, _ = spline_features(at, s, knots, flag, False, ORDER, FEATURES, OUTSIDE, N)
+            weights = spline_weight + i * FEATURES * out_features
+            for q in tl.static_range(ORDER + 1):
+                f = first + q
+                exists = (f >= 0) & (f < FEATURES)
+                ok = exists[:, None] & column_ok[None, :]
+                w = tl.load(weights + f[:, None] * out_features + columns[None, :], mask=ok, other=0.0).to(DTYPE)
+                total += tl.where(exists, values[q], 0.0) * tl.sum(w * pulled, 1)
+        if ACTIVATION != 0:
+            w = tl.load(base_weight + i * out_features + columns, mask=column_ok, other=0.0).to(DTYPE)
+            total += base_feature(at, s, False, ACTIVATION, N) * tl.sum(w[None, :] * pulled, 1)
+        tl.store(dx + rows * in_features + i, total.to(dx.dtype.element_ty), mask=row_ok)

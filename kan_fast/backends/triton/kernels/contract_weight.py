@@ -1,0 +1,102 @@
+"""d_weight[i, f, o] = sum_b scale[b, i] * phi_f^(n)(x[b, i]) * g[b, o]: the kernels."""
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of its functions itself: only tl.constexpr may stand there.
+
+import triton
+import triton.language as tl
+
+from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, spline_features, spread
+
+
+@triton.jit
+def contract_weight_split(
+    x, scale, g, all_knots, uniform, d_spline, d_base,
+    batch, in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col, rows_per_split,
+    ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+    SCALED: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradient from one slice of the batch: transposed features times g, DEPTH rows of the batch a step.
+
+    A tile is (BASES * INPUTS, COLUMNS) of d_spline; after all those come tiles of BASES * INPUTS inputs of d_base.
+    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else float32 partial sums.
+    """
+    CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
+    HEIGHT: tl.constexpr = BASES * INPUTS
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    wide = tl.cdiv(out_features, COLUMNS)
+    columns = tile % wide * COLUMNS + tl.arange(0, COLUMNS)
+    column_ok = columns < out_features
+    part = tile // wide
+    spline_parts = tl.cdiv(in_features, INPUTS) * CHUNKS if SPLINE else 0
+    k = tl.arange(0, HEIGHT)
+    begin = split.to(tl.int64) * rows_per_split
+    end = tl.minimum(begin + rows_per_split, batch)
+    total = tl.zeros((HEIGHT, COLUMNS), DTYPE)
+
+    if part < spline_parts:
+        if SPLINE:  # apart from the question above, which the device answers
+            block, first_base = part // CHUNKS, part % CHUNKS * BASES
+            inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
+            knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
+            flag = tl.load(uniform + block)
+            for start in range(begin, end, DEPTH):
+                rows = tl.arange(0, DEPTH).to(tl.int64) + start
+                row_ok = rows < end
+                ok = row_ok[:, None] & (inputs < in_features)
+                at, s = load_scaled(x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
+                first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
+                phi = spread(first, values, others, first_base, DEPTH, INPUTS, BASES, ORDER)
+                at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
+                pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+                total = tl.dot(
+                    tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE
+                )
+            i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
+            ok = ((i < in_features) & (f < FEATURES))[:, None] & column_ok[None, :]
+            at = (split.to(tl.int64) * in_features + i) * FEATURES + f
+            tl.store(
+                d_spline + at[:, None] * out_features + columns[None, :], total.to(d_spline.dtype.element_ty), mask=ok
+            )
+    else:
+        if ACTIVATION != 0:
+            inputs = (part - spline_parts) * HEIGHT + k
+            for start in range(begin, end, DEPTH):
+                rows = tl.arange(0, DEPTH).to(tl.int64) + start
+                row_ok = rows < end
+                ok = row_ok[:, None] & (inputs < in_features)[None, :]
+                at, s = load_scaled(
+                    x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE
+                )
+                phi = base_feature(at, s, SCALED, ACTIVATION, N)
+                at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
+                pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+                total = tl.dot(
+                    tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE
+                )
+            at = split.to(tl.int64) * in_features + inputs
+            tl.store(
+                d_base + at[:, None] * out_features + columns[None, :],
+                total.to(d_base.dtype.element_ty),
+                mask=(inputs < in_features)[:, None] & column_ok[None, :],
+            )
+
+
+@triton.jit
+def add_splits(
+    spline_parts, base_parts, d_spline, d_base, spline_size, base_size, splits, SIZE: tl.constexpr
+):  # fmt: skip
+    """d_spline (spline_size,) and d_base (base_size,) from their partial sums (splits, size), added in a fixed order."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    in_spline = at < spline_size
+    base_at = at - spline_size
+    in_base = (base_at >= 0) & (base_at < base_size)
+    spline = tl.zeros((SIZE,), spline_parts.dtype.element_ty)
+    base = tl.zeros((SIZE,), spline_parts.dtype.element_ty)
+    for step in range(splits):
+        split = tl.zeros((), tl.int64) + step  # the interpreter counts in Python's numbers
+        spline += tl.load(spline_parts + split * spline_size + at, mask=in_spline, other=0.0)
+        base += tl.load(base_parts + split * base_size + base_at, mask=in_base, other=0.0)
+    tl.store(d_spline + at, spline.to(d_spline.dtype.element_ty), mask=in_spline)
+    tl.store(d_base + base_at, base.to(d_base.dtype.element_ty), mask=in_base)

@@ -1,0 +1,197 @@
+"""B-splines in Triton: the mathematics of kan_fast/spline.py, under the same names, on tiles held in registers.
+
+A tile x has any shape, in the dtype of computation (float32, or float64 for float64); `knots` is a pointer, or a tile of
+pointers that broadcasts against x, to the first knot of each element's input. `uniform` is a scalar of the device: not 0
+where every input of the tile has uniform knots. Compile-time: ORDER = k, FEATURES = G + k, OUTSIDE = the position of the
+mode in kan_fast.spline.OUTSIDE, N = the order of the derivative.
+"""
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of its functions itself: only tl.constexpr may stand there.
+
+import triton
+import triton.language as tl
+
+ZERO, LINEAR = tl.constexpr(0), tl.constexpr(1)
+# Knots count as uniform up to this many epsilons of the largest one: what rounding leaves of an equidistant grid.
+ULPS = tl.constexpr(2.0)
+
+
+@triton.constexpr_function
+def highest_power_of_two(count):
+    """The largest power of two that is not above count >= 1."""
+    return 1 << (count.bit_length() - 1)
+
+
+@triton.constexpr_function
+def epsilon(dtype):
+    """The distance of 1 to the next number of a Triton dtype, as NumPy's eps."""
+    return 2.0**-52 if dtype == tl.float64 else 2.0**-23
+
+
+@triton.jit
+def uniform_inputs(all_knots, inputs, in_features, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.constexpr):
+    """1 if every one of these inputs has uniform knots, else 0: a scalar.
+
+    inputs (n,) -> int32. Decided from the stored knots, as seen in the dtype of computation: a float32 grid under
+    float64 counts as non-uniform where rounding moved its knots.
+    """
+    COUNT: tl.constexpr = FEATURES + ORDER + 1
+    inputs = tl.minimum(inputs, in_features - 1)
+    knots = all_knots + inputs[:, None].to(tl.int64) * COUNT
+    j = tl.arange(0, triton.next_power_of_2(COUNT))[None, :]
+    t = tl.load(knots + tl.minimum(j, COUNT - 1)).to(DTYPE)
+    first = tl.load(knots).to(DTYPE)
+    last = tl.load(knots + (COUNT - 1)).to(DTYPE)
+    part = tl.minimum(j, COUNT - 1).to(DTYPE) * (1.0 / (COUNT - 1))
+    ideal = first + (last - first) * part
+    slack = (ULPS * epsilon(DTYPE)) * tl.maximum(tl.abs(first), tl.abs(last))
+    # No spacing, no closed form: an input of equal knots is left to the general path.
+    uneven = (tl.abs(t - ideal) > slack) | (last - first <= 8 * COUNT * slack)
+    return 1 - tl.max(tl.max(uneven.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def spacing(knots, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.constexpr):
+    """Width of an interval of a uniform grid: the mean over all of them, in the shape of `knots`."""
+    COUNT: tl.constexpr = FEATURES + ORDER + 1
+    return (tl.load(knots + (COUNT - 1)).to(DTYPE) - tl.load(knots).to(DTYPE)) * (1.0 / (COUNT - 1))
+
+
+@triton.jit
+def count_knots(x, knots, COUNT: tl.constexpr, STRICT: tl.constexpr):
+    """How many knots are <= x (STRICT: < x), by binary search: a tile of int32 in the shape of x."""
+    found = (x * 0).to(tl.int32)
+    TOP: tl.constexpr = highest_power_of_two(COUNT)
+    for level in tl.static_range(TOP.bit_length()):
+        tried = found + (TOP >> level)
+        t = tl.load(knots + (tl.minimum(tried, COUNT) - 1)).to(x.dtype)
+        inside = (t < x) if STRICT else (t <= x)
+        found = tl.where(inside & (tried <= COUNT), tried, found)
+    return found
+
+
+@triton.jit
+def find_span(x, knots, uniform, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr):
+    """Index of the knot interval of every x, as kan_fast.spline.find_span: a tile of int32. x holds no NaN."""
+    COUNT: tl.constexpr = FEATURES + ORDER + 1
+    if uniform != 0:
+        first = tl.load(knots).to(x.dtype)
+        guess = (x - first) * (1.0 / spacing(knots, ORDER, FEATURES, x.dtype))
+        # The guess is off by one at most; the stored knots have the last word.
+        span = tl.minimum(tl.maximum(guess, 0.0), COUNT - 2.0).to(tl.int32)
+        below = x < tl.load(knots + span).to(x.dtype)
+        above = x >= tl.load(knots + span + 1).to(x.dtype)
+        span += above.to(tl.int32) - below.to(tl.int32)
+    else:
+        span = count_knots(x, knots, COUNT, False) - 1
+    if OUTSIDE != ZERO:
+        end = tl.load(knots + FEATURES).to(x.dtype)
+        last = count_knots(end, knots, COUNT, True) - 1  # the last interval of the range that is not empty
+        span = tl.minimum(tl.maximum(span, ORDER), last)
+    return span
+
+
+@triton.jit
+def raise_order(ratios, left, right, D: tl.constexpr, SLOPE: tl.constexpr):
+    """One step of the de Boor triangle: D tiles of order D - 1, over their widths, to D + 1 tiles of order D.
+
+    left[q] and right[q] are the distances of x from the two ends of the support of ratios[q]. SLOPE: differences instead,
+    for a derivative (de Boor, X.(15)).
+    """
+    values = ()
+    for p in tl.static_range(D + 1):
+        if p == 0:
+            value = ratios[0] * (-D if SLOPE else right[0])
+        else:
+            value = ratios[p - 1] * (D if SLOPE else left[p - 1])
+            if p < D:
+                value += ratios[p] * (-D if SLOPE else right[p])
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def basis_uniform(x, knots, span, ORDER: tl.constexpr, FEATURES: tl.constexpr, N: tl.constexpr):
+    """basis() on uniform knots: the triangle on the integers, with u = (x - t_span) / h from the stored knot.
+
+    Every width is known to the compiler: what is left is the closed form.
+    """
+    COUNT: tl.constexpr = FEATURES + ORDER + 1
+    scale = 1.0 / spacing(knots, ORDER, FEATURES, x.dtype)
+    u = (x - tl.load(knots + tl.minimum(tl.maximum(span, 0), COUNT - 1)).to(x.dtype)) * scale
+    values = (tl.full(x.shape, 1.0, x.dtype),)
+    if N > 0:
+        power = scale
+        for _ in tl.static_range(N - 1):
+            power *= scale
+        values = (tl.broadcast_to(power, x.shape),)
+    for d in tl.static_range(1, ORDER + 1):
+        ratios, left, right = (), (), ()
+        for q in tl.static_range(d):
+            ratios = ratios + (values[q] * (1.0 / d),)
+            left = left + (u + (d - 1 - q),)
+            right = right + ((q + 1) - u,)
+        values = raise_order(ratios, left, right, d, d > ORDER - N)
+    return values
+
+
+@triton.jit
+def basis_general(x, knots, span, ORDER: tl.constexpr, FEATURES: tl.constexpr, N: tl.constexpr):
+    """basis() on any knots."""
+    COUNT: tl.constexpr = FEATURES + ORDER + 1
+    near = ()  # knots span + 1 - k, ..., span + k; those outside the grid belong only to bases that do not exist
+    for offset in tl.static_range(1 - ORDER, ORDER + 1):
+        near = near + (tl.load(knots + tl.minimum(tl.maximum(span + offset, 0), COUNT - 1)).to(x.dtype),)
+    values = (tl.full(x.shape, 1.0, x.dtype),)
+    for d in tl.static_range(1, ORDER + 1):
+        ratios, left, right = (), (), ()
+        for q in tl.static_range(d):
+            width = near[q + ORDER] - near[q + ORDER - d]
+            ratios = ratios + (tl.where(width > 0, values[q] / width, 0.0),)  # 0/0 counts as 0
+            left = left + (x - near[q + ORDER - d],)
+            right = right + (near[q + ORDER] - x,)
+        values = raise_order(ratios, left, right, d, d > ORDER - N)
+    return values
+
+
+@triton.jit
+def basis(x, knots, span, uniform, ORDER: tl.constexpr, FEATURES: tl.constexpr, N: tl.constexpr):
+    """n-th derivative, N <= ORDER, of the bases span - k, ..., span: a tuple of k + 1 tiles.
+
+    The ones that do not exist come out as any number.
+    """
+    if uniform != 0:
+        values = basis_uniform(x, knots, span, ORDER, FEATURES, N)
+    else:
+        values = basis_general(x, knots, span, ORDER, FEATURES, N)
+    return values
+
+
+@triton.jit
+def local_bases(x, knots, uniform, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr):
+    """The bases that are not zero at x, with what happens outside the range of the grid; any x but NaN.
+
+    -> index of the first of them (it may not exist: below 0, or above FEATURES - 1), and a tuple of their k + 1 values.
+    """
+    if OUTSIDE == ZERO:
+        span = find_span(x, knots, uniform, ORDER, FEATURES, OUTSIDE)
+        values = basis(x, knots, span, uniform, ORDER, FEATURES, N)
+    else:
+        start, end = tl.load(knots + ORDER).to(x.dtype), tl.load(knots + FEATURES).to(x.dtype)
+        nearest = tl.minimum(tl.maximum(x, start), end)
+        span = find_span(nearest, knots, uniform, ORDER, FEATURES, OUTSIDE)
+        values = basis(nearest, knots, span, uniform, ORDER, FEATURES, N)
+        if OUTSIDE == LINEAR and N == 0:
+            if ORDER > 0:
+                slopes = basis(nearest, knots, span, uniform, ORDER, FEATURES, 1)
+                extended = ()
+                for q in tl.static_range(ORDER + 1):
+                    beyond = values[q] + slopes[q] * (x - nearest)
+                    extended = extended + (tl.where(x == nearest, values[q], beyond),)
+                values = extended
+        elif N > (1 if OUTSIDE == LINEAR else 0):
+            cut = ()
+            for q in tl.static_range(ORDER + 1):
+                cut = cut + (tl.where(x == nearest, values[q], 0.0),)
+            values = cut
+    return span - ORDER, values

@@ -1,0 +1,227 @@
+"""From tensors to kernel launches: arguments, tiles, and the cases that need no kernel.
+
+plan_* functions describe launches without making them (they read shapes, dtypes, strides, never data, and work on meta
+tensors): the backend runs the plans, offline compilation compiles the very same ones.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kan_fast.activations import ACTIVATIONS
+from kan_fast.backends.triton import tiles
+from kan_fast.backends.triton.kernels.contract_input import contract_input_narrow, contract_input_wide
+from kan_fast.backends.triton.kernels.contract_output import contract_output_narrow, contract_output_wide
+from kan_fast.backends.triton.kernels.contract_weight import add_splits, contract_weight_split
+from kan_fast.backends.triton.kernels.features import uniform_blocks
+from kan_fast.backends.triton.tiles import Target, Tile
+from kan_fast.spline import OUTSIDE
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@dataclass
+class Launch:
+    """One kernel launch: (programs, ...), arguments by name, Triton's options."""
+
+    kernel: Any
+    programs: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """On the current device and stream."""
+        self.kernel[self.programs](**self.arguments, **self.options)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all kernels ask about a layer: sizes, modes, and how its products are computed."""
+
+    batch: int
+    in_features: int
+    features: int
+    out_features: int
+    order: int
+    activation: str
+    outside: str
+    n: int
+    weight_dtype: torch.dtype
+    target: Target
+
+    @property
+    def spline(self) -> bool:
+        """Whether there is a spline part: derivatives of order above k are 0."""
+        return self.n <= self.order
+
+    @property
+    def base(self) -> bool:
+        """Whether there is a base branch."""
+        return self.activation != "none"
+
+    @property
+    def products(self) -> str:
+        """One of the ways in tiles.py. True float32 comes by three tf32 products on NVIDIA, by fp32 units on AMD."""
+        if self.weight_dtype == torch.float64:
+            return tiles.DOUBLE
+        if self.weight_dtype == torch.bfloat16 or (self.weight_dtype == torch.float16 and self.n < 2):
+            return tiles.HALF
+        if self.target.kind == "hip":
+            return tiles.IEEE
+        # Higher derivatives grow as 1/h^n, beyond float16: tf32 has the same mantissa and the range.
+        if self.weight_dtype == torch.float16:
+            return tiles.TF32
+        return tiles.TF32X3 if torch.get_float32_matmul_precision() == "highest" else tiles.TF32
+
+    def modes(self) -> dict[str, Any]:
+        """The compile-time arguments that every kernel has."""
+        return {
+            "ORDER": self.order,
+            "FEATURES": self.features,
+            "ACTIVATION": ACTIVATIONS.index(self.activation),
+            "OUTSIDE": OUTSIDE.index(self.outside),
+            "N": self.n,
+            "SPLINE": self.spline,
+            "DTYPE": tl.float64 if self.weight_dtype == torch.float64 else tl.float32,
+        }
+
+    def product_modes(self) -> dict[str, Any]:
+        """Those of the kernels that use tl.dot."""
+        products = self.products
+        operand = _TYPES[self.weight_dtype] if products in (tiles.HALF, tiles.DOUBLE) else tl.float32
+        precision = {tiles.TF32: "tf32", tiles.TF32X3: "tf32x3"}.get(products, "ieee")
+        return {"PRECISION": precision, "OPERAND": operand}
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target of a device; for the interpreter a small one, so that small tests meet every path."""
+    if device.type != "cuda":
+        return Target("interpreter", "cpu", 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def plan_contract_output(
+    x: Tensor, scale: Tensor | None, spline_weight: Tensor, base_weight: Tensor | None, grid: Tensor, y: Tensor, problem: Problem
+) -> list[Launch]:
+    """Launches that fill y (B, O). Weights and grid contiguous; x and scale of any strides."""
+    p = problem
+    arguments = {
+        "x": x, "scale": x if scale is None else scale, "spline_weight": spline_weight,
+        "base_weight": spline_weight if base_weight is None else base_weight, "all_knots": grid, "y": y,
+        "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
+        **_strides("x", x), **_strides("scale", x if scale is None else scale),
+        "SCALED": scale is not None, **p.modes(),
+    }  # fmt: skip
+    if tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
+        tile = tiles.narrow_tile("contract_output", p.batch, p.out_features, p.target)
+        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
+        return [_launch(contract_output_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
+    tile = _wide_tile("contract_output", p)
+    flags, uniform = _plan_uniform(grid, tile, p)
+    arguments.update(p.product_modes(), uniform=uniform, ROWS=tile.rows, COLUMNS=tile.columns)
+    arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
+    programs = -(-p.batch // tile.rows) * -(-p.out_features // tile.columns)
+    return [*flags, _launch(contract_output_wide, (programs,), arguments, tile)]
+
+
+def plan_contract_input(
+    x: Tensor, spline_weight: Tensor, base_weight: Tensor | None, g: Tensor, grid: Tensor, dx: Tensor, problem: Problem
+) -> list[Launch]:
+    """Launches that fill dx (B, I). Weights and grid contiguous; x and g of any strides."""
+    p = problem
+    arguments = {
+        "x": x, "spline_weight": spline_weight, "base_weight": spline_weight if base_weight is None else base_weight,
+        "g": g, "all_knots": grid, "dx": dx, "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
+        **_strides("x", x), **_strides("g", g), **p.modes(),
+    }  # fmt: skip
+    if tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
+        tile = tiles.narrow_tile("contract_input", p.batch, p.out_features, p.target)
+        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
+        return [_launch(contract_input_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
+    tile = _wide_tile("contract_input", p)
+    flags, uniform = _plan_uniform(grid, tile, p)
+    arguments.update(p.product_modes(), uniform=uniform, ROWS=tile.rows)
+    arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
+    programs = -(-p.batch // tile.rows) * -(-p.in_features // tile.inputs)
+    return [*flags, _launch(contract_input_wide, (programs,), arguments, tile)]
+
+
+def plan_contract_weight(
+    x: Tensor, scale: Tensor | None, g: Tensor, grid: Tensor, d_spline: Tensor, d_base: Tensor, problem: Problem
+) -> list[Launch]:
+    """Launches that fill d_spline (I, F, O), unless its derivative is 0, and d_base (I, O), if there is a base branch."""
+    p = problem
+    tile = _wide_tile("contract_weight", p)
+    parts = -(-p.in_features // tile.inputs) * -(-p.features // tile.bases) if p.spline else 0
+    parts += -(-p.in_features // (tile.inputs * tile.bases)) if p.base else 0
+    programs = parts * -(-p.out_features // tile.columns)
+    spline_size = p.in_features * p.features * p.out_features if p.spline else 0
+    base_size = p.in_features * p.out_features if p.base else 0
+    count, rows = tiles.splits(p.batch, programs, spline_size + base_size, tile.depth, p.target)
+    spline_parts, base_parts = d_spline, d_base
+    if count > 1:
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        spline_parts = x.new_empty((count, spline_size), dtype=dtype)
+        base_parts = x.new_empty((count, base_size), dtype=dtype)
+    flags, uniform = _plan_uniform(grid, tile, p)
+    arguments = {
+        "x": x, "scale": x if scale is None else scale, "g": g, "all_knots": grid, "uniform": uniform,
+        "d_spline": spline_parts, "d_base": base_parts,
+        "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
+        **_strides("x", x), **_strides("scale", x if scale is None else scale), **_strides("g", g),
+        "rows_per_split": rows, "SCALED": scale is not None, **p.modes(), **p.product_modes(),
+        "COLUMNS": tile.columns, "INPUTS": tile.inputs, "BASES": tile.bases, "DEPTH": tile.depth,
+    }  # fmt: skip
+    launches = [*flags, _launch(contract_weight_split, (programs, count), arguments, tile)]
+    if count > 1:
+        block = 1024  # 8 numbers per thread of 4 warps: two 16-byte loads in flight for each split
+        arguments = {
+            "spline_parts": spline_parts, "base_parts": base_parts, "d_spline": d_spline, "d_base": d_base,
+            "spline_size": spline_size, "base_size": base_size, "splits": count, "SIZE": block,
+        }  # fmt: skip
+        launches.append(Launch(add_splits, (-(-(spline_size + base_size) // block),), arguments, _options(4, 1)))
+    return launches
+
+
+def _plan_uniform(grid: Tensor, tile: Tile, p: Problem) -> tuple[list[Launch], Tensor]:
+    """The launch that finds out which blocks of inputs have uniform knots, and where it leaves that."""
+    if not p.spline:
+        return [], grid
+    blocks = -(-p.in_features // tile.inputs)
+    uniform = grid.new_empty(blocks, dtype=torch.int32)
+    modes = p.modes()
+    arguments = {"all_knots": grid, "uniform": uniform, "in_features": p.in_features, "INPUTS": tile.inputs}
+    arguments.update({name: modes[name] for name in ("ORDER", "FEATURES", "DTYPE")})
+    return [Launch(uniform_blocks, (blocks,), arguments, _options(1, 1))], uniform
+
+
+def _wide_tile(kernel: str, p: Problem) -> Tile:
+    return tiles.wide_tile(kernel, p.products, p.batch, p.in_features, p.features, p.out_features, p.target)
+
+
+def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:
+    return Launch(kernel, programs, arguments, _options(tile.warps, tile.stages))
+
+
+def _options(warps: int, stages: int) -> dict[str, Any]:
+    # Multiply-adds may be fused: said aloud, because the default differs between versions of Triton.
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    return {f"{name}_row": tensor.stride(0), f"{name}_col": tensor.stride(1)}
+
+

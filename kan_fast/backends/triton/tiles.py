@@ -1,0 +1,167 @@
+"""Which tile each kernel works in, and why.
+
+No figure here was measured on a GPU. The sizes follow from what offline compilation tells (registers, spills, shared
+memory: `python -m benchmarks --what kernels`) and from this reckoning for the products, per tile and step of width K:
+rows * K features are made by about 15 instructions each, on 128 lanes of a multiprocessor; rows * columns * K products
+run on its tensor cores, 2048 per cycle for 16-bit numbers on Hopper. So a feature costs as much as 240 products: the wider
+the tile (columns), the better, up to what the registers of the accumulator allow.
+
+autotune() tries the neighbours of these defaults on the tensors at hand, when KAN_FAST_AUTOTUNE=1 asks for it.
+"""
+
+from dataclasses import dataclass, replace
+
+# How the products are computed: the operands, or the way float32 is split for the tensor cores.
+HALF, TF32, TF32X3, IEEE, DOUBLE = "half", "tf32", "tf32x3", "ieee", "double"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: kind "cuda", "hip" or "interpreter", its architecture, how many multiprocessors."""
+
+    kind: str
+    arch: int | str
+    processors: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows of the batch, columns (outputs), inputs and bases per step, and the depth of the remaining sum.
+
+    depth: inputs per step of the base branch (contract_output), outputs per step (contract_input), rows of the batch per
+    step (contract_weight, whose tile has bases * inputs rows of weights by `columns`). group: tiles under each other that
+    run together. warps and stages: Triton's num_warps and num_stages.
+    """
+
+    rows: int
+    columns: int
+    inputs: int
+    bases: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+# (kernel, products) -> rows, columns, width = inputs * bases, depth, stages.
+_LARGE = {
+    # 64 numbers of accumulator per thread at 8 warps; K = 64 is four tensor instructions deep for 16-bit numbers.
+    ("contract_output", HALF): (128, 128, 64, 64, 3),
+    # 32-bit operands take twice the room, so half the width.
+    ("contract_output", TF32): (128, 128, 32, 32, 3),
+    # Three products, and both operands split in two: the registers of a 128 x 128 tile would spill.
+    ("contract_output", TF32X3): (64, 128, 32, 32, 2),
+    # Fused multiply-adds keep both operands in registers: only small tiles do not spill.
+    ("contract_output", IEEE): (32, 32, 16, 16, 2),
+    ("contract_output", DOUBLE): (32, 32, 16, 16, 2),
+    # Here the width is the accumulator's: columns is not used.
+    ("contract_input", HALF): (128, 0, 128, 64, 3),
+    ("contract_input", TF32): (128, 0, 128, 32, 3),
+    ("contract_input", TF32X3): (64, 0, 64, 32, 2),
+    ("contract_input", IEEE): (32, 0, 32, 16, 2),
+    ("contract_input", DOUBLE): (32, 0, 32, 16, 2),
+    # rows is not used: the tile is width x columns, depth counts rows of the batch.
+    ("contract_weight", HALF): (0, 128, 128, 64, 3),
+    ("contract_weight", TF32): (0, 128, 128, 32, 3),
+    ("contract_weight", TF32X3): (0, 64, 64, 32, 2),
+    ("contract_weight", IEEE): (0, 32, 32, 16, 2),
+    ("contract_weight", DOUBLE): (0, 32, 32, 16, 2),
+}
+
+# tl.dot needs this much of every dimension in every dtype and version (triton 3.6 wants a depth of 16 for all of them).
+_LEAST = 16
+
+
+def bases_per_step(features: int) -> int:
+    """How many bases of an input a step takes: 16, 8 or 4, the largest of those that pad the fewest bases.
+
+    Evaluating the local bases costs about as much as spreading them over 8, so more of them at once is better.
+    """
+    if features <= 4:
+        return 4
+    return min((16, 8), key=lambda bases: (-features % bases, -bases))
+
+
+def wide_tile(
+    kernel: str, products: str, batch: int, in_features: int, features: int, out_features: int, target: Target
+) -> Tile:
+    """The tile of a product kernel: the table's, cut to the problem, then halved until every multiprocessor has work."""
+    rows, columns, width, depth, stages = _LARGE[kernel, products]
+    bases = bases_per_step(features)
+    width = min(width, max(_LEAST, bases * power_of_two(in_features)))
+    if kernel != "contract_weight":
+        rows = min(rows, max(_LEAST, power_of_two(batch)))
+    if kernel != "contract_input":
+        columns = min(columns, max(_LEAST, power_of_two(out_features)))
+    tall, wide = (width, columns) if kernel == "contract_weight" else (rows, columns or width)
+
+    def programs() -> int:
+        steps = -(-in_features // max(1, width // bases)) * -(-features // bases)
+        if kernel == "contract_output":
+            return -(-batch // rows) * -(-out_features // columns)
+        if kernel == "contract_input":
+            return -(-batch // rows) * -(-in_features // max(1, width // bases))
+        return steps * -(-out_features // columns)
+
+    # contract_weight fills the device by splitting the batch instead.
+    while kernel != "contract_weight" and programs() < target.processors and (rows > 32 or wide > 32):
+        if rows >= wide and rows > 32:
+            rows //= 2
+        elif kernel == "contract_input":
+            width = wide = max(_LEAST, wide // 2)
+            if wide == _LEAST:
+                break
+        else:
+            columns = wide = wide // 2
+    tall = width if kernel == "contract_weight" else rows
+    return Tile(rows, columns, width // bases, bases, depth, _warps(tall * wide, products), stages)
+
+
+def narrow_tile(kernel: str, batch: int, out_features: int, target: Target) -> Tile:
+    """The tile of a memory-bound kernel: all outputs, and rows enough for a few per thread."""
+    columns = power_of_two(out_features)
+    # 4096 numbers of accumulator are 32 per thread; the loads of several rows overlap.
+    rows = min(max(32, 4096 // columns), 512)
+    while rows > 32 and -(-batch // rows) < 2 * target.processors:
+        rows //= 2
+    return Tile(rows, columns, 1, 1, 1, 4 if rows * columns >= 1024 else 1, 1)
+
+
+def is_narrow(batch: int, in_features: int, out_features: int, products: str, target: Target) -> bool:
+    """Whether the narrow kernel takes a layer of so few outputs.
+
+    Up to 16 outputs a tensor instruction would be mostly padding, and up to 32 where float32 takes three of them. Its
+    programs walk through all inputs one by one, so with many inputs it needs a batch that fills the device.
+    """
+    few = 16 if products in (HALF, TF32) else 32
+    return out_features <= few and (in_features <= 64 or batch >= 256 * target.processors)
+
+
+def splits(batch: int, tiles: int, size: int, depth: int, target: Target) -> tuple[int, int]:
+    """How many slices of the batch contract_weight sums apart, and the rows of each: from shapes and device alone.
+
+    Enough of them for two programs per multiprocessor, no slice below 4 steps, and at most 64 MiB of partial sums (size
+    numbers each).
+    """
+    wanted = -(-2 * target.processors // max(1, tiles))
+    most = min(max(1, batch // (4 * depth)), max(1, 2**24 // max(1, size)))
+    count = max(1, min(wanted, most))
+    rows = -(-batch // (count * depth)) * depth
+    return max(1, -(-batch // rows)), rows
+
+
+def neighbours(tile: Tile) -> list[Tile]:
+    """Tiles that autotuning tries besides the default: other depths of the pipeline, other numbers of warps."""
+    tried = [replace(tile, stages=s) for s in (2, 3, 4) if s != tile.stages]
+    return tried + [replace(tile, warps=w) for w in (4, 8) if w != tile.warps]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below size."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _warps(area: int, products: str) -> int:
+    """64 accumulators per thread at most; half that where operands need registers too."""
+    per_thread = 64 if products in (HALF, TF32) else 32
+    return max(1, min(8, power_of_two(area // (32 * per_thread))))
