@@ -28,8 +28,6 @@ def get(name: str) -> ModuleType:
 
 def reason_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot serve tensors of `dtype` on `device`, in words; None if it can."""
-    if name == "triton" and device.type == "cpu":
-        return "it has no kernels for cpu"  # known without the second that importing triton takes
     try:
         module = get(name)
     except ImportError as error:
@@ -51,7 +49,9 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
-        return next(candidate for candidate in NAMES if reason_not(candidate, device, dtype) is None)
+        # Interpreted on the CPU, Triton's kernels are there to be checked, never a choice.
+        candidates = [candidate for candidate in NAMES if (candidate, device.type) != ("triton", "cpu")]
+        return next(candidate for candidate in candidates if reason_not(candidate, device, dtype) is None)
     reason = reason_not(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot serve {dtype} tensors on {device}: {reason}")
