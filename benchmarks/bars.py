@@ -160,9 +160,9 @@ def run(options: Options) -> list[Row]:
     rows: list[Row] = []
     for shape in options.shapes or list(BARS):
         options.progress(f"bars {shape}")
-        row = measure_shape(shape, options.backend, options.seconds, options.extras)
+        row = measure_shape(shape, options.one_backend(), options.seconds, options.extras)
         if options.memory and "failed" not in row:
-            ours, linear = measure_memory(shape, options.backend)
+            ours, linear = measure_memory(shape, options.one_backend())
             row["memory_mib"], row["memory_linear_mib"] = ours / 2**20, linear / 2**20
         print_row(row, report)
         rows.append(row)

@@ -36,13 +36,13 @@ def mlp(widths: list[int]) -> nn.Sequential:
 def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: Options) -> Row:
     """Microseconds of forward and step (gradients of x and all parameters), and ratios to the MLP's."""
     torch.manual_seed(0)
-    kan = kan_fast.KAN(kan_widths, backend=options.backend).to(options.device)
+    kan = kan_fast.KAN(kan_widths, backend=options.one_backend()).to(options.device)
     dense = mlp(mlp_widths).to(options.device)
     x = cases.uniform_input(batch, kan_widths[0], device=options.device)
     cotangent = torch.ones(batch, kan_widths[-1], device=options.device)
     row: Row = {
         "what": "latency",
-        "backend": options.backend,
+        "backend": options.one_backend(),
         "dtype": "float32",
         "kan": kan_widths,
         "mlp": mlp_widths,

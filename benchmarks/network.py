@@ -147,7 +147,7 @@ def small_networks(options: Options) -> list[Row]:
     rows: list[Row] = []
     for widths, batch in NETWORKS:
         torch.manual_seed(0)
-        kan = kan_fast.KAN(widths, backend=options.backend).to(device)
+        kan = kan_fast.KAN(widths, backend=options.one_backend()).to(device)
         parameters = sum(p.numel() for p in kan.parameters())
         dense_widths = equal_mlp(widths, parameters)
         models = {"kan": kan, "mlp": mlp(dense_widths).to(device)}
@@ -155,7 +155,7 @@ def small_networks(options: Options) -> list[Row]:
         cotangent = cases.uniform_input(batch, widths[-1], device=device, seed=1)
         row: Row = {
             "what": "network", "kan": widths, "mlp": dense_widths, "batch": batch, "parameters": parameters,
-            "backend": options.backend, "dtype": "float32",
+            "backend": options.one_backend(), "dtype": "float32",
         }
         for phase in ("forward", "step", "optimiser"):
             calls = {name: layer.make_call(phase, model, x, cotangent) for name, model in models.items()}

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from benchmarks.cases import Shape
+from kan_fast.backends import choose
 
 
 def to_stdout(line: str) -> None:
@@ -33,6 +36,10 @@ class Options:
     memory: bool = False
     report: Callable[[str], None] = to_stdout
     progress: Callable[[str], None] = lambda text: None
+
+    def one_backend(self) -> str:
+        """The backend that `backend` stands for on the device, by name: what rows record."""
+        return choose(self.backend, torch.device(self.device), torch.float32)
 
 
 class Progress:

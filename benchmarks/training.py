@@ -5,7 +5,7 @@ function    f(x) = exp((sin(pi (x1^2 + x2^2)) + sin(pi (x3^2 + x4^2))) / 2) on [
             KAN paper (arXiv 2404.19756, section 3.1): root mean square error on unseen points.
 poisson     u_xx + u_yy = f on [-1, 1]^2 with u = sin(pi x) sin(pi y), the same paper's section 3.4, trained on the residual
             and the boundary alone: root mean square error of u, relative to u's.
-Both models train with Adam, the learning rate falling along a cosine of the time used; the rate of each is the one of
+Both models train with Adam, the learning rate falling along a cosine; the rate of each is the one of
 three that does best in a short trial with a seed that is not measured.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ import kan_fast
 from benchmarks.latency import mlp
 from benchmarks.network import equal_mlp
 from benchmarks.options import Options
+from benchmarks.timing import time_interleaved
 
 Row = dict[str, Any]
 RATES = (3e-3, 1e-2, 3e-2)
@@ -146,39 +146,49 @@ TASKS: dict[str, Callable[[str], Task]] = {"digits": digits, "function": functio
 
 @dataclass
 class Outcome:
-    """Final metric, steps taken, and (seconds, steps, metric) along the way."""
+    """Final metric, and (step, metric) along the way."""
 
     metric: float
-    steps: int
-    curve: list[tuple[float, int, float]]
+    curve: list[tuple[int, float]]
 
 
-def train(
-    model: nn.Module, task: Task, rate: float, seconds: float, metric: Callable[[nn.Module], float], device: str
-) -> Outcome:
-    """Train for that long by the clock; evaluating does not count as training time."""
+def train(model: nn.Module, task: Task, rate: float, steps: int, metric: Callable[[nn.Module], float]) -> Outcome:
+    """Adam for that many steps, the rate falling from `rate` to 0 along a cosine."""
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
-    curve: list[tuple[float, int, float]] = []
-    used, step = 0.0, 0
-    while used < seconds:
-        stop = (len(curve) + 1) * seconds / CURVE_POINTS
-        start, before = time.perf_counter(), used
-        while used < stop:
-            optimiser.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(1.0, used / seconds)))
+    stops = {max(1, round(steps * (point + 1) / CURVE_POINTS)) for point in range(CURVE_POINTS)}
+    curve: list[tuple[int, float]] = []
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.zero_grad(set_to_none=True)
+        task.loss(model, step).backward()
+        optimiser.step()
+        if step + 1 in stops:
+            curve.append((step + 1, metric(model)))
+    return Outcome(curve[-1][1], curve)
+
+
+def seconds_per_step(task: Task, models: dict[str, Callable[[], nn.Module]], options: Options) -> dict[str, float]:
+    """Median time of a whole training step of each model, interleaved."""
+
+    def stepper(model: nn.Module) -> Callable[[], None]:
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+        def call() -> None:
             optimiser.zero_grad(set_to_none=True)
-            task.loss(model, step).backward()
+            task.loss(model, 0).backward()
             optimiser.step()
-            step += 1
-            if device == "cuda" and step % 20 == 0:
+            if options.device == "cuda":
                 torch.cuda.synchronize()
-            used = before + time.perf_counter() - start
-        curve.append((used, step, metric(model)))
-    return Outcome(curve[-1][2], step, curve)
+
+        return call
+
+    timings = time_interleaved({name: stepper(make()) for name, make in models.items()}, budget=2.0, warm_up=20)
+    return {name: timing.median for name, timing in timings.items()}
 
 
 def _models(task: Task, options: Options) -> Iterator[tuple[str, list[int], Callable[[], nn.Module]]]:
     def kan() -> nn.Module:
-        return kan_fast.KAN(task.widths, grid_size=task.grid_size, backend=options.backend).to(options.device)
+        return kan_fast.KAN(task.widths, grid_size=task.grid_size, backend=options.one_backend()).to(options.device)
 
     dense = equal_mlp(task.widths, sum(p.numel() for p in kan().parameters()))
     yield "kan", task.widths, kan
@@ -186,42 +196,48 @@ def _models(task: Task, options: Options) -> Iterator[tuple[str, list[int], Call
 
 
 def measure(task: Task, options: Options) -> list[Row]:
-    """One row a model: metric of every seed at equal time, and at the number of steps that the slower one took."""
-    seconds = options.seconds
+    """One row a model: metric of every seed after `options.seconds` worth of steps, and after equally many steps.
+
+    How many steps a model gets is the time budget over its time per step, measured first and side by side with the
+    other's; so the accuracies can be had again on a busy machine.
+    """
+    models = {name: (widths, make) for name, widths, make in _models(task, options)}
+    times = seconds_per_step(task, {name: make for name, (_, make) in models.items()}, options)
+    budgets = {name: max(1, round(options.seconds / time)) for name, time in times.items()}
+    fewest = min(budgets.values())
     rows: list[Row] = []
-    for name, widths, make in _models(task, options):
+    for name, (widths, make) in models.items():
         trials = {}
         for rate in RATES:
             torch.manual_seed(1000)
             options.progress(f"{task.name}: {name}, trial of learning rate {rate}")
-            trials[rate] = train(make(), task, rate, seconds / 2, task.metric_on_validation, options.device).metric
+            trials[rate] = train(make(), task, rate, max(1, budgets[name] // 2), task.metric_on_validation).metric
         best = min(trials, key=lambda rate: trials[rate] if math.isfinite(trials[rate]) else math.inf)
-        outcomes = []
+        outcomes, equal = [], []
         for seed in SEEDS:
-            torch.manual_seed(seed)
             options.progress(f"{task.name}: {name}, seed {seed}")
-            outcomes.append(train(make(), task, best, seconds, task.metric, options.device))
+            torch.manual_seed(seed)
+            outcomes.append(train(make(), task, best, budgets[name], task.metric))
+            torch.manual_seed(seed)
+            equal.append(
+                outcomes[-1] if budgets[name] == fewest else train(make(), task, best, fewest, task.metric)
+            )
         metrics = [outcome.metric for outcome in outcomes]
         rows.append({
             "what": "training", "task": task.name, "metric": task.metric_name, "model": name, "widths": widths,
             "grid_size": task.grid_size if name == "kan" else None,
             "parameters": sum(p.numel() for p in make().parameters()),
-            "rate": best, "seconds": seconds, "seeds": len(SEEDS), "backend": options.backend, "dtype": "float32",
+            "rate": best, "seconds": options.seconds, "seeds": len(SEEDS), "backend": options.one_backend(),
+            "dtype": "float32", "step_ms": times[name] * 1e3, "steps": budgets[name],
             "final": statistics.mean(metrics), "final_min": min(metrics), "final_max": max(metrics),
-            "steps": statistics.mean(outcome.steps for outcome in outcomes),
+            "equal_steps": fewest, "at_equal_steps": statistics.mean(outcome.metric for outcome in equal),
             "curves": [outcome.curve for outcome in outcomes],
         })
-    fewest = min(row["steps"] for row in rows)
-    for row in rows:
-        at_equal_steps = []
-        for curve in row["curves"]:
-            reached = [point for point in curve if point[1] <= fewest * 1.05] or curve[:1]
-            at_equal_steps.append(reached[-1][2])
-        row["at_equal_steps"] = statistics.mean(at_equal_steps)
         options.report(
-            f"{task.name}: {row['model']} {row['widths']}, {row['parameters']} parameters, {seconds:g} s: "
-            f"{task.metric_name} {row['final']:.3g} ({row['final_min']:.3g} to {row['final_max']:.3g}), "
-            f"{row['steps']:.0f} steps, rate {row['rate']:g}; after {fewest:.0f} steps {row['at_equal_steps']:.3g}"
+            f"{task.name}: {name} {widths}, {rows[-1]['parameters']} parameters, {times[name] * 1e3:.3g} ms a step: "
+            f"{task.metric_name} {rows[-1]['final']:.3g} ({min(metrics):.3g} to {max(metrics):.3g}) in "
+            f"{options.seconds:g} s = {budgets[name]} steps, rate {best:g}; after {fewest} steps "
+            f"{rows[-1]['at_equal_steps']:.3g}"
         )
     return rows
 

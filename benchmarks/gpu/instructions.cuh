@@ -1,0 +1,118 @@
+// Tensor-core instructions that the kernels use or may come to use, one device function each. D += A B, float32 sums.
+#pragma once
+
+#include <cstdint>
+
+namespace probe {
+
+// a, b: packed fragments of one lane, c: four sums of one lane, e: metadata of a sparse A (selector 0).
+struct MmaTf32 {
+  static constexpr const char* name = "mma m16n8k8 tf32";
+  static constexpr int k = 8, a_registers = 4, b_registers = 2;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+struct MmaBf16 {
+  static constexpr const char* name = "mma m16n8k16 bf16";
+  static constexpr int k = 16, a_registers = 4, b_registers = 2;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+struct MmaFp16 {
+  static constexpr const char* name = "mma m16n8k16 fp16";
+  static constexpr int k = 16, a_registers = 4, b_registers = 2;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+};
+
+struct MmaSparseBf16 {
+  static constexpr const char* name = "mma.sp m16n8k32 bf16";
+  static constexpr int k = 32, a_registers = 4, b_registers = 4;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+  }
+};
+
+struct MmaSparseTf32 {
+  static constexpr const char* name = "mma.sp m16n8k16 tf32";
+  static constexpr int k = 16, a_registers = 4, b_registers = 4;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k16.row.col.f32.tf32.tf32.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+  }
+};
+
+// Hopper's warpgroup instructions (sm_90a only), A in registers, B (N x K, K fastest) in shared memory.
+// On other architectures the functions exist and do nothing: the host code that never launches them still compiles.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define PROBE_WGMMA(...) asm volatile(__VA_ARGS__)
+#else
+#define PROBE_WGMMA(...)
+#endif
+
+// Descriptor of B without swizzle: core matrices of 8 columns x 16 bytes, contiguous; `along_k` and `along_n` are the
+// distances in bytes between neighbours in K and in N.
+__device__ inline uint64_t descriptor(const void* shared, uint32_t along_k, uint32_t along_n) {
+  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(along_k >> 4) << 16 | static_cast<uint64_t>(along_n >> 4) << 32;
+}
+
+__device__ inline void warpgroup_fence() { PROBE_WGMMA("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() { PROBE_WGMMA("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_wait() { PROBE_WGMMA("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+struct WgmmaBf16 {
+  static constexpr const char* name = "wgmma m64n8k16 bf16";
+  static constexpr int k = 16;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], uint64_t b, uint32_t) {
+    PROBE_WGMMA(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+struct WgmmaTf32 {
+  static constexpr const char* name = "wgmma m64n8k8 tf32";
+  static constexpr int k = 8;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], uint64_t b, uint32_t) {
+    PROBE_WGMMA(
+        "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+struct WgmmaSparseBf16 {
+  static constexpr const char* name = "wgmma.sp m64n8k32 bf16";
+  static constexpr int k = 32;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], uint64_t b, uint32_t e) {
+    PROBE_WGMMA(
+        "wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, %9, 0, 1, 1, 1, 0;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(e));
+  }
+};
+
+}  // namespace probe

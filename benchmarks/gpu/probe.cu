@@ -1,0 +1,148 @@
+// Each tensor-core instruction once, on random fragments, against its host twin, bit for bit. Ends with 1 if any differs.
+#include <cstdio>
+#include <cuda_runtime.h>
+
+#include "instructions.cuh"
+#include "twins.h"
+
+namespace {
+
+template <class Instruction>
+__global__ void run_mma(const uint32_t* a, const uint32_t* b, const uint32_t* e, float* c) {
+  const int lane = threadIdx.x;
+  uint32_t left[4], right[4];
+  float sums[4];
+  for (int i = 0; i < 4; ++i) {
+    left[i] = a[lane * 4 + i];
+    right[i] = b[lane * 4 + i];
+    sums[i] = c[lane * 4 + i];
+  }
+  Instruction::run(sums, left, right, e[lane]);
+  for (int i = 0; i < 4; ++i) c[lane * 4 + i] = sums[i];
+}
+
+// a, e, c: four warps one after the other. b: the words of the shared tile, core matrices along K.
+template <class Instruction>
+__global__ void run_wgmma(const uint32_t* a, const uint32_t* b, const uint32_t* e, float* c, int b_words) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __shared__ __align__(128) uint32_t tile[8 * 32];
+  const int thread = threadIdx.x;
+  for (int i = thread; i < b_words; i += 128) tile[i] = b[i];
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  uint32_t left[4];
+  float sums[4];
+  for (int i = 0; i < 4; ++i) {
+    left[i] = a[thread * 4 + i];
+    sums[i] = c[thread * 4 + i];
+  }
+  probe::warpgroup_fence();
+  Instruction::run(sums, left, probe::descriptor(tile, 128, 128), e[thread]);
+  probe::warpgroup_commit();
+  probe::warpgroup_wait();
+  for (int i = 0; i < 4; ++i) c[thread * 4 + i] = sums[i];
+#endif
+}
+
+template <class T>
+struct OnDevice {
+  T* data = nullptr;
+  size_t bytes;
+  OnDevice(const T* host, size_t count) : bytes(count * sizeof(T)) {
+    cudaMalloc(&data, bytes);
+    cudaMemcpy(data, host, bytes, cudaMemcpyHostToDevice);
+  }
+  ~OnDevice() { cudaFree(data); }
+  void read(T* host) const { cudaMemcpy(host, data, bytes, cudaMemcpyDeviceToHost); }
+};
+
+constexpr int repeats = 50;
+
+int report(const char* name, int differing) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    std::printf("%-24s FAILED: %s\n", name, cudaGetErrorString(error));
+    return 1;
+  }
+  std::printf("%-24s %s\n", name, differing ? "DIFFERS from its twin" : "agrees with its twin, bit for bit");
+  return differing != 0;
+}
+
+template <class Instruction>
+int probe_mma(twin::Form form) {
+  twin::Random random{2};
+  int differing = 0;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    twin::Sample sample = twin::sample(form, random);
+    OnDevice<uint32_t> a(&sample.warp.a[0][0], 128), b(&sample.warp.b[0][0], 128), e(sample.warp.e, 32);
+    OnDevice<float> c(&sample.warp.c[0][0], 128);
+    run_mma<Instruction><<<1, 32>>>(a.data, b.data, e.data, c.data);
+    float found[32][4];
+    c.read(&found[0][0]);
+    twin::multiply(sample.warp, form);
+    differing += std::memcmp(found, sample.warp.c, sizeof found) != 0;
+  }
+  return report(Instruction::name, differing);
+}
+
+template <class Instruction>
+int probe_wgmma(twin::Form form) {
+  twin::Random random{3};
+  int differing = 0;
+  const int element_bytes = form.type == twin::Type::tf32 ? 4 : 2, per_core = 16 / element_bytes;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    const twin::Sample shared = twin::sample(form, random);  // its B serves all four warps
+    twin::Warp warps[4];
+    uint32_t a[128][4], e[128];
+    float c[128][4];
+    for (int w = 0; w < 4; ++w) {
+      warps[w] = twin::sample(form, random).warp;
+      std::memcpy(warps[w].b, shared.warp.b, sizeof warps[w].b);
+      std::memcpy(a + 32 * w, warps[w].a, sizeof warps[w].a);
+      std::memcpy(e + 32 * w, warps[w].e, sizeof warps[w].e);
+      std::memcpy(c + 32 * w, warps[w].c, sizeof warps[w].c);
+    }
+    uint32_t tile[8 * 32] = {};
+    auto* bytes = reinterpret_cast<unsigned char*>(tile);
+    for (int k = 0; k < form.k; ++k)
+      for (int column = 0; column < 8; ++column) {
+        const uint32_t bits = twin::encode(form.type, shared.b[k * 8 + column]);
+        std::memcpy(bytes + k / per_core * 128 + column * 16 + k % per_core * element_bytes, &bits, element_bytes);
+      }
+    const int words = form.k * 8 * element_bytes / 4;
+    OnDevice<uint32_t> da(&a[0][0], 512), db(tile, words), de(e, 128);
+    OnDevice<float> dc(&c[0][0], 512);
+    run_wgmma<Instruction><<<1, 128>>>(da.data, db.data, de.data, dc.data, words);
+    dc.read(&c[0][0]);
+    for (int w = 0; w < 4; ++w) {
+      twin::multiply(warps[w], form);
+      differing += std::memcmp(c + 32 * w, warps[w].c, sizeof warps[w].c) != 0;
+    }
+  }
+  return report(Instruction::name, differing);
+}
+
+}  // namespace
+
+int main() {
+  cudaDeviceProp device{};
+  if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) {
+    std::printf("no CUDA device: %s\n", cudaGetErrorString(cudaGetLastError()));
+    return 2;
+  }
+  std::printf("%s, compute capability %d.%d\n", device.name, device.major, device.minor);
+  using twin::Type;
+  int wrong = probe_mma<probe::MmaTf32>({Type::tf32, 8, false});
+  wrong += probe_mma<probe::MmaBf16>({Type::bf16, 16, false});
+  wrong += probe_mma<probe::MmaFp16>({Type::fp16, 16, false});
+  wrong += probe_mma<probe::MmaSparseBf16>({Type::bf16, 32, true});
+  wrong += probe_mma<probe::MmaSparseTf32>({Type::tf32, 16, true});
+  if (device.major == 9) {
+    wrong += probe_wgmma<probe::WgmmaBf16>({Type::bf16, 16, false});
+    wrong += probe_wgmma<probe::WgmmaTf32>({Type::tf32, 8, false});
+    wrong += probe_wgmma<probe::WgmmaSparseBf16>({Type::bf16, 32, true});
+  } else {
+    std::printf("wgmma: only on compute capability 9.0, not probed\n");
+  }
+  return wrong != 0;
+}

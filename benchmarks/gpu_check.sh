@@ -1,0 +1,179 @@
+#!/usr/bin/env bash
+# Everything worth knowing from a machine with an NVIDIA GPU, in one command: build, correctness, instruction probes,
+# sanitizers, benchmarks, profile. Each stage reports and the next still runs. Needs no network: it uses the torch, ninja,
+# pybind11, setuptools and pytest of the Python it is given.
+#
+#   benchmarks/gpu_check.sh [OUT_DIR] [--minutes N] [--dry-run]
+#
+# OUT_DIR    logs, rows (rows.jsonl), pictures, summary.txt; default benchmarks/results/local
+# --minutes  total budget (default 8); what does not fit is left out and named
+# --dry-run  without a GPU: all that can be run is run, the rest is named
+# PYTHON     the interpreter (default: .venv/bin/python if there is one, else python3)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=benchmarks/results/local minutes=8 dry=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --minutes) minutes=${2:?--minutes: expected a number}; shift 2 ;;
+    --dry-run) dry=1; shift ;;
+    -h | --help) sed -n '2,13p' "$0" | cut -c3-; exit 0 ;;
+    -*) echo "unknown option $1; see --help" >&2; exit 2 ;;
+    *) out=$1; shift ;;
+  esac
+done
+case $minutes in '' | *[!0-9]*) echo "--minutes: expected a whole number, got $minutes" >&2; exit 2 ;; esac
+if [ -z "${PYTHON:-}" ]; then PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3); fi
+export PYTHONDONTWRITEBYTECODE=1
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+summary=$out/summary.txt rows=$out/rows.jsonl
+: > "$summary"
+rm -f "$rows"
+failed=0
+
+say() { echo "$*" | tee -a "$summary"; }
+left() { echo $((minutes * 60 - SECONDS)); }
+
+# stage NAME LIMIT_S COMMAND...: output to OUT_DIR/NAME.log, one line to the summary.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS code
+  shift 2
+  [ "$limit" -gt "$(left)" ] && limit=$(left)
+  if [ "$limit" -lt 5 ]; then say "LEFT OUT  $name: the $minutes minutes are spent"; return 1; fi
+  timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null
+  code=$?
+  case $code in
+    0) say "ok        $name ($((SECONDS - start)) s)" ;;
+    124 | 137) say "TIMEOUT   $name after $limit s; what it printed is in $name.log"; failed=1 ;;
+    *) say "FAILED    $name (exit $code, $((SECONDS - start)) s): $(tail -n 1 "$out/$name.log" | cut -c1-200)"; failed=1 ;;
+  esac
+  return $code
+}
+missing() { say "LEFT OUT  $1: $2"; }
+have() { command -v "$1" > /dev/null 2>&1; }
+module() { "$PYTHON" -c "import $1" > /dev/null 2>&1; }
+
+gpu=$("$PYTHON" -c "import torch; print(int(torch.cuda.is_available()))" 2> /dev/null || echo 0)
+if [ "$gpu" != 1 ] && [ $dry = 0 ]; then
+  say "no CUDA device that torch of $PYTHON can use; --dry-run runs what can be run without"
+  exit 2
+fi
+if [ $dry = 1 ]; then gpu=0; fi
+nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
+have "$nvcc" || nvcc=/usr/local/cuda/bin/nvcc
+say "$(date -u +%Y-%m-%dT%H:%MZ), budget $minutes minutes, $([ $gpu = 1 ] && echo "with a GPU" || echo "dry run, no GPU is used")"
+have nvidia-smi && [ $gpu = 1 ] && nvidia-smi > "$out/nvidia-smi.log" 2>&1
+
+# 1. Build in place. Without CUDA sources or toolkit the CPU part is built, and the reason is said.
+if [ $gpu = 1 ] && [ -d csrc/cuda ] && have "$nvcc"; then
+  # Only this machine's architecture: a fraction of the time of all of them.
+  arch=$("$PYTHON" -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))")
+  export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")}
+  stage build 240 env KAN_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$arch" "$PYTHON" setup.py -q build_ext --inplace
+else
+  [ -d csrc/cuda ] || missing build-cuda "this version has no CUDA sources of its own; Triton serves GPUs"
+  stage build 240 "$PYTHON" setup.py -q build_ext --inplace
+fi
+stage info 60 "$PYTHON" -m kan_fast.info && sed 's/^/          /' "$out/info.log" | head -n 40 | tee -a "$summary"
+
+# 2. Tensor-core instructions against their twins on the host; the twins against plain products.
+if have "${CXX:-g++}"; then
+  stage twins 60 sh -c "${CXX:-g++} -std=c++17 -O1 -o '$out/check_twins' benchmarks/gpu/check_twins.cpp && '$out/check_twins'"
+else
+  missing twins "no C++ compiler"
+fi
+if have "$nvcc"; then
+  archs="-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=sm_100"
+  for name in probe rates; do
+    stage "compile-$name" 120 sh -c "'$nvcc' -std=c++17 -O2 $archs -o '$out/$name' benchmarks/gpu/$name.cu" || continue
+    if [ $gpu = 1 ]; then
+      stage "$name" 60 "$out/$name"
+      sed 's/^/          /' "$out/$name.log" | tee -a "$summary"
+    else
+      missing "$name" "no GPU"
+    fi
+  done
+  [ -f "$out/rates.log" ] && grep '^{"what"' "$out/rates.log" >> "$rows"
+else
+  missing probe "no nvcc"
+  missing rates "no nvcc"
+fi
+
+# 3. Right? A small set on every backend, a hundred times the same bits, then the tests marked for a GPU.
+device=$([ $gpu = 1 ] && echo cuda || echo cpu)
+stage small-set 120 "$PYTHON" -m benchmarks.gpu.small_set --device $device
+if module pytest; then
+  if [ $gpu = 1 ]; then
+    # Exit 5: no test carries the mark.
+    stage gpu-tests 150 sh -c "'$PYTHON' -m pytest -q -x --maxfail 20 -p no:cacheprovider -m gpu tests; code=\$?; [ \$code = 5 ] || exit \$code"
+    tail -n 1 "$out/gpu-tests.log" | sed 's/^/          /' | tee -a "$summary"
+  else
+    stage gpu-tests-collect 60 sh -c "'$PYTHON' -m pytest -q --collect-only -p no:cacheprovider -m gpu tests; code=\$?; [ \$code = 5 ] || exit \$code"
+    missing gpu-tests "no GPU; they were collected only"
+  fi
+else
+  missing gpu-tests "pytest is not installed"
+fi
+
+# 4. The benchmarks that matter most.
+bench() { local name=$1 limit=$2; shift 2; stage "$name" "$limit" "$PYTHON" -m benchmarks --out "$rows" "$@"; }
+if [ $gpu = 1 ]; then
+  bench bench-layer 150 --device cuda --dtype float32 bfloat16 --seconds 0.5 --minutes 2 --memory \
+    --peers linear cox-de-boor efficient-kan inkan fast-kan
+  bench bench-latency 40 --device cuda --what latency --seconds 0.5
+else
+  bench bench-layer 60 --device cpu --shapes 64,16,16,5 --seconds 0.02 --memory --peers linear cox-de-boor
+  bench bench-latency 60 --device cpu --what latency --seconds 0.02
+  missing bench-cuda "no GPU"
+fi
+
+# 5. Sanitizers on two of the shapes. A machine that refuses them is no failure of the code.
+sanitize() {
+  local tool=$1 code
+  stage "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 97 "$PYTHON" -m benchmarks.gpu.small_set \
+    --device cuda --first 2 --repeats 0 --dtype float32
+  code=$?
+  if [ $code -ne 0 ] && [ $code -ne 97 ] && grep -qiE "not supported|permission|unable to|internal sanitizer" "$out/$tool.log"; then
+    say "REFUSED   $tool: the machine does not allow it (see $tool.log)"
+  fi
+}
+if [ $gpu = 1 ] && have compute-sanitizer; then
+  sanitize memcheck
+  sanitize racecheck
+else
+  missing sanitizers "$([ $gpu = 1 ] && echo "no compute-sanitizer" || echo "no GPU")"
+fi
+if [ $gpu = 1 ]; then
+  stage bitwise 60 "$PYTHON" -m benchmarks.gpu.small_set --device cuda --repeats 100 --first 2 --dtype float32 bfloat16
+else
+  stage bitwise 60 "$PYTHON" -m benchmarks.gpu.small_set --device cpu --repeats 100 --first 1 --dtype float32
+fi
+
+# 6. Profile of the main kernels, then whatever time is left for the wider benchmarks.
+if [ $gpu = 1 ] && have ncu; then
+  stage ncu 60 ncu --set basic --launch-count 12 --kernel-name-base demangled -k 'regex:kan|contract' "$PYTHON" -m benchmarks \
+    --device cuda --shapes 4096,1024,1024,5 --phases step --seconds 0.01 --peers
+  if grep -q ERR_NVGPUCTRPERM "$out/ncu.log"; then
+    say "REFUSED   ncu: performance counters are not allowed on this machine (see ncu.log)"
+  fi
+else
+  missing ncu "$([ $gpu = 1 ] && echo "not installed" || echo "no GPU")"
+fi
+if [ $gpu = 1 ]; then
+  if [ -f benchmarks/kernels.py ]; then bench bench-kernels 60 --device cuda --what kernels --minutes 1; fi
+  bench bench-network 60 --device cuda --what network --seconds 0.5 --peers linear cox-de-boor efficient-kan fast-kan
+  bench bench-sweep 240 --device cuda --what sweep --dtype bfloat16 --seconds 0.3 --peers
+else
+  missing bench-network,bench-sweep "no GPU"
+fi
+
+# 7. Pictures and tables of these rows.
+if module matplotlib; then
+  stage plot 60 "$PYTHON" -m benchmarks.plot --rows "$rows" --figures "$out" --no-readme
+else
+  missing plot "matplotlib is not installed"
+fi
+rm -f "$out/check_twins" "$out/probe" "$out/rates"
+say "$([ $failed = 0 ] && echo "all stages that ran passed" || echo "some stages failed: see above") ($SECONDS s)"
+exit $failed
