@@ -1,0 +1,258 @@
+"""README's tables, made of rows: no figure is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.cases import BAR_BFLOAT16, BAR_MEMORY, BAR_NON_UNIFORM, BARS, Shape
+
+Row = dict[str, Any]
+NOT_YET = "not yet measured"
+
+
+def latest(rows: list[Row], **wanted: Any) -> list[Row]:
+    """Rows that have these values, the last one of every subject, in order of first appearance."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if all(row.get(key) == value for key, value in wanted.items()):
+            subject = (
+                row.get("shape"), row.get("contestant"), row.get("dtype"), str(row.get("kan")), row.get("batch"),
+                row.get("task"), row.get("model"), row.get("instruction"), row.get("axis"), row.get("value"),
+                row.get("device"), row.get("device_name"), row.get("backend") if row.get("what") == "sweep" else None,
+            )
+            found[subject] = {**found.get(subject, {}), **row}
+    return list(found.values())
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table; the first column is text, the others are figures."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def circumstances(rows: list[Row]) -> str:
+    """The line below a table: where its rows were measured."""
+    if not rows:
+        return ""
+    facts = []
+    for key, text in (
+        ("device_name", "{}"), ("threads", "{} threads"), ("torch", "torch {}"), ("allocator", "allocator: {}"),
+        ("commit", "commit {}"),
+    ):
+        values = list(dict.fromkeys(str(row[key]) for row in rows if key in row))
+        if values:
+            facts.append(text.format(", ".join(values)))
+    return "\n\nMeasured on: " + "; ".join(facts) + "."
+
+
+def _shapes(rows: list[Row]) -> list[Shape]:
+    """Shapes of the rows: those with a bar first and in their order."""
+    present = list(dict.fromkeys(Shape.parse(row["shape"]) for row in rows))
+    return [shape for shape in BARS if shape in present] + [shape for shape in present if shape not in BARS]
+
+
+def _mark(value: float, bar: float | None) -> str:
+    if bar is None:
+        return ""
+    return " (met)" if value <= bar else " (missed)"
+
+
+def bars(rows: list[Row]) -> str:
+    chosen = [row for row in latest(rows, what="bars", device="cpu") if "forward_ratio" in row]
+    if not chosen:
+        return NOT_YET
+    body = []
+    for shape in _shapes(chosen):
+        row = next(row for row in chosen if row["shape"] == shape.key())
+        cells = [str(shape)]
+        for phase in ("forward", "step"):
+            ratio, bar = row[f"{phase}_ratio"], row[f"{phase}_bar"]
+            cells.append(f"{row[f'{phase}_ms']:.3g}")
+            cells.append(f"{ratio:.2f}" + ("" if bar is None else f", bar {bar:.2f}{_mark(ratio, bar)}"))
+        for kind, bar in (("bfloat16", BAR_BFLOAT16), ("non_uniform", BAR_NON_UNIFORM)):
+            pair = [row.get(f"{phase}_{kind}_ratio") for phase in ("forward", "step")]
+            cells.append("-" if None in pair else f"{pair[0]:.2f} / {pair[1]:.2f}{_mark(max(pair), bar)}")
+        memory, linear = row.get("memory_mib"), row.get("memory_linear_mib")
+        cells.append("-" if memory is None else f"{memory:.1f} / {linear:.1f}{_mark(memory / max(linear, 0.5), BAR_MEMORY)}")
+        cells.append(f"{row['error']:.1e} / {row['reference_error']:.1e}")
+        body.append(cells)
+    head = [
+        "batch x in x out", "forward, ms", "ratio", "step, ms", "ratio", f"bfloat16 / float32 (bar {BAR_BFLOAT16})",
+        f"non-uniform / uniform grid (bar {BAR_NON_UNIFORM})", "peak memory of a step, MiB: ours / linear",
+        "error to float64: ours / reference",
+    ]
+    return markdown(head, body) + circumstances(chosen)
+
+
+def _rival_cell(row: Row | None, phase: str) -> str:
+    if row is None:
+        return "-"
+    if f"{phase}_ratio" in row:
+        return f"{row[f'{phase}_ratio']:.2f}"
+    if f"{phase}_ms" in row:
+        return f"{row[f'{phase}_ms']:.3g} ms"
+    return "fails" if f"{phase}_failed" in row or "failed" in row else "-"
+
+
+def _rivals(rows: list[Row], phase: str, cell: Callable[[Row | None, str], str] = _rival_cell) -> str:
+    chosen = latest(rows, what="layer", device="cpu", dtype="float32")
+    measured = [row for row in chosen if any(key.startswith(phase) for key in row)]
+    if not measured:
+        return NOT_YET
+    shapes = _shapes(measured)
+    names = list(dict.fromkeys(row["contestant"] for row in measured))
+    body = []
+    for name in names:
+        mine = {row["shape"]: row for row in chosen if row["contestant"] == name}
+        note = next((row["note"] for row in mine.values() if row.get("note")), "")
+        body.append([f"{name} ({note})" if note else name, *(cell(mine.get(shape.key()), phase) for shape in shapes)])
+    return markdown(["contestant", *map(str, shapes)], body) + circumstances(measured)
+
+
+def forward(rows: list[Row]) -> str:
+    return _rivals(rows, "forward")
+
+
+def step(rows: list[Row]) -> str:
+    return _rivals(rows, "step")
+
+
+def optimiser(rows: list[Row]) -> str:
+    return _rivals(rows, "optimiser")
+
+
+def second_derivative(rows: list[Row]) -> str:
+    return _rivals(rows, "second_derivative")
+
+
+def memory(rows: list[Row]) -> str:
+    def cell(row: Row | None, phase: str) -> str:
+        pair = [row.get(f"{name}_memory_mib") if row else None for name in ("forward", "step")]
+        return "-" if None in pair else f"{pair[0]:.1f} / {pair[1]:.1f}"
+
+    return _rivals(rows, "step_memory", cell)
+
+
+def accuracy(rows: list[Row]) -> str:
+    """Errors of those that claim the same function."""
+
+    def cell(row: Row | None, phase: str) -> str:
+        return f"{row['error']:.1e}" if row and "error" in row else "-"
+
+    exact = [row for row in rows if row.get("what") != "layer" or "error" in row]
+    return _rivals(exact, "error", cell)
+
+
+def latency(rows: list[Row]) -> str:
+    chosen = latest(rows, what="latency", device="cpu")
+    if not chosen:
+        return NOT_YET
+    body = [
+        [
+            f"KAN({row['kan']})", f"MLP {row['mlp']}", str(row["batch"]),
+            *(
+                f"{row[f'{phase}_us']:.0f} / {row[f'{phase}_mlp_us']:.0f} us, {row[f'{phase}_ratio']:.2f}"
+                + (f", bar {row[f'{phase}_bar']:g}{_mark(row[f'{phase}_ratio'], row[f'{phase}_bar'])}"
+                   if f"{phase}_bar" in row else "")
+                for phase in ("forward", "step")
+            ),
+        ]
+        for row in chosen
+    ]
+    return markdown(["network", "against", "batch", "forward", "step"], body) + circumstances(chosen)
+
+
+def network(rows: list[Row]) -> str:
+    chosen = latest(rows, what="network", device="cpu")
+    if not chosen:
+        return NOT_YET
+    body = [
+        [
+            f"KAN({row['kan']})", f"MLP {row['mlp']}", str(row["batch"]),
+            *(f"{row[f'{phase}_ms']:.3g} ms, {row[f'{phase}_ratio']:.2f}" for phase in ("forward", "step", "optimiser")),
+        ]
+        for row in chosen
+    ]
+    head = ["network", "against, equal parameters", "batch", "forward", "step", "with optimiser"]
+    return markdown(head, body) + circumstances(chosen)
+
+
+def protocol(rows: list[Row]) -> str:
+    from benchmarks.network import PROTOCOL_PUBLISHED, PROTOCOL_SOURCE
+
+    chosen = latest(rows, what="protocol", device="cpu")
+    if not chosen:
+        return NOT_YET
+    body = []
+    for row in sorted(chosen, key=lambda row: row.get("forward_ms", 1e9) + row.get("backward_ms", 1e9)):
+        name = f"{row['contestant']} ({row['note']})" if row.get("note") else row["contestant"]
+        published = PROTOCOL_PUBLISHED.get(row["contestant"])
+        beside = f"{published[0]} / {published[1]}" if published else "-"
+        if "forward_ms" in row:
+            body.append([name, f"{row['forward_ms']:.2f}", f"{row['backward_ms']:.2f}", beside])
+        elif "failed" in row:
+            body.append([name, "fails", "fails", beside])
+    head = ["network [1000, 1000, 1], batch 100", "forward, ms", "backward, ms", "published on another device, ms"]
+    return markdown(head, body) + circumstances(chosen) + f" Last column: {PROTOCOL_SOURCE}."
+
+
+def training(rows: list[Row]) -> str:
+    chosen = latest(rows, what="training", device="cpu")
+    if not chosen:
+        return NOT_YET
+    body = [
+        [
+            f"{row['task']}: {row['metric']}", f"{row['model'].upper()} {row['widths']}", str(row["parameters"]),
+            f"{row['step_ms']:.2g}", f"{row['steps']}",
+            f"{row['final']:.3g} ({row['final_min']:.3g} to {row['final_max']:.3g})", f"{row['at_equal_steps']:.3g}",
+        ]
+        for row in chosen
+    ]
+    seconds = ", ".join(dict.fromkeys(f"{row['seconds']:g}" for row in chosen))
+    head = [
+        "task", "model", "parameters", "ms a step", f"steps in {seconds} s", "at equal time: mean (range of 3 seeds)",
+        "after equal steps",
+    ]
+    return markdown(head, body) + circumstances(chosen)
+
+
+def gpu(rows: list[Row]) -> str:
+    """Every cell that has no row reads "not yet measured"."""
+    from benchmarks.layer import CUDA_SHAPES
+
+    chosen = latest(rows, what="layer", device="cuda")
+    body = []
+    for shape in CUDA_SHAPES:
+        for dtype in ("float32", "bfloat16"):
+            mine = [row for row in chosen if row["shape"] == shape.key() and row["dtype"] == dtype and row["ours"]]
+            cells = []
+            for phase in ("forward", "step"):
+                best = min((row for row in mine if f"{phase}_ms" in row), key=lambda row: row[f"{phase}_ms"], default=None)
+                cells.append(NOT_YET if best is None else f"{best[f'{phase}_ms']:.3g}")
+                ratio = None if best is None else best.get(f"{phase}_ratio")
+                cells.append(NOT_YET if ratio is None else f"{ratio:.2f}")
+                rate = None if best is None else best.get(f"{phase}_tflops")
+                cells.append(NOT_YET if rate is None else f"{rate:.3g}")
+            body.append([f"{shape}, {dtype}", *cells])
+    head = [
+        "batch x in x out", "forward, ms", "ratio to linear", "TFLOP/s, dense count", "step, ms", "ratio to linear",
+        "TFLOP/s, dense count",
+    ]
+    return markdown(head, body) + circumstances(chosen)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "bars": bars,
+    "forward": forward,
+    "step": step,
+    "optimiser": optimiser,
+    "second_derivative": second_derivative,
+    "memory": memory,
+    "accuracy": accuracy,
+    "latency": latency,
+    "network": network,
+    "protocol": protocol,
+    "training": training,
+    "gpu": gpu,
+}
