@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def activation(name: str, x: Tensor, n: int) -> Tensor:
     return value.masked_fill(x.isnan(), torch.nan)
 
 
-def _times_identity(gate, x: Tensor, n: int) -> Tensor:
+def _times_identity(gate: Callable[[Tensor, int], Tensor], x: Tensor, n: int) -> Tensor:
     """n-th derivative, n >= 1, of x * gate(x): Leibniz leaves two terms."""
     x = x.clamp(-_FAR, _FAR)
     return x * gate(x, n) + n * gate(x, n - 1)
@@ -46,12 +47,13 @@ def _sigmoid(x: Tensor, n: int) -> Tensor:
 def _normal_cdf(x: Tensor, n: int) -> Tensor:
     """n-th derivative of the normal distribution function: (-1)^(n-1) He_{n-1}(x) times its density."""
     if n == 0:
-        return torch.special.ndtr(x)
+        value: Tensor = torch.special.ndtr(x)
+        return value
     before, hermite = torch.zeros_like(x), torch.ones_like(x)
     for m in range(n - 1):
         before, hermite = hermite, x * hermite - m * before
     density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return (-1) ** (n - 1) * hermite * density
+    return hermite * density if n % 2 else -hermite * density
 
 
 @functools.lru_cache

@@ -40,9 +40,7 @@ def contract_input(operation: Operation, size: int, in_dims: Dims, args: tuple[A
     x, spline_weight, base_weight, g, grid, *options = args
     x_batched, spline_batched, base_batched, g_batched, grid_batched, *_ = batched
     if not (spline_batched or base_batched or grid_batched):
-        dx = operation(
-            _rows(x, x_batched, size), spline_weight, base_weight, _rows(g, g_batched, size), grid, *options
-        )
+        dx = operation(_rows(x, x_batched, size), spline_weight, base_weight, _rows(g, g_batched, size), grid, *options)
         return dx.unflatten(0, (size, x.shape[-2])), 0
     return _one_by_one(operation, size, args, batched), 0
 
@@ -102,7 +100,8 @@ def _columns(tensor: Tensor | None, batched: bool, size: int) -> Tensor | None:
 
 def _unfold_columns(tensor: Tensor, size: int, out_features: int) -> Tensor:
     """(..., size * O) -> (size, ..., O)"""
-    return tensor.unflatten(-1, (size, out_features)).movedim(-2, 0)
+    unfolded: Tensor = tensor.unflatten(-1, (size, out_features))
+    return unfolded.movedim(-2, 0)
 
 
 def _one_by_one(operation: Operation, size: int, args: tuple[Any, ...], batched: tuple[bool, ...]) -> Any:
@@ -115,7 +114,9 @@ def _one_by_one(operation: Operation, size: int, args: tuple[Any, ...], batched:
         empty = operation(*(arg.new_zeros(arg.shape[1:]) if here else arg for arg, here in zip(args, batched, strict=True)))
         return _map(lambda result: result.new_empty(0, *result.shape), empty)
     first = call(0)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    tensors = [first] if isinstance(first, Tensor) else first
+    watched = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    if watched or any(tensor.requires_grad for tensor in tensors):
         results = [first, *(call(sample) for sample in range(1, size))]
         if isinstance(first, Tensor):
             return torch.stack(results)
@@ -123,7 +124,8 @@ def _one_by_one(operation: Operation, size: int, args: tuple[Any, ...], batched:
     whole = _map(lambda result: result.new_empty(size, *result.shape), first)
     for sample in range(size):
         result = first if sample == 0 else call(sample)
-        _map(lambda place, part: place[sample].copy_(part), whole, result)
+        places = _map(lambda tensor, at=sample: tensor[at], whole)
+        _map(lambda place, part: place.copy_(part), places, result)
     return whole
 
 

@@ -41,10 +41,14 @@ def check_problem(
         raise ValueError(f"x: expected shape (batch, in_features), got {tuple(x.shape)}")
     batch, in_features = x.shape
     if spline_weight is not None:
-        if spline_weight.dim() != 3 or spline_weight.shape[0] != in_features:
+        if spline_weight.dim() != 3:
             raise ValueError(
-                "spline_weight: expected shape (in_features, grid_size + spline_order, out_features) with"
-                f" in_features = {in_features} as x has, got {tuple(spline_weight.shape)}"
+                "spline_weight: expected shape (in_features, grid_size + spline_order, out_features),"
+                f" got {tuple(spline_weight.shape)}"
+            )
+        if spline_weight.shape[0] != in_features:
+            raise ValueError(
+                f"x: expected in_features = {spline_weight.shape[0]} as spline_weight has, got shape {tuple(x.shape)}"
             )
     out_features = weight.shape[-1]
     if grid.dim() != 2 or grid.shape[0] != in_features:

@@ -43,7 +43,10 @@ def kan_linear(
     Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.10).
     """
     if torch._C._is_any_autocast_enabled():
-        spline_weight, base_weight, bias = _autocast(x, spline_weight, base_weight, bias)
+        dtype = _weight_dtype(x, spline_weight)
+        spline_weight = spline_weight.to(dtype)
+        base_weight = None if base_weight is None else base_weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if not torch.compiler.is_compiling():  # a compiled or exported program chooses when it runs
         backend = choose(backend, x.device, spline_weight.dtype)
     if base_weight is None:
@@ -53,7 +56,7 @@ def kan_linear(
     elif base_activation is None:
         raise ValueError("base_weight: expected None with base_activation None, got a tensor")
     else:
-        activation, base = "none", base_activation(x).to(base_weight.dtype) @ base_weight
+        activation, base = "none", _activated(base_activation, x).to(base_weight.dtype) @ base_weight
     rows = x if x.dim() == 2 else _as_rows(x)
     y = ops.contract_output(
         rows, None, spline_weight, base_weight if base is None else None, grid, activation, outside, 0, backend
@@ -62,7 +65,22 @@ def kan_linear(
         y = y.view(*x.shape[:-1], y.shape[1])
     if base is not None:
         y = y + base
-    return y if bias is None else y + bias
+    return y if bias is None else _with_bias(y, bias)
+
+
+def _activated(base_activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    value = base_activation(x)
+    if value.shape != x.shape:
+        raise ValueError(f"base_activation: expected a result of x's shape {tuple(x.shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def _with_bias(y: Tensor, bias: Tensor) -> Tensor:
+    if bias.shape != y.shape[-1:]:
+        raise ValueError(f"bias: expected shape (out_features) = ({y.shape[-1]},), got {tuple(bias.shape)}")
+    if bias.dtype != y.dtype:
+        raise TypeError(f"bias: expected {y.dtype} as the spline weights have, got {bias.dtype}")
+    return y + bias
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -71,10 +89,9 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
-def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Weights in the autocast dtype of x's device, by the rule of nn.Linear: float64 stays."""
+def _weight_dtype(x: Tensor, spline_weight: Tensor) -> torch.dtype:
+    """What autocast on x's device asks for, by the rule of nn.Linear: float64 stays."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (x.dtype, spline_weight.dtype):
+        return spline_weight.dtype
+    return torch.get_autocast_dtype(kind)

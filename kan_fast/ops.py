@@ -18,7 +18,7 @@ among them. Each formula stands once, in an autograd.Function; who arrives how:
 Arguments, shapes and dtypes are those of backends/reference.py, then the name of the backend; operators take "auto" too.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -48,10 +48,8 @@ def contract_output(
     backend: str,
 ) -> Tensor:
     """sum_{i, f} scale * phi_f^(n)(x) * weight -> (B, O), differentiable in x, scale and both weights."""
-    args = x, scale, spline_weight, base_weight, grid, activation, outside, n, backend
-    if _is_compiling():
-        return _operators.contract_output(*args)  # type: ignore[no-any-return]
-    return (_ContractOutput.apply if _tracked(args) else _ContractOutput.forward)(*args)
+    result: Tensor = _enter(_ContractOutput, (x, scale, spline_weight, base_weight, grid, activation, outside, n, backend))
+    return result
 
 
 def contract_input(
@@ -66,10 +64,8 @@ def contract_input(
     backend: str,
 ) -> Tensor:
     """sum_{f, o} phi_f^(n)(x) * weight * g -> (B, I), differentiable in x, g and both weights."""
-    args = x, spline_weight, base_weight, g, grid, activation, outside, n, backend
-    if _is_compiling():
-        return _operators.contract_input(*args)  # type: ignore[no-any-return]
-    return (_ContractInput.apply if _tracked(args) else _ContractInput.forward)(*args)
+    result: Tensor = _enter(_ContractInput, (x, spline_weight, base_weight, g, grid, activation, outside, n, backend))
+    return result
 
 
 def contract_weight(
@@ -84,10 +80,8 @@ def contract_weight(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """sum_b scale * phi_f^(n)(x) * g -> (I, G + k, O) and (I, O), differentiable in x, scale and g."""
-    args = x, scale, g, grid, spline_order, activation, outside, n, backend
-    if _is_compiling():
-        return _operators.contract_weight(*args)  # type: ignore[no-any-return]
-    return (_ContractWeight.apply if _tracked(args) else _ContractWeight.forward)(*args)
+    result: tuple[Tensor, Tensor] = _enter(_ContractWeight, (x, scale, g, grid, spline_order, activation, outside, n, backend))
+    return result
 
 
 def contract_backward(
@@ -102,10 +96,16 @@ def contract_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(contract_input of order n + 1, *contract_weight of order n), differentiable in x, g and both weights."""
-    args = x, spline_weight, base_weight, g, grid, activation, outside, n, backend
+    result: tuple[Tensor, Tensor, Tensor] = _enter(
+        _ContractBackward, (x, spline_weight, base_weight, g, grid, activation, outside, n, backend)
+    )
+    return result
+
+
+def _enter(operation: type["_Contraction"], args: tuple[Any, ...]) -> Any:
     if _is_compiling():
-        return _operators.contract_backward(*args)  # type: ignore[no-any-return]
-    return (_ContractBackward.apply if _tracked(args) else _ContractBackward.forward)(*args)
+        return getattr(_operators, operation.name)(*args)
+    return (operation.apply if _tracked(args) else operation.forward)(*args)
 
 
 def _tracked(args: tuple[Any, ...]) -> bool:
@@ -125,12 +125,14 @@ def _run(name: str, args: tuple[Any, ...]) -> Any:
 
 
 class _Contraction(torch.autograd.Function):
+    name: ClassVar[str]
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """torch's own without binding the signature on every call, which in torch 2.13 is 29 us of its 35."""
         if _C._are_functorch_transforms_active():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
-        return super(torch.autograd.Function, cls).apply(*args)
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def _save(ctx: Any, *tensors: MaybeTensor) -> None:
@@ -172,6 +174,8 @@ def _sum(*terms: MaybeTensor) -> MaybeTensor:
 
 
 class _ContractOutput(_Contraction):
+    name = "contract_output"
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_output", args)
@@ -238,6 +242,8 @@ class _ContractOutput(_Contraction):
 
 
 class _ContractInput(_Contraction):
+    name = "contract_input"
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_input", args)
@@ -299,6 +305,8 @@ class _ContractInput(_Contraction):
 
 
 class _ContractWeight(_Contraction):
+    name = "contract_weight"
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_weight", args)
@@ -355,6 +363,8 @@ class _ContractWeight(_Contraction):
 
 
 class _ContractBackward(_Contraction):
+    name = "contract_backward"
+
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_backward", args)
@@ -438,6 +448,4 @@ register(
     2,
     _ContractWeight,
 )
-register(
-    "contract_backward", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "(Tensor, Tensor, Tensor)", 1, _ContractBackward
-)
+register("contract_backward", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "(Tensor, Tensor, Tensor)", 1, _ContractBackward)

@@ -83,7 +83,7 @@ def bases(x: Tensor, grid: Tensor, spline_order: int, outside: str, n: int) -> T
         if outside == "linear" and n == 0:
             slope = _scattered_basis(x, nearest, grid, k, outside, 1)
             values = torch.where(beyond, values + slope * (x - nearest)[..., None], values)
-        elif outside == "clamp" and n > 0 or n > 1:
+        elif n > 1 or (n == 1 and outside == "clamp"):
             values = values.masked_fill(beyond, 0)
     return values.masked_fill(x.isnan()[..., None], torch.nan)
 

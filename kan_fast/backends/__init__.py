@@ -32,7 +32,8 @@ def reason_not(name: str, device: torch.device, dtype: torch.dtype) -> str | Non
         module = get(name)
     except ImportError as error:
         return f"it cannot be loaded: {error}"
-    return module.reason_not(device, dtype)
+    reason: str | None = module.reason_not(device, dtype)
+    return reason
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -1,15 +1,19 @@
 """The C++ and CUDA kernels of csrc/, reached through the operators that kan_fast/_native.so defines.
 
-Shapes, dtypes and devices are checked in csrc/ops.cpp. Arguments and results are those of backends/reference.py.
+csrc/ops.cpp checks shapes, dtypes and devices; where it refuses, checks.py says what is wrong, so that every backend
+raises the same errors. Arguments and results are those of backends/reference.py.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kan_fast.activations import ACTIVATIONS
+from kan_fast.backends import fake
+from kan_fast.checks import check_problem
 from kan_fast.spline import OUTSIDE
 
 # The variable names another build of the library, such as the one with sanitizers.
@@ -29,10 +33,6 @@ def _load() -> str | None:
     return None
 
 
-_not_loaded = _load()
-_operators = torch.ops.kan_fast_native
-
-
 class _Codes(dict[str, int]):
     """Name -> position, with an error that names the argument."""
 
@@ -46,6 +46,25 @@ class _Codes(dict[str, int]):
 
 _activation_code = _Codes("base_activation", ACTIVATIONS)
 _outside_code = _Codes("outside", OUTSIDE)
+
+
+def _bind(name: str) -> Any:
+    """An operator of the library, which fake tensors and compilers understand too."""
+
+    def without_values(*args: Any) -> Any:
+        *rest, activation, outside, n = args
+        return getattr(fake, name)(*rest, ACTIVATIONS[activation], OUTSIDE[outside], n)
+
+    torch.library.register_fake(f"kan_fast_native::{name}", without_values)
+    return getattr(torch.ops.kan_fast_native, name).default
+
+
+_not_loaded = _load()
+if _not_loaded is None:
+    _contract_output = _bind("contract_output")
+    _contract_input = _bind("contract_input")
+    _contract_weight = _bind("contract_weight")
+    _contract_backward = _bind("contract_backward")
 
 
 def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -69,9 +88,13 @@ def contract_output(
     outside: str,
     n: int,
 ) -> Tensor:
-    return _operators.contract_output.default(
-        x, scale, spline_weight, base_weight, grid, _activation_code[activation], _outside_code[outside], n
-    )
+    """sum_{i, f} scale * phi_f^(n)(x) * weight -> (B, O)"""
+    codes = _activation_code[activation], _outside_code[outside]
+    try:
+        return _contract_output(x, scale, spline_weight, base_weight, grid, *codes, n)  # type: ignore[no-any-return]
+    except RuntimeError:
+        check_problem(x, scale, spline_weight, base_weight, None, grid, None, activation, outside, n)
+        raise
 
 
 def contract_input(
@@ -84,9 +107,13 @@ def contract_input(
     outside: str,
     n: int,
 ) -> Tensor:
-    return _operators.contract_input.default(
-        x, spline_weight, base_weight, g, grid, _activation_code[activation], _outside_code[outside], n
-    )
+    """sum_{f, o} phi_f^(n)(x) * weight * g -> (B, I)"""
+    codes = _activation_code[activation], _outside_code[outside]
+    try:
+        return _contract_input(x, spline_weight, base_weight, g, grid, *codes, n)  # type: ignore[no-any-return]
+    except RuntimeError:
+        check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
+        raise
 
 
 def contract_weight(
@@ -99,9 +126,13 @@ def contract_weight(
     outside: str,
     n: int,
 ) -> tuple[Tensor, Tensor]:
-    return _operators.contract_weight.default(
-        x, scale, g, grid, spline_order, _activation_code[activation], _outside_code[outside], n
-    )
+    """sum_b scale * phi_f^(n)(x) * g -> (I, G + k, O) and (I, O)"""
+    codes = _activation_code[activation], _outside_code[outside]
+    try:
+        return _contract_weight(x, scale, g, grid, spline_order, *codes, n)  # type: ignore[no-any-return]
+    except RuntimeError:
+        check_problem(x, scale, None, None, g, grid, spline_order, activation, outside, n)
+        raise
 
 
 def contract_backward(
@@ -114,6 +145,10 @@ def contract_backward(
     outside: str,
     n: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _operators.contract_backward.default(
-        x, spline_weight, base_weight, g, grid, _activation_code[activation], _outside_code[outside], n
-    )
+    """(contract_input of order n + 1, *contract_weight of order n)"""
+    codes = _activation_code[activation], _outside_code[outside]
+    try:
+        return _contract_backward(x, spline_weight, base_weight, g, grid, *codes, n)  # type: ignore[no-any-return]
+    except RuntimeError:
+        check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
+        raise

@@ -1,6 +1,7 @@
 """KANLayer: kan_linear with its parameters, knots and mask."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ class KANLayer(nn.Module):
     initial, uniform grid. Raises ValueError or TypeError for arguments out of bounds.
     """
 
+    spline_weight: nn.Parameter
+    base_weight: nn.Parameter | None
+    bias: nn.Parameter | None
     grid: Tensor
     edge_mask: Tensor | None
 
@@ -53,7 +57,7 @@ class KANLayer(nn.Module):
         super().__init__()
         self.in_features = _one_of("in_features", in_features, "input_dim", input_dim)
         self.out_features = _one_of("out_features", out_features, "output_dim", output_dim)
-        _check_int("grid_size", grid_size, 1)
+        grid_size = _check_int("grid_size", grid_size, 1)
         self.spline_order = _check_int("spline_order", spline_order, 0)
         self.grid_range = _check_range(grid_range)
         self.base_activation = _check_activation(base_activation)
@@ -64,23 +68,28 @@ class KANLayer(nn.Module):
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
         shape = self.in_features, self.out_features
         self.spline_weight = nn.Parameter(torch.empty(shape[0], grid_size + spline_order, shape[1], **options))
-        self.base_weight = nn.Parameter(torch.empty(shape, **options)) if base_activation is not None else None
-        self.bias = nn.Parameter(torch.empty(shape[1], **options)) if bias else None
-        knots = torch.empty(shape[0], grid_size + 2 * spline_order + 1, device=device, dtype=_at_least_float32(options["dtype"]))
+        base_weight = None if base_activation is None else nn.Parameter(torch.empty(shape, **options))
+        self.register_parameter("base_weight", base_weight)
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[1], **options)) if bias else None)
+        options["dtype"] = _at_least_float32(options["dtype"])
+        knots = torch.empty(shape[0], grid_size + 2 * spline_order + 1, **options)
         self.register_buffer("grid", knots)
         self.register_buffer("edge_mask", None)
         self.reset_parameters()
 
     @property
     def input_dim(self) -> int:
+        """in_features"""
         return self.in_features
 
     @property
     def output_dim(self) -> int:
+        """out_features"""
         return self.out_features
 
     @property
     def grid_size(self) -> int:
+        """Number of intervals G on the range of the grid."""
         return self.spline_weight.shape[1] - self.spline_order
 
     def reset_parameters(self) -> None:
@@ -101,15 +110,11 @@ class KANLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)"""
-        buffers, parameters = self._buffers, self._parameters
-        spline_weight: Tensor
-        base_weight: Tensor | None
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         try:  # nn.Module's attribute access costs 0.5 us each, which small layers feel
-            spline_weight, base_weight, bias = (
-                parameters["spline_weight"],
-                parameters["base_weight"],
-                parameters["bias"],
-            )
+            spline_weight, base_weight = parameters["spline_weight"], parameters["base_weight"]
+            bias = parameters["bias"]
         except KeyError:  # parametrized
             spline_weight, base_weight, bias = self.spline_weight, self.base_weight, self.bias
         if buffers["edge_mask"] is not None:
@@ -127,11 +132,11 @@ class KANLayer(nn.Module):
 
     def masked_weights(self) -> tuple[Tensor, Tensor | None]:
         """spline_weight (in, G + k, out) and base_weight (in, out) or None, zero at edges that are masked."""
-        mask, base_weight = self.edge_mask, self.base_weight
-        if mask is None:
-            return self.spline_weight, base_weight
-        base_weight = None if base_weight is None else base_weight.masked_fill(~mask, 0)
-        return self.spline_weight.masked_fill(~mask[:, None, :], 0), base_weight
+        if self.edge_mask is None:
+            return self.spline_weight, self.base_weight
+        pruned = ~self.edge_mask
+        base_weight = None if self.base_weight is None else self.base_weight.masked_fill(pruned, 0)
+        return self.spline_weight.masked_fill(pruned[:, None, :], 0), base_weight
 
     def edge_values(self, x: Tensor, derivative: int = 0) -> Tensor:
         """Value, or derivative of that order, of every edge's function: (N, in) -> (N, in, out). No bias.
@@ -164,21 +169,20 @@ class KANLayer(nn.Module):
             spline_weight, base_weight = self.masked_weights()
             spline_weight = spline_weight[i : i + 1, :, j : j + 1]
             base_weight = None if base_weight is None else base_weight[i : i + 1, j : j + 1]
-            fused = isinstance(self.base_activation, str)
+            fused = self.base_activation if isinstance(self.base_activation, str) else "none"
             backend = choose(self.backend, x.device, spline_weight.dtype)
-            name = self.base_activation if fused else "none"
             y = ops.contract_output(
                 x.reshape(-1, 1),
                 None,
                 spline_weight,
-                base_weight if fused else None,
+                None if fused == "none" else base_weight,
                 self.grid[i : i + 1],
-                name,
+                fused,
                 self.outside,
                 derivative,
                 backend,
             ).view(x.shape)
-            if base_weight is not None and not fused:
+            if base_weight is not None and fused == "none":
                 y = y + self._base(x, derivative) * base_weight[0, 0]
             return y
 
@@ -188,7 +192,8 @@ class KANLayer(nn.Module):
         """Replace the knots, and with them the spline weights where they are given.
 
         grid (in, G' + 2k + 1), non-decreasing, of any G' >= 1; spline_weight (in, G' + k, out), needed where G' is not the
-        present grid size. The Parameter stays the same object while its shape stays. Raises ValueError or TypeError.
+        present grid size. The Parameter stays the same object, so
+        optimisers keep it. Raises ValueError or TypeError.
         """
         spline.check_grid(grid, self.in_features, self.spline_order)
         num_bases = grid.shape[1] - self.spline_order - 1
@@ -203,18 +208,19 @@ class KANLayer(nn.Module):
                 f"spline_weight: expected shape (in_features, grid_size + spline_order, out_features) = {shape},"
                 f" got {tuple(spline_weight.shape)}"
             )
-        old = self.spline_weight
+        weight = self.spline_weight
         self.grid = grid.detach().to(self.grid.device, self.grid.dtype, copy=True)
         if spline_weight is None:
             return
-        if spline_weight.shape == old.shape:
+        if spline_weight.shape == weight.shape:
             with torch.no_grad():
-                old.copy_(spline_weight)
+                weight.copy_(spline_weight)
         else:
-            new = spline_weight.detach().to(old.device, old.dtype, copy=True)
-            self.spline_weight = nn.Parameter(new, requires_grad=old.requires_grad)
+            weight.grad = None
+            weight.data = spline_weight.detach().to(weight.device, weight.dtype, copy=True)
 
     def extra_repr(self) -> str:
+        """What repr() shows between the parentheses."""
         parts = [
             f"in_features={self.in_features}, out_features={self.out_features}, grid_size={self.grid_size}",
             f"spline_order={self.spline_order}",
@@ -273,16 +279,15 @@ class KANLayer(nn.Module):
             elif self.edge_mask is None:
                 shape = self.in_features, self.out_features
                 self.edge_mask = torch.ones(shape, dtype=torch.bool, device=self.spline_weight.device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 def _derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Elementwise derivative of an elementwise function, differentiable again."""
 
     def derivative(x: Tensor) -> Tensor:
-        return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+        tangent: Tensor = torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+        return tangent
 
     return derivative
 
@@ -298,11 +303,12 @@ def _one_of(name: str, value: int | None, alias: str, alias_value: int | None) -
 
 
 def _check_int(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not hasattr(value, "__index__") or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected {least} or more, got {value}")
-    return value
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name}: expected {least} or more, got {number}")
+    return number
 
 
 def _check_range(grid_range: Any) -> tuple[float, float]:
@@ -316,7 +322,7 @@ def _check_range(grid_range: Any) -> tuple[float, float]:
 
 
 def _check_name(argument: str, name: Any, names: tuple[str, ...]) -> str:
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, names))}, got {name!r}")
     return name
 
@@ -326,6 +332,9 @@ def _check_activation(base_activation: Any) -> BaseActivation:
         raise TypeError(
             f"base_activation: expected an instance, a function or a name, got the class {base_activation.__name__}"
         )
-    if base_activation is None or callable(base_activation):
-        return base_activation
+    if base_activation is None:
+        return None
+    if callable(base_activation):
+        activation: Callable[[Tensor], Tensor] = base_activation
+        return activation
     return _check_name("base_activation", base_activation, ACTIVATIONS[1:])

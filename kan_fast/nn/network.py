@@ -1,7 +1,7 @@
 """KAN: a stack of KANLayers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ class KAN(nn.Module):
     Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.6).
     """
 
-    def __init__(
-        self, layer_dims: Sequence[int], grid_size: int = 5, spline_order: int = 3, **layer_kwargs: Any
-    ) -> None:
+    def __init__(self, layer_dims: Sequence[int], grid_size: int = 5, spline_order: int = 3, **layer_kwargs: Any) -> None:
         super().__init__()
         dims = list(layer_dims)
         if len(dims) < 2:
@@ -31,19 +29,23 @@ class KAN(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., layer_dims[0]) -> (..., layer_dims[-1])"""
         for layer in self.layers:
             x = layer(x)
         return x
 
     def reset_parameters(self) -> None:
         """Draw every layer anew."""
-        for layer in self.layers:
+        for layer in self._kan_layers():
             layer.reset_parameters()
 
     def regularization_loss(self, regularization_factor: float = 1e-4) -> Tensor:
         """regularization_factor * sum of |spline_weight| over all edges that are not masked: an autograd scalar."""
-        total = torch.stack([layer.masked_weights()[0].abs().sum() for layer in self.layers]).sum()
+        total = torch.stack([layer.masked_weights()[0].abs().sum() for layer in self._kan_layers()]).sum()
         return regularization_factor * total
+
+    def _kan_layers(self) -> list[KANLayer]:
+        return cast("list[KANLayer]", list(self.layers))
 
 
 KolmogorovArnoldNetwork = KAN
