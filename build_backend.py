@@ -155,12 +155,12 @@ def _torch_requirement() -> list[str]:
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     """setuptools' own build requirements and, where it must be fetched, torch."""
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *_torch_requirement()]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     """As for a wheel."""
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    return [*build_meta.get_requires_for_build_editable(config_settings), *_torch_requirement()]
 
 
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist

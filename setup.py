@@ -138,7 +138,7 @@ def plan(tools: Toolchain, version: str, folder: Path) -> tuple[Ninja, Path, Pat
     if tools.kind == "cuda":
         cxx.append("-DKAN_BUILT_CUDA=1")
     user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    torch = ["-isystem", tools.torch.root / "include", TORCH_TARGET]
+    torch: list[str | Path] = ["-isystem", tools.torch.root / "include", TORCH_TARGET]
 
     # Objects in the order of the link: where files share an inline function of a header, the linker keeps the first copy, and
     # that must be one which every CPU can run.
@@ -146,14 +146,16 @@ def plan(tools: Toolchain, version: str, folder: Path) -> tuple[Ninja, Path, Pat
     kernels = sorted(f for f in (CSRC / "cpu").glob("*.cpp") if f != dispatch)
     bindings = sorted(f for f in CSRC.glob("*.cpp") if f.name != "build_info.cpp")
     objects = [build.compile([*cxx, *torch, *user_flags], source) for source in bindings]
-    objects += [build.compile([*cxx, *user_flags], source) for source in (dispatch,) if source.exists()]
+    objects.append(build.compile([*cxx, *user_flags], dispatch))
     for isa in built:
         flags = [*ISA_FLAGS[isa], f"-DKAN_ISA={isa}", f"-DKAN_ISA_{isa.upper()}=1"]
         objects += [build.compile([*cxx, *flags, *user_flags], source, isa) for source in kernels]
 
     linker: list[str | Path] = [*tools.cxx, *shlex.split(os.environ.get("LDFLAGS", ""))]
     if SANITIZE:
-        linker += ["-fsanitize=address,undefined", *(["-shared-libasan"] if "clang" in tools.cxx[0] else [])]
+        linker.append("-fsanitize=address,undefined")
+        if "clang" in tools.cxx[0]:
+            linker.append("-shared-libasan")
     # No rpath: torch is imported first, and the loader finds its libraries by name. libtorch.so is kept although no symbol
     # of it is used directly, since in CUDA builds of torch it brings libtorch_cuda.so into scope.
     libraries: list[str | Path] = [f"-L{tools.torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -207,7 +209,7 @@ class BuildNative(build_ext):
         build, native, module = plan(TOOLS, self.distribution.get_version(), folder)
         build.run()
         if SANITIZE:
-            self.extensions = []  # the product stays in the build folder; nothing is to be copied into the package
+            self.extensions.clear()  # the product stays in the build folder; nothing is to be copied into the package
             return
         for ext, product in zip(self.extensions, (native, module), strict=True):
             target = Path(self.get_ext_fullpath(ext.name))
