@@ -320,9 +320,7 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _copy_state(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in model.state_dict().items()
-    }
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in model.state_dict().items()}
 
 
 def _write(state: Any, path: Path) -> None:
@@ -346,7 +344,10 @@ def _make_optimizer(model: nn.Module, optimizer: Any, lr: float, weight_decay: f
     if optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     if optimizer == "lbfgs":
-        return torch.optim.LBFGS(parameters, lr=lr, line_search_fn="strong_wolfe")
+        # The default tolerances end a float64 run at losses of 1e-6.
+        return torch.optim.LBFGS(
+            parameters, lr=lr, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+        )
     if callable(optimizer):
         made = optimizer(parameters)
         if isinstance(made, Optimizer):
