@@ -42,7 +42,8 @@ def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"it has no kernels for {device.type}"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} has no CUDA"
+        built_for_gpu = torch.version.cuda or torch.version.hip
+        return "torch sees no CUDA device" if built_for_gpu else f"torch {torch.__version__} has no CUDA"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"it needs a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
