@@ -26,7 +26,7 @@ def measure(device: str, dtype: torch.dtype, seconds: float = 1.0) -> Ceilings:
     product = torch.empty_like(left)
     source = torch.ones(bytes_copied, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    calls = {"matmul": lambda: torch.mm(left, right, out=product), "copy": lambda: target.copy_(source)}
+    calls: dict[str, timing.Call] = {"matmul": lambda: torch.mm(left, right, out=product), "copy": lambda: target.copy_(source)}
     time_interleaved = timing_cuda.time_interleaved if device == "cuda" else timing.time_interleaved
     times = time_interleaved(calls, budget=seconds)
     return Ceilings(2 * size**3 / times["matmul"].median, 2 * bytes_copied / times["copy"].median)

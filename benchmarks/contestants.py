@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ def _require_cubic(shape: Shape, name: str) -> None:
         raise ValueError(f"{name} has cubic splines only, got spline_order {shape.spline_order}")
 
 
+def _coefficients(ours: kan_fast.KANLayer) -> tuple[Tensor, Tensor]:
+    """spline_weight (in, G + k, out) and base_weight (in, out), float32."""
+    assert ours.base_weight is not None
+    return ours.spline_weight.detach().float(), ours.base_weight.detach().float()
+
+
 def _linear(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
     return nn.Linear(shape.in_features, shape.out_features, bias=False)
 
@@ -60,8 +67,8 @@ def _linear_equal(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
 
 def _plain(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
     layer = PlainKANLayer(shape.in_features, shape.out_features, ours.grid.float(), shape.spline_order)
-    base, spline = ours.base_weight.detach(), ours.spline_weight.detach()
-    layer.weight.data = torch.cat([base.T, spline.flatten(0, 1).T], dim=1).contiguous().float()
+    spline, base = _coefficients(ours)
+    layer.weight.data = torch.cat([base.T, spline.flatten(0, 1).T], dim=1).contiguous()
     return layer
 
 
@@ -77,33 +84,35 @@ def _compiled(make: Make) -> Make:
 def _inkan(compile_basis: bool) -> Make:
     def make(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
         _require_cubic(shape, "inkan")
-        inkan = importlib.import_module("inkan")
-        layer = inkan.KANLayer(shape.in_features, shape.out_features, shape.grid_size, compile_basis=compile_basis)
-        spline = ours.spline_weight.detach().flatten(0, 1).T
-        layer.weight.data = torch.cat([spline, ours.base_weight.detach().T], dim=1).contiguous().float()
-        return layer
+        inkan: Any = importlib.import_module("inkan")
+        layer: Any = inkan.KANLayer(shape.in_features, shape.out_features, shape.grid_size, compile_basis=compile_basis)
+        spline, base = _coefficients(ours)
+        layer.weight.data = torch.cat([spline.flatten(0, 1).T, base.T], dim=1).contiguous()
+        return cast(nn.Module, layer)
 
     return make
 
 
 def _flashkan(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
     _require_cubic(shape, "flashkan")
-    flashkan = importlib.import_module("flashkan")
-    layer = flashkan.KANLayer(shape.in_features, shape.out_features, shape.grid_size)
-    layer.spline_weight.data = ours.spline_weight.detach().permute(2, 0, 1).contiguous().float()
-    layer.base_weight.data = ours.base_weight.detach().T.contiguous().float()
-    return layer
+    flashkan: Any = importlib.import_module("flashkan")
+    spline, base = _coefficients(ours)
+    layer: Any = flashkan.KANLayer(shape.in_features, shape.out_features, shape.grid_size)
+    layer.spline_weight.data = spline.permute(2, 0, 1).contiguous()
+    layer.base_weight.data = base.T.contiguous()
+    return cast(nn.Module, layer)
 
 
 def _efficient_kan(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
-    efficient = importlib.import_module("efficient_kan")
+    efficient: Any = importlib.import_module("efficient_kan")
     # Without the standalone scaler the layer has our parameter count. Its constructor solves a least-squares problem.
-    layer = efficient.KANLinear(
+    spline, base = _coefficients(ours)
+    layer: Any = efficient.KANLinear(
         shape.in_features, shape.out_features, shape.grid_size, shape.spline_order, enable_standalone_scale_spline=False
     )
-    layer.spline_weight.data = ours.spline_weight.detach().permute(2, 0, 1).contiguous().float()
-    layer.base_weight.data = ours.base_weight.detach().T.contiguous().float()
-    return layer
+    layer.spline_weight.data = spline.permute(2, 0, 1).contiguous()
+    layer.base_weight.data = base.T.contiguous()
+    return cast(nn.Module, layer)
 
 
 class _FirstOutput(nn.Module):
@@ -114,7 +123,8 @@ class _FirstOutput(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
+        y: Tensor = self.layer(x)[0]
+        return y
 
 
 PYKAN_LIMIT = 2**28  # numbers in pykan's (batch, out, in) tensors, of which it makes several
@@ -124,25 +134,29 @@ def _pykan(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
     size = shape.batch * shape.in_features * shape.out_features
     if size > PYKAN_LIMIT // 2:
         raise MemoryError(f"not run: pykan makes several tensors of batch x out x in = {size:.1e} numbers")
-    kan = importlib.import_module("kan")
-    layer = kan.KANLayer(shape.in_features, shape.out_features, num=shape.grid_size, k=shape.spline_order)
-    layer.coef.data = ours.spline_weight.detach().permute(0, 2, 1).contiguous().float()
-    layer.scale_base.data = ours.base_weight.detach().clone().float()
+    kan: Any = importlib.import_module("kan")
+    spline, base = _coefficients(ours)
+    layer: Any = kan.KANLayer(shape.in_features, shape.out_features, num=shape.grid_size, k=shape.spline_order)
+    layer.coef.data = spline.permute(0, 2, 1).contiguous()
+    layer.scale_base.data = base.clone()
     layer.scale_sp.data = torch.ones_like(layer.scale_sp)
     return _FirstOutput(layer)
 
 
 def _fast_kan(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
-    fastkan = importlib.import_module("fastkan")
-    return fastkan.FastKANLayer(shape.in_features, shape.out_features, -1.0, 1.0, shape.grid_size + shape.spline_order)
+    fastkan: Any = importlib.import_module("fastkan")
+    bases = shape.grid_size + shape.spline_order
+    layer: nn.Module = fastkan.FastKANLayer(shape.in_features, shape.out_features, -1.0, 1.0, bases)
+    return layer
 
 
 def _kanditioned(shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:
-    package = importlib.import_module("KANditioned")
-    return package.KANLayer(
+    package: Any = importlib.import_module("KANditioned")
+    layer: nn.Module = package.KANLayer(
         shape.in_features, shape.out_features, "random_normal", num_control_points=shape.features, spline_width=2.0,
         impl="embedding_bag",  # the default implementation raises
     )
+    return layer
 
 
 def _backend(name: str) -> Make:

@@ -104,7 +104,8 @@ def roofline(rows: list[Row], folder: Path) -> list[Path]:
                             flops, moved = ceilings.work(Shape.parse(row["shape"]), phase, DTYPES[dtype].itemsize)
                             points.append((flops / moved, row[f"{phase}_tflops"]))
                     if points:
-                        panel.scatter(*zip(*points, strict=True), marker=marker, s=34, label=f"{name}, {phase}",
+                        across, up = zip(*points, strict=True)
+                        panel.scatter(across, up, marker=marker, s=34, label=f"{name}, {phase}",
                                       color=COLOURS.get(name, "#555555"), alpha=0.85,
                                       facecolors="none" if phase == "step" else None)
             panel.set_xscale("log", base=2)
@@ -168,14 +169,14 @@ def training(rows: list[Row], folder: Path) -> list[Path]:
         for row in (row for row in chosen if row["task"] == task):
             times = [point[0] * row["step_ms"] / 1e3 for point in row["curves"][0]]
             values = [[curve[index][1] for curve in row["curves"]] for index in range(len(times))]
-            colour = "#c0392b" if row["model"] == "kan" else "#222222"
+            colour = {"kan": "#c0392b", "mlp": "#222222"}.get(row["model"], "#2471a3")
             panel.plot(times, [sum(v) / len(v) for v in values], color=colour, marker="o", markersize=3,
-                       label=f"{row['model'].upper()} {row['widths']}")
+                       label=f"{row['model'][:3].upper()} {row['widths']}")
             panel.fill_between(times, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
         panel.set_yscale("log")
         panel.set_xlabel("training time, s")
         panel.set_ylabel(row["metric"])
-        panel.set_title(f"{task}, {row['parameters']} parameters", fontsize=10)
+        panel.set_title(f"{task}, about {row['parameters']} parameters", fontsize=10)
         panel.grid(True, which="major", alpha=0.3)
         panel.legend(fontsize=8)
     figure.tight_layout()

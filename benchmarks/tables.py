@@ -71,9 +71,9 @@ def bars(rows: list[Row]) -> str:
             cells.append(f"{row[f'{phase}_ms']:.3g}")
             cells.append(f"{ratio:.2f}" + ("" if bar is None else f", bar {bar:.2f}{_mark(ratio, bar)}"))
         for kind, bar in (("bfloat16", BAR_BFLOAT16), ("non_uniform", BAR_NON_UNIFORM)):
-            pair = [row.get(f"{phase}_{kind}_ratio") for phase in ("forward", "step")]
-            cells.append("-" if None in pair else f"{pair[0]:.2f} / {pair[1]:.2f}{_mark(max(pair), bar)}")
-        memory, linear = row.get("memory_mib"), row.get("memory_linear_mib")
+            pair = [row[key] for phase in ("forward", "step") if (key := f"{phase}_{kind}_ratio") in row]
+            cells.append("-" if len(pair) < 2 else f"{pair[0]:.2f} / {pair[1]:.2f}{_mark(max(pair), bar)}")
+        memory, linear = row.get("memory_mib"), row.get("memory_linear_mib", 0.0)
         cells.append("-" if memory is None else f"{memory:.1f} / {linear:.1f}{_mark(memory / max(linear, 0.5), BAR_MEMORY)}")
         cells.append(f"{row['error']:.1e} / {row['reference_error']:.1e}")
         body.append(cells)
@@ -203,7 +203,7 @@ def training(rows: list[Row]) -> str:
         return NOT_YET
     body = [
         [
-            f"{row['task']}: {row['metric']}", f"{row['model'].upper()} {row['widths']}", str(row["parameters"]),
+            f"{row['task']}: {row['metric']}", f"{row['model'][:3].upper()} {row['widths']}", str(row["parameters"]),
             f"{row['step_ms']:.2g}", f"{row['steps']}",
             f"{row['final']:.3g} ({row['final_min']:.3g} to {row['final_max']:.3g})", f"{row['at_equal_steps']:.3g}",
         ]

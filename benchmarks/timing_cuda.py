@@ -32,7 +32,7 @@ def one(call: Call, flush: Flush | None) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e-3
+    return float(start.elapsed_time(end)) * 1e-3
 
 
 def time_interleaved(

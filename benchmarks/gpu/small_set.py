@@ -37,7 +37,7 @@ def make(shape: Shape, backend: str, dtype: torch.dtype, device: str, bent: bool
 def third_derivative(layer: kan_fast.KANLayer, x: Tensor) -> Tensor:
     """d^3 sum(y) / dx^3, through three backward passes."""
     value = x.detach().requires_grad_()
-    result = layer(value).sum()
+    result: Tensor = layer(value).sum()
     for _ in range(3):
         (result,) = torch.autograd.grad(result.sum(), value, create_graph=True)
     return result
