@@ -5,8 +5,9 @@ function    f(x) = exp((sin(pi (x1^2 + x2^2)) + sin(pi (x3^2 + x4^2))) / 2) on [
             KAN paper (arXiv 2404.19756, section 3.1): root mean square error on unseen points.
 poisson     u_xx + u_yy = f on [-1, 1]^2 with u = sin(pi x) sin(pi y), the same paper's section 3.4, trained on the residual
             and the boundary alone: root mean square error of u, relative to u's.
-The MLPs (SiLU) are as deep as the KAN, and one layer deeper. All train with Adam, the learning rate falling along a cosine; the rate of each is the one of
-four that does best in a short trial with a seed that is not measured.
+
+The MLPs (SiLU) are as deep as the KAN, and one layer deeper. All train with Adam, the learning rate falling along a cosine;
+the rate of each is the one of four that does best in a short trial with a seed that is not measured.
 """
 
 from __future__ import annotations
