@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("scipy")
 sympy = pytest.importorskip("sympy")
 
-from kan_fast import KAN, fit_symbolic_function, symbolic_extraction
-from kan_fast.pruning import compact
-from kan_fast.symbolic import SymbolicFunction, default_library, snap_edges
-from kan_fast.symbolic.extraction import round_constants
-from kan_fast.symbolic.fit import fit_edges
+from kan_fast import KAN, fit_symbolic_function, symbolic_extraction  # noqa: E402
+from kan_fast.pruning import compact  # noqa: E402
+from kan_fast.symbolic import SymbolicFunction, default_library, snap_edges  # noqa: E402
+from kan_fast.symbolic.extraction import round_constants  # noqa: E402
+from kan_fast.symbolic.fit import fit_edges  # noqa: E402
 
 FEW = ["x", "x^2", "sin", "exp", "tanh"]
 X = torch.linspace(-1, 1, 300, dtype=torch.float64)
@@ -200,7 +200,7 @@ def trained():
 
 
 def test_extraction_of_a_network(trained):
-    model, x, y = trained
+    model, x, _ = trained
     result = symbolic_extraction(model, ["u", "v"], ["f"], data=x)
     assert [(e.layer, e.input, e.output, e.fit.name) for e in result.edges] == [
         (0, 0, 0, "sin"), (0, 1, 0, "x^2"), (1, 0, 0, "exp"),
@@ -286,7 +286,7 @@ def test_refit_never_makes_it_worse(trained):
 
 
 def test_module_travels(trained):
-    model, x, y = trained
+    model, x, _ = trained
     module = symbolic_extraction(model, data=x, library=FEW).module
     for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)

@@ -59,7 +59,8 @@ def fit_symbolic_function(
     """Find the formula c * f(a * x + b) + d behind a curve.
 
     x, y (N,): points of it, tensors or what torch.as_tensor takes. Or x a function and y None: a tensor (samples,) of evenly
-    spaced points of `domain` goes in, float64, or float32 where the function raises TypeError or ValueError for that; values come out.
+    spaced points of `domain` goes in, float64, or float32 where the function raises TypeError or ValueError for that;
+    values come out.
     library: names of default_library() and SymbolicFunctions of your own; None means the 29 built-in ones.
     The choice has the lowest complexity_weight * complexity + log2(1 - r2 + 1e-6): a candidate may be more complex by one
     only if it leaves 2**complexity_weight times less unexplained. A candidate with a singularity between the smallest and
@@ -307,7 +308,9 @@ def _canonical(candidate: SymbolicFunction, a: float, b: float) -> tuple[float, 
     return (-a, -b) if a < 0 and candidate.name in _MIRRORED else (a, b)
 
 
-def to_expression(candidate: SymbolicFunction | None, parameters: tuple[float, float, float, float], argument: Any = None) -> Any:
+def to_expression(
+    candidate: SymbolicFunction | None, parameters: tuple[float, float, float, float], argument: Any = None
+) -> Any:
     """c * f(a * argument + b) + d in SymPy; the argument is the symbol x by default."""
     sympy = require_sympy()
     a, b, c, d = (sympy.Float(value) for value in parameters)

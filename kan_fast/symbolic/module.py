@@ -42,10 +42,8 @@ class SymbolicLayer(nn.Module):
         # Edges of one function stand together: the forward takes them in one operation.
         rows.sort(key=lambda row: row[0].name)
         self.functions = [row[0] for row in rows]
-        free = [
-            {"none": (False, False, True), "shift": (False, True, True), "scale": (True, False, True)}.get(f.freedom, (True,) * 3)
-            for f in self.functions
-        ]
+        held = {"none": (False, False, True), "shift": (False, True, True), "scale": (True, False, True)}
+        free = [held.get(function.freedom, (True, True, True)) for function in self.functions]
         like = {"dtype": bias.dtype, "device": bias.device}
         self.constants = nn.Parameter(torch.tensor([row[3] for row in rows], **like).reshape(-1, 3))
         self.bias = nn.Parameter(bias)
@@ -63,6 +61,7 @@ class SymbolicLayer(nn.Module):
         return result
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         rows = x.reshape(-1, self.in_features)
         if rows.numel() and len(rows) * len(self.functions) > CHUNK_ELEMENTS:
             y = torch.cat([self._rows(rows[part]) for part in chunks(len(rows), len(self.functions))])
@@ -93,6 +92,7 @@ class SymbolicKAN(nn.Module):
         self.splines = nn.ModuleList([nn.Identity() if layer is None else layer for layer in splines])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         for formula, spline in zip(self.formulas, self.splines):
             x = formula(x) + spline(x) if isinstance(spline, KANLayer) else formula(x)
         return x
@@ -179,7 +179,9 @@ class SymbolicKAN(nn.Module):
                 parameter.copy_(solved[name])
 
     def _lbfgs(self, x: Tensor, y: Tensor, max_steps: int) -> None:
-        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=max_steps, line_search_fn="strong_wolfe", tolerance_grad=1e-14)
+        optimizer = torch.optim.LBFGS(
+            self.parameters(), max_iter=max_steps, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> Tensor:
             optimizer.zero_grad()
