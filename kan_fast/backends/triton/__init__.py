@@ -184,20 +184,22 @@ def _problem(
 
 def _run(name: str, *arguments: object) -> None:
     """Make the launches of a plan, on the device of its first tensor and that device's current stream."""
-    from kan_fast.backends.triton import interpreter, launch
+    from kan_fast.backends.triton import launch
 
-    if interpreted():
-        interpreter.repair()
     launches = getattr(launch, f"plan_{name}")(*arguments)
     x = arguments[0]
     assert isinstance(x, Tensor)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if interpreted():
+        from kan_fast.backends.triton import interpreter
+
+        interpreter.run(launches)
+    elif x.device.index == torch.cuda.current_device():
+        for step in launches:
+            step.run()
+    else:
         with torch.cuda.device(x.device):
             for step in launches:
                 step.run()
-    else:
-        for step in launches:
-            step.run()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -43,29 +43,40 @@ class Tile:
     group: int = 8
 
 
-# (kernel, products) -> rows, columns, width = inputs * bases, depth, stages.
-_LARGE = {
-    # 64 numbers of accumulator per thread at 8 warps; K = 64 is four tensor instructions deep for 16-bit numbers.
-    ("contract_output", HALF): (128, 128, 64, 64, 3),
-    # 32-bit operands take twice the room, so half the width.
+# (kernel, products) -> rows, columns, width = inputs * bases, depth, stages. They hold on an A100 (sm_80), whose shared
+# memory of 164 KiB fits one block of each, and the 16-bit ones fit the 99 KiB of its smaller sisters (sm_86, sm_89, sm_120).
+_TILES = {
+    # 64 numbers of accumulator per thread at 8 warps. A width of 64 spills here.
+    ("contract_output", HALF): (128, 128, 32, 32, 3),
+    # 32-bit operands: the same bytes at half the width.
     ("contract_output", TF32): (128, 128, 32, 32, 3),
-    # Three products, and both operands split in two: the registers of a 128 x 128 tile would spill.
+    # Three products, and both operands split in two: a 128 x 128 tile would come close to spilling.
     ("contract_output", TF32X3): (64, 128, 32, 32, 2),
-    # Fused multiply-adds keep both operands in registers: only small tiles do not spill.
-    ("contract_output", IEEE): (32, 32, 16, 16, 2),
-    ("contract_output", DOUBLE): (32, 32, 16, 16, 2),
-    # Here the width is the accumulator's: columns is not used.
+    # True float32 on AMD, whose matrix instructions take it: no splitting.
+    ("contract_output", IEEE): (128, 128, 32, 32, 2),
+    # A tensor instruction of 8 x 8 x 4; accumulators take two registers each.
+    ("contract_output", DOUBLE): (64, 64, 16, 16, 2),
+    # Here the width is the accumulator's, and the features are made once, in the epilogue: columns is not used.
     ("contract_input", HALF): (128, 0, 128, 64, 3),
     ("contract_input", TF32): (128, 0, 128, 32, 3),
-    ("contract_input", TF32X3): (64, 0, 64, 32, 2),
-    ("contract_input", IEEE): (32, 0, 32, 16, 2),
-    ("contract_input", DOUBLE): (32, 0, 32, 16, 2),
+    ("contract_input", TF32X3): (64, 0, 64, 16, 2),
+    ("contract_input", IEEE): (64, 0, 64, 32, 2),
+    ("contract_input", DOUBLE): (64, 0, 64, 16, 2),
     # rows is not used: the tile is width x columns, depth counts rows of the batch.
-    ("contract_weight", HALF): (0, 128, 128, 64, 3),
+    ("contract_weight", HALF): (0, 128, 128, 32, 3),
     ("contract_weight", TF32): (0, 128, 128, 32, 3),
     ("contract_weight", TF32X3): (0, 64, 64, 32, 2),
-    ("contract_weight", IEEE): (0, 32, 32, 16, 2),
-    ("contract_weight", DOUBLE): (0, 32, 32, 16, 2),
+    ("contract_weight", IEEE): (0, 128, 128, 32, 2),
+    ("contract_weight", DOUBLE): (0, 64, 64, 16, 2),
+}
+
+# From Hopper on the tensor cores read weights from shared memory (228 KiB), which frees registers: twice the columns, so
+# that features cost about as much as the products that they feed. The width of 64 is four instructions deep.
+_TILES_HOPPER = {
+    ("contract_output", HALF): (128, 256, 64, 32, 3),
+    ("contract_output", TF32X3): (128, 128, 32, 32, 2),
+    ("contract_weight", HALF): (0, 256, 128, 32, 3),
+    ("contract_weight", TF32): (0, 256, 128, 32, 3),
 }
 
 # tl.dot needs this much of every dimension in every dtype and version (triton 3.6 wants a depth of 16 for all of them).
@@ -86,7 +97,9 @@ def wide_tile(
     kernel: str, products: str, batch: int, in_features: int, features: int, out_features: int, target: Target
 ) -> Tile:
     """The tile of a product kernel: the table's, cut to the problem, then halved until every multiprocessor has work."""
-    rows, columns, width, depth, stages = _LARGE[kernel, products]
+    hopper = target.kind == "cuda" and target.arch in (90, 100, 103)
+    table = _TILES_HOPPER if hopper and (kernel, products) in _TILES_HOPPER else _TILES
+    rows, columns, width, depth, stages = table[kernel, products]
     bases = bases_per_step(features)
     width = min(width, max(_LEAST, bases * power_of_two(in_features)))
     if kernel != "contract_weight":
@@ -162,6 +175,6 @@ def power_of_two(size: int) -> int:
 
 
 def _warps(area: int, products: str) -> int:
-    """64 accumulators per thread at most; half that where operands need registers too."""
-    per_thread = 64 if products in (HALF, TF32) else 32
+    """64 accumulators per thread, half that where operands need registers too; 8 warps at most."""
+    per_thread = 64 if products in (HALF, TF32, IEEE) else 32
     return max(1, min(8, power_of_two(area // (32 * per_thread))))

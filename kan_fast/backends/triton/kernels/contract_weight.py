@@ -9,6 +9,65 @@ from kan_fast.backends.triton.kernels.features import base_feature, knots_of, lo
 
 
 @triton.jit
+def gradient_of_spline(
+    x, scale, g, all_knots, uniform, d_spline, split, begin, end, part, columns,
+    in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
+    ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Rows begin, ..., end - 1 of the batch into (BASES * INPUTS, COLUMNS) of d_spline[split]."""
+    CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
+    block, first_base = part // CHUNKS, part % CHUNKS * BASES
+    inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
+    input_ok, column_ok = inputs < in_features, columns < out_features
+    knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
+    flag = tl.load(uniform + block)
+    total = tl.zeros((BASES * INPUTS, COLUMNS), DTYPE)
+    for start in range(begin, end, DEPTH):
+        rows = tl.arange(0, DEPTH).to(tl.int64) + start
+        row_ok = rows < end
+        ok = row_ok[:, None] & input_ok
+        at, s = load_scaled(x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
+        first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
+        phi = spread(first, values, others, first_base, DEPTH, INPUTS, BASES, ORDER)
+        at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
+        pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+        total = tl.dot(tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+    k = tl.arange(0, BASES * INPUTS)
+    i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
+    ok = ((i < in_features) & (f < FEATURES))[:, None] & column_ok[None, :]
+    row_of_weights = ((split.to(tl.int64) * in_features + i) * FEATURES + f) * out_features
+    tl.store(d_spline + row_of_weights[:, None] + columns[None, :], total.to(d_spline.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def gradient_of_base(
+    x, scale, g, d_base, split, begin, end, part, columns,
+    in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
+    ACTIVATION: tl.constexpr, N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Rows begin, ..., end - 1 of the batch into (HEIGHT inputs, COLUMNS) of d_base[split]."""
+    inputs = part * HEIGHT + tl.arange(0, HEIGHT)
+    input_ok, column_ok = inputs < in_features, columns < out_features
+    total = tl.zeros((HEIGHT, COLUMNS), DTYPE)
+    for start in range(begin, end, DEPTH):
+        rows = tl.arange(0, DEPTH).to(tl.int64) + start
+        row_ok = rows < end
+        ok = row_ok[:, None] & input_ok[None, :]
+        at, s = load_scaled(x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
+        phi = base_feature(at, s, SCALED, ACTIVATION, N)
+        at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
+        pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+        total = tl.dot(tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+    row_of_weights = (split.to(tl.int64) * in_features + inputs) * out_features
+    ok = input_ok[:, None] & column_ok[None, :]
+    tl.store(d_base + row_of_weights[:, None] + columns[None, :], total.to(d_base.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def contract_weight_split(
     x, scale, g, all_knots, uniform, d_spline, d_base,
     batch, in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col, rows_per_split,
@@ -19,68 +78,31 @@ def contract_weight_split(
     """One tile of the gradient from one slice of the batch: transposed features times g, DEPTH rows of the batch a step.
 
     A tile is (BASES * INPUTS, COLUMNS) of d_spline; after all those come tiles of BASES * INPUTS inputs of d_base.
-    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else float32 partial sums.
+    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else partial sums.
     """
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
-    HEIGHT: tl.constexpr = BASES * INPUTS
     tile = tl.program_id(0)
     split = tl.program_id(1)
     wide = tl.cdiv(out_features, COLUMNS)
     columns = tile % wide * COLUMNS + tl.arange(0, COLUMNS)
-    column_ok = columns < out_features
     part = tile // wide
     spline_parts = tl.cdiv(in_features, INPUTS) * CHUNKS if SPLINE else 0
-    k = tl.arange(0, HEIGHT)
     begin = split.to(tl.int64) * rows_per_split
     end = tl.minimum(begin + rows_per_split, batch)
-    total = tl.zeros((HEIGHT, COLUMNS), DTYPE)
-
-    if part < spline_parts:
-        if SPLINE:  # apart from the question above, which the device answers
-            block, first_base = part // CHUNKS, part % CHUNKS * BASES
-            inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
-            knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
-            flag = tl.load(uniform + block)
-            for start in range(begin, end, DEPTH):
-                rows = tl.arange(0, DEPTH).to(tl.int64) + start
-                row_ok = rows < end
-                ok = row_ok[:, None] & (inputs < in_features)
-                at, s = load_scaled(x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
-                first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
-                phi = spread(first, values, others, first_base, DEPTH, INPUTS, BASES, ORDER)
-                at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
-                pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-                total = tl.dot(
-                    tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE
-                )
-            i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
-            ok = ((i < in_features) & (f < FEATURES))[:, None] & column_ok[None, :]
-            at = (split.to(tl.int64) * in_features + i) * FEATURES + f
-            tl.store(
-                d_spline + at[:, None] * out_features + columns[None, :], total.to(d_spline.dtype.element_ty), mask=ok
-            )
-    else:
-        if ACTIVATION != 0:
-            inputs = (part - spline_parts) * HEIGHT + k
-            for start in range(begin, end, DEPTH):
-                rows = tl.arange(0, DEPTH).to(tl.int64) + start
-                row_ok = rows < end
-                ok = row_ok[:, None] & (inputs < in_features)[None, :]
-                at, s = load_scaled(
-                    x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE
-                )
-                phi = base_feature(at, s, SCALED, ACTIVATION, N)
-                at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
-                pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-                total = tl.dot(
-                    tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE
-                )
-            at = split.to(tl.int64) * in_features + inputs
-            tl.store(
-                d_base + at[:, None] * out_features + columns[None, :],
-                total.to(d_base.dtype.element_ty),
-                mask=(inputs < in_features)[:, None] & column_ok[None, :],
-            )
+    if SPLINE:
+        if part < spline_parts:
+            gradient_of_spline(
+                x, scale, g, all_knots, uniform, d_spline, split, begin, end, part, columns,
+                in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, COLUMNS, INPUTS, BASES, DEPTH,
+            )  # fmt: skip
+    if ACTIVATION != 0:
+        if part >= spline_parts:
+            gradient_of_base(
+                x, scale, g, d_base, split, begin, end, part - spline_parts, columns,
+                in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
+                ACTIVATION, N, SCALED, PRECISION, OPERAND, DTYPE, BASES * INPUTS, COLUMNS, DEPTH,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -1,0 +1,385 @@
+"""The Triton kernels in the interpreter, on CPU tensors: run by test_triton.py in a process with TRITON_INTERPRET=1.
+
+Truth is the float64 reference, itself held against SciPy elsewhere; one test here asks SciPy directly. Tolerances: see
+`check`. Memory that torch.empty gives is filled with NaN, so a number that no kernel wrote shows.
+"""
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py, or with TRITON_INTERPRET=1"
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import scipy.interpolate
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
+
+import kan_fast.backends.triton as backend
+from kan_fast import KANLayer
+from kan_fast.activations import ACTIVATIONS
+from kan_fast.activations import activation as activation_function
+from kan_fast.backends import available_backends, reference
+from kan_fast.backends.triton import interpreter, launch, tiles
+from kan_fast.spline import OUTSIDE, bases, uniform_grid
+
+ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+WIDE = (70, 5, 37)  # batch, inputs, outputs: no multiple of a tile, more than one tile of each
+NARROW = (70, 3, 5)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Case:
+    """Tensors of one problem; knots="uniform", "free", "mixed" (uniform and free inputs) or "repeated"."""
+
+    def __init__(self, size=WIDE, grid_size=5, order=3, activation="silu", outside="zero", n=0, knots="uniform",
+                 scaled=False, dtype=torch.float32, x_dtype=None, spread=1.3):  # fmt: skip
+        batch, inputs, outputs = size
+        x_dtype = x_dtype or dtype
+        self.order, self.modes, self.dtype = order, (activation, outside, n), dtype
+        self.x = ((2 * torch.rand(batch, inputs) - 1) * spread).to(x_dtype)
+        self.scale = torch.randn(batch, inputs).to(x_dtype) if scaled else None
+        self.spline = torch.randn(inputs, grid_size + order, outputs).to(dtype)
+        self.base = torch.randn(inputs, outputs).to(dtype) if activation != "none" else None
+        self.g = torch.randn(batch, outputs).to(dtype)
+        self.grid = uniform_grid(inputs, grid_size, order, (-1.0, 1.0), dtype=torch.promote_types(x_dtype, torch.float32))
+        free = (self.grid + (torch.rand(self.grid.shape) - 0.5) / grid_size).sort(1).values.to(self.grid.dtype)
+        if knots == "free":
+            self.grid = free
+        elif knots == "mixed":
+            self.grid[::2] = free[::2]
+        elif knots == "repeated":
+            self.grid[:, order + 1] = self.grid[:, order + 2]
+            self.grid[:, -order - 1 :] = self.grid[:, -order - 1, None]
+
+    def cast(self, dtype):
+        """The same numbers in another dtype."""
+        twin = object.__new__(Case)
+        twin.order, twin.modes, twin.dtype = self.order, self.modes, dtype
+        for name in ("x", "scale", "spline", "base", "g", "grid"):
+            value = getattr(self, name)
+            setattr(twin, name, None if value is None else value.to(dtype))
+        return twin
+
+    def results(self, module):
+        """Output, dx, d_spline, d_base of a backend."""
+        y = module.contract_output(self.x, self.scale, self.spline, self.base, self.grid, *self.modes)
+        dx = module.contract_input(self.x, self.spline, self.base, self.g, self.grid, *self.modes)
+        return y, dx, *module.contract_weight(self.x, self.scale, self.g, self.grid, self.order, *self.modes)
+
+    def magnitudes(self, n):
+        """The results in float64 with the absolute value of every factor: what rounding errors are proportional to."""
+        activation, outside, _ = self.modes
+        spline = bases(self.x, self.grid, self.order, outside, n).abs()
+        base = activation_function(activation, self.x, n).abs() if self.base is not None else None
+        w, g = self.spline.abs(), self.g.abs()
+        scale = torch.ones_like(self.x) if self.scale is None else self.scale.abs()
+        y = torch.einsum("bi,bif,ifo->bo", scale, spline, w)
+        dx = torch.einsum("bif,ifo,bo->bi", spline, w, g)
+        d_spline = torch.einsum("bi,bif,bo->ifo", scale, spline, g)
+        if base is None:
+            return y, dx, d_spline, g.new_empty(0, g.shape[1])
+        w = self.base.abs()
+        y, dx = y + (scale * base) @ w, dx + base * (g @ w.t())
+        return y, dx, d_spline, (scale * base).t() @ g
+
+
+def check(case, precision="highest"):
+    """Compare all contractions with the float64 reference; returns what the backend gave.
+
+    Allowed, per number: twice the largest error of the reference in the same dtypes, and what the knots cost, 4 eps
+    max|t| times the result of order n + 1 (the local coordinate comes from a rounded difference). Where operands are
+    rounded for the tensor cores, besides: one rounding of every feature to 16 bits, or two truncations to tf32, of the sum
+    of absolute products; and the rounding of the result to its dtype.
+    """
+    truth = case.cast(torch.float64)
+    exact, got, same = truth.results(reference), case.results(backend), case.results(reference)
+    size, slope = truth.magnitudes(case.modes[2]), truth.magnitudes(case.modes[2] + 1)
+    work = torch.float64 if case.dtype == torch.float64 else torch.float32
+    knots = 4 * 2 * ROUNDOFF[work] * truth.grid.abs().max()
+    products = ROUNDOFF[case.dtype] if case.dtype in (torch.bfloat16, torch.float16) else 2.0**-9 * (precision == "high")
+    for name, e, g, s, m, d in zip(("y", "dx", "d_spline", "d_base"), exact, got, same, size, slope, strict=True):
+        assert g.shape == e.shape, name
+        assert g.dtype == s.dtype, name
+        if not e.numel():
+            continue
+        allowed = 2 * (s.double() - e).abs().max() + knots * d + products * m + 2 * ROUNDOFF[g.dtype] * e.abs()
+        # A feature of order 16 sums in float32: at least its own rounding errors are allowed.
+        allowed = allowed + 2 * ROUNDOFF[work] * m
+        worst = ((g.double() - e).abs() / allowed.clamp(min=1e-300)).max().item()
+        assert worst <= 1, f"{name}: error {worst:.2f} times what is allowed"
+    return got
+
+
+def is_narrow(size):
+    return tiles.is_narrow(*size, tiles.TF32X3, launch.target_of(torch.device("cpu")))
+
+
+def test_the_sizes_meet_both_kinds_of_kernels():
+    assert is_narrow(NARROW) and not is_narrow(WIDE)
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("order", range(6))
+def test_every_order_and_derivative(order, size):
+    for n in range(order + 2):
+        outside = OUTSIDE[(order + n) % 3]
+        check(Case(size, order=order, n=n, outside=outside, activation="gelu", scaled=n % 2 == 1, knots=("uniform", "free")[n % 2]))
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, size):
+    for n in range(6):
+        check(Case((33, 2, size[2]), order=1, activation=activation, n=n, spread=4.0))
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("knots", ["uniform", "free", "mixed", "repeated"])
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_outside_and_knots(outside, knots, size):
+    for n in (0, 1):
+        check(Case(size, outside=outside, n=n, knots=knots, spread=2.5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float64, torch.float64),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_every_dtype(dtype, x_dtype, size):
+    for n in (0, 1, 2):
+        check(Case(size, dtype=dtype, x_dtype=x_dtype, n=n, scaled=n == 1))
+
+
+def test_tf32_is_used_where_allowed():
+    exact = Case(WIDE).results(backend)[0]
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = check(Case(WIDE), "high")[0]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("grid_size", [1, 2, 10, 29])
+def test_grid_sizes(grid_size):
+    check(Case(WIDE, grid_size=grid_size, outside="clamp"))
+    check(Case((20, 2, 33), grid_size=grid_size, order=2, knots="free"))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 1, 33), (3, 17, 1), (65, 1, 20), (17, 70, 34), (130, 2, 129)], ids=str)
+def test_awkward_sizes(size):
+    check(Case(size))
+
+
+@pytest.mark.parametrize("size", [(0, 3, 4), (5, 0, 4), (5, 3, 0), (0, 0, 0)], ids=str)
+def test_nothing_to_do(size):
+    case = Case(size)
+    for ours, theirs in zip(case.results(backend), case.results(reference), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_derivatives_above_the_order_are_zero(activation):
+    case = Case(WIDE, order=2, n=3, activation=activation)
+    check(case)
+    assert not case.results(backend)[2].any()
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_strides(size):
+    case = Case(size, scaled=True)
+    expected = case.results(backend)
+    case.x = case.x.t().contiguous().t()
+    case.scale = torch.stack([case.scale, case.scale], 2)[..., 0]
+    case.g = case.g.flip(0).flip(0).t().contiguous().t()
+    case.spline, case.grid = case.spline.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([case.grid] * 2, 1)[:, : case.grid.shape[1]]
+    assert not case.x.is_contiguous() and not case.g.is_contiguous() and not case.spline.is_contiguous()
+    for ours, theirs in zip(case.results(backend), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    case.g = torch.ones(1, 1).expand(case.g.shape)
+    dense = case.g.contiguous()
+    a = backend.contract_weight(case.x, None, case.g, case.grid, 3, *case.modes)
+    b = backend.contract_weight(case.x, None, dense, case.grid, 3, *case.modes)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_nan_stays_where_it_belongs(activation, n, size):
+    case = Case(size, activation=activation, n=n)
+    case.x[3, 1] = torch.nan
+    y, dx, d_spline, d_base = case.results(backend)
+    rows = torch.arange(len(y)) == 3
+    assert torch.equal(y.isnan().all(1), rows) and torch.equal(y.isnan().any(1), rows)
+    assert torch.equal(dx.isnan(), case.x.isnan())
+    inputs = torch.arange(case.x.shape[1]) == 1
+    assert torch.equal(d_spline.isnan().flatten(1).any(1), inputs) and torch.equal(d_spline.isnan().flatten(1).all(1), inputs)
+    if activation != "none":
+        assert torch.equal(d_base.isnan().all(1), inputs) and torch.equal(d_base.isnan().any(1), inputs)
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_on_the_knots_and_far_away(outside, size):
+    # x on a stored knot lies right of it, at the end of the range left of it unless "zero": no rounding is involved, so
+    # even the derivative of order k, which jumps there, has to agree.
+    for n, knots in itertools.product((0, 3), ("uniform", "free", "repeated")):
+        case = Case(size, outside=outside, n=n, knots=knots, activation="identity")
+        places = torch.cat([case.grid[0], torch.tensor([-1e30, 1e30, -5.0, 5.0])])
+        case.x[: len(places)] = places[:, None]
+        if outside == "linear" and n == 0:
+            case.x[case.x.abs() > 1e3] = 7.0  # the slope times 1e30 leaves nothing of the other terms
+        check(case)
+
+
+def test_against_scipy():
+    for order in range(6):
+        for n in range(order + 1):
+            case = Case((40, 1, 33), grid_size=4, order=order, n=n, activation="none", knots="free", dtype=torch.float64, spread=0.99)
+            knots = case.grid[0].numpy()
+            case.x.clamp_(knots[order], np.nextafter(knots[-order - 1], -np.inf))
+            spline = scipy.interpolate.BSpline(knots, case.spline[0].numpy(), order, extrapolate=False)
+            expected = torch.from_numpy(spline(case.x[:, 0].numpy(), nu=n))
+            got = backend.contract_output(case.x, None, case.spline, None, case.grid, *case.modes)
+            # 2k multiplications and differences of knots, n divisions by widths that are at least 1/20 of the range.
+            assert (got - expected).abs().max() <= 64 * 2.0**-52 * expected.abs().max().clamp(min=1), (order, n)
+
+
+def test_uniform_is_decided_per_block_from_the_knots(monkeypatch):
+    seen = []
+    original = launch.Launch.run
+
+    def run(self):
+        original(self)
+        if self.kernel is launch.uniform_blocks:
+            seen.append(self.arguments["uniform"].tolist())
+
+    monkeypatch.setattr(launch.Launch, "run", run)
+    case = Case((5, 9, 40))
+    backend.contract_output(case.x, None, case.spline, case.base, case.grid, *case.modes)
+    assert seen == [[1, 1, 1]]
+    case.grid[6, 4] += 1e-5
+    backend.contract_output(case.x, None, case.spline, case.base, case.grid, *case.modes)
+    assert seen[1] == [1, 0, 1]
+    case = Case((5, 9, 40), dtype=torch.float64)
+    backend.contract_output(case.x, None, case.spline, case.base, case.grid.float(), *case.modes)
+    # Seen in float64, knots that were rounded to float32 are not equidistant.
+    assert seen[2] == [0, 0, 0]
+
+
+def test_sums_over_the_batch_do_not_depend_on_the_order_of_programs(monkeypatch):
+    case = Case((300, 3, 40))
+    count = len(launch.plan_contract_weight(
+        case.x, None, case.g, case.grid, case.spline, case.base,
+        backend._problem(case.x, 8, 40, case.grid, *case.modes, torch.float32),
+    ))  # fmt: skip
+    assert count == 3, "expected partial sums, and a launch that adds them"
+    expected = case.results(backend)
+    place = InterpreterBuilder.set_grid_idx
+    for seed in range(3):
+
+        def shuffled(self, x, y, z, seed=seed):
+            nx, ny, nz = self.grid_dim
+            order = list(range(nx * ny * nz))
+            random.Random(seed).shuffle(order)
+            to = order[(x * ny + y) * nz + z]
+            place(self, to // (ny * nz), to // nz % ny, to % nz)
+
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", shuffled)
+        for ours, theirs in zip(case.results(backend), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("outputs", [2, 34])
+def test_through_the_layer(outputs):
+    layers = [
+        KANLayer(3, outputs, 4, 3, outside="linear", base_activation="tanh", backend=name, dtype=torch.float64)
+        for name in ("triton", "reference")
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = (2 * torch.rand(2, 5, 3, dtype=torch.float64) - 1).requires_grad_()
+    found = []
+    for layer in layers:
+        y = layer(x)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        loss = y.sum() + slope.square().sum()
+        grads = torch.autograd.grad(loss, [x, *layer.parameters()])
+        tangent = torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))[1]
+        found.append([y, slope, *grads, tangent])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck():
+    layer = KANLayer(2, 33, 2, 3, outside="clamp", backend="triton", dtype=torch.float64)
+    x = (1.8 * torch.rand(3, 2, dtype=torch.float64) - 0.9).requires_grad_()
+    assert torch.autograd.gradcheck(layer, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
+
+
+def test_interpreted_it_serves_the_cpu():
+    assert backend.reason_not(torch.device("cpu"), torch.float32) is None
+    assert "triton" in available_backends("cpu")
+    assert "int32" in backend.reason_not(torch.device("cpu"), torch.int32)
+    assert "mps" in backend.reason_not(torch.device("mps"), torch.float32)
+
+
+# --- The interpreter itself, mended --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _round_trip(x, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, (tl.load(x + at) * 1.5).to(tl.bfloat16) + tl.full((SIZE,), 1.0, tl.bfloat16))
+
+
+@triton.jit
+def _product(x, y, out, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    row, k = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    a = tl.load(x + row[:, None] * DEPTH + k[None, :])
+    b = tl.load(y + k[:, None] * ROWS + row[None, :])
+    tl.store(out + row[:, None] * ROWS + row[None, :], tl.dot(a, b, input_precision=PRECISION))
+
+
+def test_bfloat16_rounds_and_adds_as_torch_does():
+    interpreter.repair()
+    x, out = torch.randn(4096), torch.empty(4096, dtype=torch.bfloat16)
+    _round_trip[(1,)](x, out, 4096)
+    assert torch.equal(out, (x * 1.5).bfloat16() + 1)
+
+
+def test_products_read_what_tensor_cores_read():
+    interpreter.repair()
+    x, y, out = torch.randn(16, 32), torch.randn(32, 16), torch.empty(16, 16)
+    _product[(1,)](x.bfloat16(), y.bfloat16(), out, 16, 32, "ieee")
+    exact = x.bfloat16().double() @ y.bfloat16().double()
+    assert (out - exact).abs().max() < 1e-4
+    _product[(1,)](x, y, out, 16, 32, "tf32")
+    short = [torch.from_numpy(interpreter.to_tf32(t.numpy())).double() for t in (x, y)]
+    assert (out - short[0] @ short[1]).abs().max() < 1e-4 < (out - x.double() @ y.double()).abs().max()
+
+
+def test_products_that_no_gpu_takes_are_refused():
+    interpreter.repair()
+    x, out = torch.randn(16, 8), torch.empty(16, 16)
+    with pytest.raises(Exception, match=r"depth of at least 16"):
+        _product[(1,)](x, x.t().contiguous(), out, 16, 8, "ieee")
