@@ -66,12 +66,11 @@ def _native(build: dict[str, str | None]) -> dict[str, Any]:
 
 
 def _reason_not(name: str, kind: str, build: dict[str, str | None]) -> str | None:
-    reason = backends.reason_not(name, torch.device(kind), torch.float32)
-    if reason is not None and name == "native" and build["built"] in ("none", "unknown"):
-        return f"it was not built: {build['reason']}"
-    if reason is None and kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
-    return reason
+    if name == "native" and build["built"] in ("none", "unknown"):
+        return f"it was not built: {build['reason']}"
+    return backends.reason_not(name, torch.device(kind), torch.float32)
 
 
 def report() -> str:

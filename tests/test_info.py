@@ -1,0 +1,68 @@
+"""kan_fast.info says what is there, and why the rest is not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kan_fast import available_backends, backends, info
+
+
+def run_info(**environment):
+    command = [sys.executable, "-m", "kan_fast.info"]
+    done = subprocess.run(command, text=True, capture_output=True, check=True, env={**os.environ, **environment})
+    return done.stdout
+
+
+@pytest.fixture
+def without_native(monkeypatch, tmp_path):
+    """An installation whose build found no compiler."""
+    (tmp_path / "_build_record.json").write_text('{"built": "none", "reason": "no C++ compiler at build time", "torch": null}')
+    monkeypatch.setattr(info, "_PACKAGE", tmp_path)
+    monkeypatch.setitem(sys.modules, "kan_fast._build_info", None)  # importing it raises ImportError
+
+
+def test_info_agrees_with_the_table_of_backends():
+    facts = info.info()
+    assert tuple(facts["backends"]) == backends.NAMES
+    assert facts["torch"] == torch.__version__
+    on_cpu = [name for name, reasons in facts["backends"].items() if reasons["cpu"] is None]
+    assert tuple(on_cpu) == available_backends("cpu")
+    for reasons in facts["backends"].values():
+        assert set(reasons) == {"cpu", "cuda"}
+        assert all(reason is None or len(reason) > 10 for reason in reasons.values())
+    if not torch.cuda.is_available():
+        assert all(reasons["cuda"] is not None for reasons in facts["backends"].values())
+
+
+def test_module_prints_every_backend():
+    text = run_info()
+    for name in backends.NAMES:
+        assert f"\n  {name} " in text
+    assert torch.__version__ in text
+
+
+def test_native_build_is_described():
+    native = info.info()["native"]
+    if "missing" in native and os.environ.get("KAN_FAST_REQUIRE_NATIVE") != "1":
+        pytest.skip("the native code is not built, and KAN_FAST_REQUIRE_NATIVE does not ask for it")
+    assert native["isa_chosen"] in native["isa_built"]
+    assert native["isa_built"][0] == "baseline"
+    assert native["cuda_archs"] is None or native["cuda_archs"]
+    assert "C++ 20" in native["compiler"]
+    assert "runs baseline\n" in run_info(KAN_FAST_ISA="baseline")
+    assert "expected baseline, avx2 or avx512" in run_info(KAN_FAST_ISA="mmx")
+
+
+def test_missing_native_code_has_its_reason(without_native):
+    facts = info.info()
+    assert facts["backends"]["native"]["cpu"] == "it was not built: no C++ compiler at build time"
+    assert facts["native"] == {"missing": "no C++ compiler at build time"}
+    assert "missing           no C++ compiler at build time" in info.report()
+
+
+def test_source_folder_without_a_build_says_so(without_native, monkeypatch, tmp_path):
+    (tmp_path / "_build_record.json").unlink()
+    assert "make build" in info.info()["native"]["missing"]
