@@ -24,7 +24,7 @@ def find_span(x: Tensor, grid: Tensor, spline_order: int, outside: str) -> Tenso
     last knot on. Otherwise x is taken to lie in [a, b] and j among the G intervals of the range, x = b
     in the last of them that is not empty. NaN counts as beyond the last knot.
     """
-    span = torch.searchsorted(grid, x.t().contiguous(), right=True).t() - 1
+    span = torch.searchsorted(grid.contiguous(), x.t().contiguous(), right=True).t() - 1
     if outside == "zero":
         return span
     grid_size = grid.shape[1] - 2 * spline_order - 1
@@ -119,9 +119,9 @@ def uniform_grid(
 
     -> (in_features, grid_size + 2 * spline_order + 1), every row the same. The ends of the range are exact.
     """
-    a, b = grid_range
+    a, b = (torch.tensor(end, device=device, dtype=torch.float64) for end in grid_range)
     step = torch.arange(-spline_order, grid_size + spline_order + 1, device=device, dtype=torch.float64)
-    knots = (a * (grid_size - step) + b * step) / grid_size
+    knots = torch.lerp(a, b, step / grid_size)
     return knots.to(dtype).repeat(in_features, 1)
 
 

@@ -1,0 +1,64 @@
+"""Fixtures: every backend on every device of this machine, reproducible numbers, poisoned memory."""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# One thread everywhere: tests share the machine, and a second thread must not change a result unseen.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from kan_fast import backends
+
+settings.register_profile(
+    "kan_fast", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("kan_fast")
+
+
+class Place(NamedTuple):
+    """A backend on a device."""
+
+    backend: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device.type}"
+
+
+def places(dtype: torch.dtype) -> list[Place]:
+    """Every backend with every device that it serves; a backend that is not built is simply not there."""
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    return [
+        Place(name, device)
+        for device in devices
+        for name in backends.NAMES
+        if backends.reason_not(name, device, dtype) is None
+    ]
+
+
+@pytest.fixture(params=places(torch.float32), ids=str)
+def place(request: pytest.FixtureRequest) -> Place:
+    return request.param
+
+
+@pytest.fixture(params=places(torch.float64), ids=str)
+def place64(request: pytest.FixtureRequest) -> Place:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN, so a result that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,285 @@
+"""Every backend, one parametrisation: results, dtypes, shapes, strides, odd values. The native one is why it is named so."""
+
+import os
+
+import pytest
+import torch
+from conftest import Place, places
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import (
+    KINDS,
+    OPERATIONS,
+    assert_close_to_truth,
+    every_activation,
+    every_outside,
+    make_problem,
+    off_knots,
+)
+
+from kan_fast.backends import choose, get, native, reference
+from kan_fast.spline import OUTSIDE
+
+every_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def results(backend, operation, args):
+    value = getattr(get(backend), operation)(*args)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def test_native_is_there_where_it_must_be():
+    """Its tests must not vanish unseen where the extension was built."""
+    cpu = torch.device("cpu")
+    if os.environ.get("KAN_FAST_REQUIRE_NATIVE") == "1":
+        assert native.reason_not(cpu, torch.float32) is None
+        assert choose("auto", cpu, torch.float32) == "native"
+    elif native.reason_not(cpu, torch.float32) is not None:
+        assert choose("auto", cpu, torch.float32) == "reference"
+
+
+@every_operation
+@every_outside
+@every_activation
+@pytest.mark.usefixtures("poisoned_memory")
+def test_activations_and_outside_modes(place, operation, activation, outside):
+    for k, n in ((3, 0), (3, 1), (2, 2), (1, 0), (4, 3)):
+        problem = make_problem(place, torch.float32, (37, 5, 6), k=k, activation=activation, outside=outside)
+        assert_close_to_truth(place, problem, operation, n, with_scale=n % 2 == 1)
+
+
+@every_operation
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", range(6))
+@pytest.mark.usefixtures("poisoned_memory")
+def test_orders_of_spline_and_derivative(place, operation, k, kind):
+    for grid_size in (1, 4):
+        for n in range(7):
+            outside = OUTSIDE[(n + k) % 3]
+            problem = make_problem(place, torch.float32, (29, 3, 5), grid_size, k, kind, "silu", outside)
+            assert_close_to_truth(place, problem, operation, n)
+
+
+@every_operation
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_float64(place64, operation, kind):
+    for k, n in ((3, 0), (3, 2), (5, 1), (2, 5)):
+        problem = make_problem(place64, torch.float64, (23, 4, 9), k=k, kind=kind, outside=OUTSIDE[n % 3])
+        assert_close_to_truth(place64, problem, operation, n)
+
+
+@every_operation
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_narrow_dtypes(place, operation, dtype, x_dtype):
+    for n in (0, 1):
+        for shape in ((40, 20, 33), (40, 3, 2)):
+            problem = make_problem(place, dtype, shape, kind="uneven", x_dtype=x_dtype)
+            assert_close_to_truth(place, problem, operation, n, with_scale=n == 0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((0, 3, 4), (5, 0, 4), (5, 3, 0), (0, 0, 0), (1, 1, 1)),
+        *((2, 1, 16), (257, 2, 8), (130, 33, 17), (300, 20, 64), (9, 40, 65), (70, 17, 130), (1000, 1, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_shapes(place, shape):
+    for operation in OPERATIONS:
+        for kind, outside, with_scale in (("uniform", "zero", False), ("uneven", "linear", True)):
+            problem = make_problem(place, torch.float32, shape, kind=kind, outside=outside)
+            assert_close_to_truth(place, problem, operation, 0, with_scale)
+
+
+@pytest.mark.parametrize("place", places(torch.float32), ids=str)
+@given(
+    batch=st.integers(0, 300),
+    in_features=st.integers(0, 40),
+    out_features=st.integers(0, 80),
+    grid_size=st.integers(1, 40),
+    k=st.integers(0, 5),
+    n=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(place, batch, in_features, out_features, grid_size, k, n, seed):
+    torch.manual_seed(seed)
+    kind, outside = KINDS[seed % 3], OUTSIDE[seed % 7 % 3]
+    problem = make_problem(place, torch.float32, (batch, in_features, out_features), grid_size, k, kind, "silu", outside)
+    for operation in OPERATIONS:
+        assert_close_to_truth(place, problem, operation, n)
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("place", places(torch.float32), ids=str)
+def test_any_value(place, data):
+    """Values of any size, as users feed them: the interval and what follows from it must not go astray."""
+    values = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    rows = data.draw(st.lists(st.tuples(values, values), min_size=1, max_size=20))
+    problem = make_problem(place, torch.float32, (len(rows), 2, 3), activation="tanh", outside="zero")
+    x = off_knots(torch.tensor(rows), problem.grid.cpu(), torch.float32).to(place.device)
+    for operation in OPERATIONS:
+        assert_close_to_truth(place, problem._replace(x=x), operation, 0)
+
+
+@every_operation
+@pytest.mark.usefixtures("poisoned_memory")
+def test_strides(place, operation):
+    """Transposed, interleaved, shifted and expanded storage."""
+    problem = make_problem(place, torch.float32, (50, 6, 10), kind="uneven")
+
+    def transposed(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def every_second(t):
+        wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype, device=t.device)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    def not_first(t):
+        longer = torch.cat([t[:1], t])
+        return longer[1:]
+
+    for change in (transposed, every_second, not_first):
+        changed = problem._replace(
+            **{name: change(getattr(problem, name)) for name in ("x", "scale", "spline_weight", "base_weight", "g", "grid")}
+        )
+        for n in (0, 1):
+            assert_close_to_truth(place, changed, operation, n)
+    # The gradient of y.sum(): one number, expanded.
+    expanded = problem._replace(g=torch.ones((), device=place.device).expand(50, 10))
+    assert_close_to_truth(place, expanded, operation, 0)
+
+
+@every_operation
+def test_same_bits_on_every_run(place, operation):
+    problem = make_problem(place, torch.float32, (700, 30, 40))
+    first = results(place.backend, operation, problem.args(operation, 0))
+    for _ in range(3):
+        again = results(place.backend, operation, problem.args(operation, 0))
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+
+
+@every_outside
+@every_activation
+def test_nan_in_x(place, activation, outside):
+    """The row is NaN, its gradient at that input is NaN, the weights' gradients are NaN; everything else is untouched."""
+    for shape in ((9, 3, 4), (40, 20, 33)):
+        for n in (0, 1):
+            problem = make_problem(place, torch.float32, shape, activation=activation, outside=outside)
+            problem.g.data[0] = 1.0
+            clean = {op: results(place.backend, op, problem.args(op, n, False)) for op in OPERATIONS}
+            problem.x[4, 1] = torch.nan
+            (y,) = results(place.backend, "contract_output", problem.args("contract_output", n, False))
+            row = torch.arange(shape[0]) == 4
+            assert y[row].isnan().all()
+            torch.testing.assert_close(y[~row], clean["contract_output"][0][~row])
+            spot = torch.zeros(shape[:2], dtype=torch.bool)
+            spot[4, 1] = True
+            (dx,) = results(place.backend, "contract_input", problem.args("contract_input", n))
+            assert dx[spot].isnan().all()
+            torch.testing.assert_close(dx[~spot], clean["contract_input"][0][~spot])
+            d_spline, d_base = results(place.backend, "contract_weight", problem.args("contract_weight", n, False))
+            assert d_spline[1].isnan().any(0).all()
+            torch.testing.assert_close(d_spline[0], clean["contract_weight"][0][0])
+            if activation != "none":
+                assert d_base[1].isnan().all()
+                torch.testing.assert_close(d_base[0], clean["contract_weight"][1][0])
+
+
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+def test_infinite_and_huge_x(place, activation):
+    for shape in ((5, 2, 3), (5, 20, 33)):
+        for outside in ("zero", "clamp"):
+            problem = make_problem(place, torch.float32, shape, activation=activation, outside=outside)
+            problem.x[:] = torch.tensor([torch.inf, -torch.inf, 3e38, -3e38, 1e20], device=place.device)[:, None]
+            for operation in OPERATIONS:
+                for n in (0, 1, 2):
+                    args = problem.args(operation, n, False)
+                    for mine, want in zip(
+                        results(place.backend, operation, args), results("reference", operation, args), strict=True
+                    ):
+                        assert want.isfinite().all()
+                        torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_intervals_are_half_open(place, k):
+    """On knots that are whole numbers every way of finding the interval is exact, so the rule itself can be asked for:
+    the k-th derivative, which jumps at knots, is the one from the right."""
+    grid_size = 5
+    knots = torch.arange(-k, grid_size + k + 1, dtype=torch.float32)
+    problem = make_problem(place, torch.float32, (len(knots), 2, 3), grid_size, k, activation="none")
+    problem = problem._replace(
+        grid=knots.to(place.device).repeat(2, 1), x=knots.to(place.device)[:, None].repeat(1, 2)
+    )
+    for outside in OUTSIDE:
+        args = problem._replace(outside=outside).args("contract_output", k, False)
+        (mine,) = results(place.backend, "contract_output", args)
+        want = reference.contract_output(*args)
+        torch.testing.assert_close(mine, want)
+        if outside == "zero":
+            assert not mine[-1].any()  # from the last knot on: exactly 0
+    assert want.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_continuous_at_knots(place, kind):
+    """At the knots themselves, where an interval more or less must not matter below order k (k - 1 at a double knot)."""
+    for k in (1, 2, 3, 5):
+        problem = make_problem(place, torch.float32, (1, 2, 3), k=k, kind=kind, activation="none", outside="linear")
+        last = k - 1 if kind != "repeated" else k - 2
+        x = problem.grid.t().contiguous()
+        problem = problem._replace(x=x, g=torch.randn(len(x), 3, device=place.device), scale=torch.ones_like(x))
+        for n in range(last + 1):
+            assert_close_to_truth(place, problem, "contract_output", n)
+
+
+def test_uniform_to_a_few_roundings_is_uniform_and_beyond_is_not(place):
+    """Backends may take a closed form on uniform knots; a grid that is nearly so must still be right."""
+    for nudge in (0.0, 1e-7, 1e-6, 1e-5, 1e-3, 0.1):
+        problem = make_problem(place, torch.float32, (200, 20, 33))
+        grid = problem.grid.clone()
+        grid[:, 5] += nudge
+        grid[7] = 3 * grid[7] + 2  # every input has its own
+        x = problem.x.clone()
+        x[:, 7] = 3 * x[:, 7] + 2
+        x = off_knots(x.cpu(), grid.cpu(), torch.float32).to(place.device)
+        for operation in OPERATIONS:
+            assert_close_to_truth(place, problem._replace(grid=grid, x=x), operation, 0)
+
+
+def test_fine_grids(place):
+    """Many intervals, far from zero: the local coordinate must come from the stored knots."""
+    problem = make_problem(place, torch.float32, (300, 4, 5), grid_size=300)
+    far = problem._replace(grid=problem.grid + 100, x=problem.x + 100)
+    far = far._replace(x=off_knots(far.x.cpu(), far.grid.cpu(), torch.float32).to(place.device))
+    for operation in OPERATIONS:
+        assert_close_to_truth(place, problem, operation, 0)
+        assert_close_to_truth(place, far, operation, 0)
+
+
+@pytest.mark.slow
+def test_long_sums(place):
+    """Errors of the order of summation show in long sums."""
+    for shape in ((4096, 784, 64), (60000, 2, 5), (300, 1024, 256)):
+        problem = make_problem(place, torch.float32, shape)
+        for operation in OPERATIONS:
+            assert_close_to_truth(place, problem, operation, 0, with_scale=False)
+
+
+def test_place_is_what_it_says():
+    assert Place("reference", torch.device("cpu")) in places(torch.float64)
