@@ -70,6 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
         f"{circumstances['device_name']}, {threads} threads, torch {torch.__version__}, "
         f"allocator {allocator}, commit {circumstances['commit']}"
     )
+    written: set[int] = set()
+
+    def emit(made: list[rows.Row]) -> None:
+        if given.out is not None:
+            rows.write(given.out, made, circumstances)
+        written.update(id(row) for row in made)
+
     options = Options(
         device=device,
         backend=given.backend,
@@ -86,11 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         memory=given.memory,
         report=progress.report,
         progress=progress,
+        emit=emit,
     )
     found = importlib.import_module(TOPICS[given.what][0]).run(options)
     progress("")
-    if given.out is not None:
-        rows.write(given.out, found, circumstances)
+    emit([row for row in found if id(row) not in written])
     return 1 if any("failed" in row and row.get("ours", True) for row in found) else 0
 
 

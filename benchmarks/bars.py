@@ -165,6 +165,7 @@ def run(options: Options) -> list[Row]:
             ours, linear = measure_memory(shape, options.one_backend())
             row["memory_mib"], row["memory_linear_mib"] = ours / 2**20, linear / 2**20
         print_row(row, report)
+        options.emit([row])
         rows.append(row)
     if options.shapes is None:
         rows.append(latency.measure(*latency.CASES[0], options))

@@ -209,13 +209,18 @@ RIVALS: list[tuple[str, str, Make, bool, str | None, str, str]] = [
 ]
 
 
-def contestants(backend: str = "auto", peers: list[str] | None = None) -> list[Contestant]:
+def contestants(
+    backend: str = "auto",
+    peers: list[str] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Contestant]:
     """All lines of the table, in its order.
 
-    backend: "auto" for every backend that is available, else that one. peers: names of those to measure besides
+    backend: "auto" for every backend that serves `dtype` on `device`, else that one. peers: names of those to measure besides
     kan_fast and the equal-parameter linear layer; None for all. ValueError names an unknown peer.
     """
-    names = list(kan_fast.available_backends()) if backend == "auto" else [backend]
+    names = list(kan_fast.available_backends(device, dtype)) if backend == "auto" else [backend]
     ours = [Contestant(f"kan_fast {name}", _backend(name), exact=True, ours=True) for name in names]
     others = [
         Contestant("linear", _linear, note="same in and out"),

@@ -92,4 +92,5 @@ def run(options: Options) -> list[Row]:
         options.progress(f"latency {kan_widths} batch {batch}")
         rows.append(measure(kan_widths, mlp_widths, batch, options))
         print_row(rows[-1], options.report)
+        options.emit(rows[-1:])
     return rows

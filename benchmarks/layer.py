@@ -132,12 +132,20 @@ class Case:
             return
         if self.device == "cuda":
             timings = timing_cuda.time_interleaved(calls, budget=seconds)
-            self._graphs(phase, calls, timings, seconds)
+            if phase in ("forward", "step"):  # Adam would need its capturable form
+                self._graphs(phase, calls, timings, seconds)
         else:
             timings = timing.time_interleaved(calls, budget=seconds, min_rounds=5)
         flops, moved = ceilings.work(self.shape, phase, self.dtype.itemsize)
+        rival = min(
+            (name for name in timings if self.rows[name]["same_function"] and not self.rows[name]["ours"]),
+            key=lambda name: timings[name].median, default=None,
+        )  # fmt: skip
         for name, found in timings.items():
             row = self.rows[name]
+            row[f"{phase}_fastest_rival"] = rival
+            if rival is not None:
+                row[f"{phase}_ratio_to_fastest_rival"] = found.ratio_to(timings[rival])
             row[f"{phase}_ms"] = found.median * 1e3
             row[f"{phase}_spread"] = found.spread
             row[f"{phase}_rounds"] = len(found.rounds)
@@ -187,7 +195,7 @@ def _memory_case(
     add_peer_paths(list(peer_paths))
     shape, dtype = Shape.parse(key), DTYPES[dtype_name]
     peers = [] if name.startswith("kan_fast") or name == "linear equal" else [name]
-    contestant = next(line for line in contestants("auto", peers) if line.name == name)
+    contestant = next(line for line in contestants("auto", peers, "cpu", dtype) if line.name == name)
     module = build(contestant, shape, make_layer(shape, "cpu", dtype))
     x, cotangent = make_inputs(contestant, shape, "cpu", dtype)
     small = max(1, shape.batch // 8)
@@ -220,14 +228,12 @@ def print_case(rows: list[Row], phases: list[str], report: Callable[[str], None]
         cells = [row["contestant"], *(_cell(row, phase) for phase in phases), error, " / ".join(peak)]
         report(" | ".join(f"{text:>22}" for text in cells))
     for phase in phases:
-        ours = [row for row in rows if row["ours"] and f"{phase}_ms" in row]
-        others = [row for row in rows if not row["ours"] and row["same_function"] and f"{phase}_ms" in row]
-        if ours and others:
+        ours = [row for row in rows if row["ours"] and f"{phase}_ratio_to_fastest_rival" in row]
+        if ours:
             best = min(ours, key=lambda row: row[f"{phase}_ms"])
-            rival = min(others, key=lambda row: row[f"{phase}_ms"])
             report(
-                f"  {phase}: {best['contestant']} takes {best[f'{phase}_ms'] / rival[f'{phase}_ms']:.2f} of the time "
-                f"of the fastest other of the same function, {rival['contestant']}"
+                f"  {phase}: {best['contestant']} takes {best[f'{phase}_ratio_to_fastest_rival']:.2f} of the time of the "
+                f"fastest other of the same function, {best[f'{phase}_fastest_rival']}"
             )
     for remark in remarks:
         report(remark)
@@ -237,13 +243,13 @@ def run(options: Options) -> list[Row]:
     """All shapes and dtypes; a new case is not begun after `options.minutes`."""
     add_peer_paths(options.peer_paths)
     _PEER_PATHS[:] = options.peer_paths
-    lines = contestants(options.backend, options.peers)
     shapes = options.shapes or (CUDA_SHAPES if options.device == "cuda" else list(BARS))
     phases = options.phases or list(PHASES)
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows: list[Row] = []
     for dtype_name in options.dtypes:
         limits = ceilings.measure(options.device, DTYPES[dtype_name], min(1.0, options.seconds))
+        lines = contestants(options.backend, options.peers, options.device, DTYPES[dtype_name])
         options.report(f"{dtype_name}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bandwidth / 1e9:.3g} GB/s")
         for shape in shapes:
             if time.monotonic() > end:
@@ -262,5 +268,6 @@ def run(options: Options) -> list[Row]:
             for row in found:
                 row["matmul_tflops"], row["copy_gbps"] = limits.flops / 1e12, limits.bandwidth / 1e9
             print_case(found, phases, options.report)
+            options.emit(found)
             rows += found
     return rows

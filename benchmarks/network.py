@@ -72,7 +72,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
     target = torch.exp(torch.sin(torch.pi * x[:, :1]) + x[:, 1:2].square())
     rows: dict[str, Row] = {}
     models: dict[str, nn.Module] = {}
-    for contestant in contestants(options.backend, options.peers):
+    for contestant in contestants(options.backend, options.peers, device, dtype):
         if contestant.wide:
             continue
         row: Row = {
@@ -126,6 +126,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
             options.report(f"{name:>22} forward {row['forward_ms']:8.3f}  backward {row['backward_ms']:8.3f}{beside}")
         else:
             options.report(f"{name:>22} {'absent, ' + row['absent'] if 'absent' in row else row['failed']}")
+    options.emit(list(rows.values()))
     return list(rows.values())
 
 
@@ -167,6 +168,7 @@ def small_networks(options: Options) -> list[Row]:
             row[f"{phase}_mlp_ms"] = timings["mlp"].median * 1e3
             row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
         rows.append(row)
+        options.emit([row])
         cells = ", ".join(f"{p} {row[f'{p}_ms']:.3g} ms ({row[f'{p}_ratio']:.2f})" for p in ("forward", "step", "optimiser"))
         options.report(f"KAN({widths}), batch {batch}, against MLP {dense_widths}: {cells}")
     return rows

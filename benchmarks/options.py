@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Shape
+from benchmarks.rows import Row
 from kan_fast.backends import choose
 
 
@@ -36,6 +37,7 @@ class Options:
     memory: bool = False
     report: Callable[[str], None] = to_stdout
     progress: Callable[[str], None] = lambda text: None
+    emit: Callable[[list[Row]], None] = lambda rows: None  # called as soon as a case is done, so that no row is lost
 
     def one_backend(self) -> str:
         """The backend that `backend` stands for on the device, by name: what rows record."""

@@ -41,7 +41,9 @@ def run(options: Options) -> list[Row]:
             peers = PEERS if options.peers is None else options.peers
             if options.device == "cpu" and shape.batch * shape.parameters > MOST:
                 peers = []
-            one = replace(options, shapes=[shape], peers=peers, phases=options.phases or ["forward", "step"])
-            found = layer.run(one)
-            rows += [{**row, "what": "sweep", "axis": axis, "value": value} for row in found]
+            one = replace(options, shapes=[shape], peers=peers, phases=options.phases or ["forward", "step"],
+                          emit=lambda made: None)
+            found = [{**row, "what": "sweep", "axis": axis, "value": value} for row in layer.run(one)]
+            options.emit(found)
+            rows += found
     return rows

@@ -15,7 +15,8 @@ from benchmarks.contestants import Contestant, build, contestants
 
 pytest.importorskip("pytest_benchmark")
 
-LINES = contestants("auto", ["linear", "cox-de-boor"])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LINES = contestants("auto", ["linear", "cox-de-boor"], DEVICE)
 
 
 @pytest.mark.parametrize("phase", ["forward", "step"])
@@ -24,10 +25,9 @@ LINES = contestants("auto", ["linear", "cox-de-boor"])
 def test_layer(benchmark, shape: Shape, contestant: Contestant, phase: str) -> None:  # type: ignore[no-untyped-def]
     if contestant.name in ("kan_fast reference", "cox-de-boor") and shape.batch * shape.parameters > 2**31:
         pytest.skip("plain PyTorch needs gigabytes here")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = layer.make_layer(shape, device, torch.float32)
+    ours = layer.make_layer(shape, DEVICE, torch.float32)
     module = build(contestant, shape, ours)
-    x, cotangent = layer.make_inputs(contestant, shape, device, torch.float32)
+    x, cotangent = layer.make_inputs(contestant, shape, DEVICE, torch.float32)
     if contestant.exact:
         found = layer.judge(contestant, module, ours, x, cotangent)
         assert "failed" not in found, found["failed"]
@@ -35,7 +35,7 @@ def test_layer(benchmark, shape: Shape, contestant: Contestant, phase: str) -> N
 
     def finished() -> None:
         call()
-        if device == "cuda":
+        if DEVICE == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = f"{shape}, {phase}"
