@@ -108,7 +108,9 @@ def adaptive_grid_refinement(
         size = refinement_factor * layer.grid_size
         inner = _split_dense(inputs[name].double(), old[:, k : k + layer.grid_size + 1].double(), size, uniform_share)
         new = torch.cat([old[:, :k], inner.to(old.dtype), old[:, old.shape[1] - k :]], 1)
-        _resize(layer, new, functools.partial(insert_knots, grid=old, new_grid=new), optimizer, optimizer_state)
+        # Convex combinations: what is not negative, as squared gradients are, stays so.
+        insert = functools.partial(insert_knots, grid=old, new_grid=new)
+        _resize(layer, new, insert, insert, optimizer, optimizer_state)
         sizes.append(size)
     return sizes
 
@@ -149,7 +151,10 @@ def update_grid(
         old = layer.grid
         new = _moved_grid(x.double(), old.double(), layer.spline_order, grid_eps, margin).to(old.dtype)
         refit = _refit_matrix(x.double(), old.double(), new.double(), layer.spline_order, layer.outside)
-        _resize(layer, new, functools.partial(_mapped, matrix=refit), optimizer, optimizer_state)
+        # If m' = R m then |m'_i|^2 <= F sum_j R_ij^2 m_j^2: squared gradients mapped by R_ij^2 are never negative and keep
+        # the steps of Adam, m / sqrt(v), within sqrt(F) of what they were.
+        first, second = functools.partial(_mapped, matrix=refit), functools.partial(_mapped, matrix=refit.square())
+        _resize(layer, new, first, second, optimizer, optimizer_state)
         size = before.norm()
         changes.append(float((layer(x).double() - before).norm() / size) if size > 0 else 0.0)
     return changes
@@ -272,6 +277,7 @@ def _resize(
     layer: KANLayer,
     grid: Tensor,
     convert: Callable[[Tensor], Tensor],
+    convert_squares: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer | None,
     optimizer_state: str,
 ) -> None:
@@ -284,9 +290,7 @@ def _resize(
             state.clear()
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                moved = convert(value)
-                # Squared gradients stay what they are: a least-squares refit may take them below zero.
-                state[key] = moved.clamp(min=0) if bool((value >= 0).all()) else moved
+                state[key] = convert_squares(value) if bool((value >= 0).all()) else convert(value)
         if isinstance(optimizer, torch.optim.LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None

@@ -239,7 +239,8 @@ class _Run:
         return self.loss(output, y), penalty
 
     def _maybe_update_grid(self, recent: list[Tensor]) -> None:
-        if self.steps % self.grid_update_every or self.steps > (self.grid_update_until or self.steps):
+        until = self.grid_update_until
+        if self.steps % self.grid_update_every or (until is not None and self.steps > until):
             return
         state = "reset" if isinstance(self.optimizer, torch.optim.LBFGS) else "carry"
         changes = update_grid(self.model, torch.cat(recent), optimizer=self.optimizer, optimizer_state=state)

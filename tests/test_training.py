@@ -123,6 +123,24 @@ def test_grid_updates_during_training(optimizer):
     assert history.val_losses[-1] < history.val_losses[0]
 
 
+def test_no_grid_updates_after_the_last_step_for_them():
+    history = train(make_model(), [make_data()], epochs=2, grid_update_every=1, grid_update_until=0)
+    assert history.grid_changes == []
+
+
+def test_losses_stay_low_through_grid_updates():
+    # Normal data with far tails: the refit is ill-conditioned there, and the optimizer's moments go through it.
+    torch.manual_seed(0)
+    x = torch.randn(500, 2, dtype=torch.float64)
+    y = torch.sin(x[:, :1]) + x[:, 1:]
+    model = KAN([2, 5, 1], grid_size=10, grid_range=(-4, 4), dtype=torch.float64)
+    loader = DataLoader(TensorDataset(x, y), 50, shuffle=True)
+    history = train(model, loader, epochs=30, lr=2e-2, grid_update_every=40, grid_update_until=200)
+    assert len(history.grid_changes) == 5
+    assert max(history.train_losses) < 2 * history.train_losses[0]
+    assert history.train_losses[-1] < 0.1 * history.train_losses[0]
+
+
 @pytest.mark.parametrize("options", [{}, {"optimizer": "lbfgs", "scheduler": None}, {"grid_update_every": 3}])
 def test_resume_is_exact(tmp_path, options):
     whole = make_model()
