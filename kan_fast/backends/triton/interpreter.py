@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import triton.language as tl
 from triton.runtime import interpreter as _interpreter
 
@@ -39,21 +40,25 @@ def run(launches: Iterable[Any]) -> None:
             launch.run()
 
 
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+def from_bfloat16(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """uint16 bit patterns of bfloat16 -> float32."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    widened: npt.NDArray[np.float32] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return widened
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
+def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """float32 -> uint16 bit patterns of bfloat16, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    result: npt.NDArray[np.uint16] = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    return result
 
 
-def to_tf32(values: np.ndarray) -> np.ndarray:
+def to_tf32(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """float32 with the low 13 bits dropped, as tensor cores read it."""
-    return (np.ascontiguousarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    short: npt.NDArray[np.float32] = bits.view(np.float32)
+    return short
 
 
 def _is_bfloat16(handle: Any) -> bool:

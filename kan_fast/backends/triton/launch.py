@@ -114,7 +114,13 @@ def target_of(device: torch.device) -> Target:
 
 
 def plan_contract_output(
-    x: Tensor, scale: Tensor | None, spline_weight: Tensor, base_weight: Tensor | None, grid: Tensor, y: Tensor, problem: Problem
+    x: Tensor,
+    scale: Tensor | None,
+    spline_weight: Tensor,
+    base_weight: Tensor | None,
+    grid: Tensor,
+    y: Tensor,
+    problem: Problem,
 ) -> list[Launch]:
     """Launches that fill y (B, O). Weights and grid contiguous; x and scale of any strides."""
     p = problem
@@ -126,7 +132,7 @@ def plan_contract_output(
         "SCALED": scale is not None, **p.modes(),
     }  # fmt: skip
     if tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
-        tile = tiles.narrow_tile("contract_output", p.batch, p.out_features, p.target)
+        tile = tiles.narrow_tile(p.batch, p.out_features, p.target)
         arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
         return [_launch(contract_output_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
     tile = _wide_tile("contract_output", p)
@@ -148,7 +154,7 @@ def plan_contract_input(
         **_strides("x", x), **_strides("g", g), **p.modes(),
     }  # fmt: skip
     if tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
-        tile = tiles.narrow_tile("contract_input", p.batch, p.out_features, p.target)
+        tile = tiles.narrow_tile(p.batch, p.out_features, p.target)
         arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
         return [_launch(contract_input_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
     tile = _wide_tile("contract_input", p)

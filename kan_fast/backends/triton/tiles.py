@@ -5,11 +5,9 @@ memory: `python -m benchmarks --what kernels`) and from this reckoning for the p
 rows * K features are made by about 15 instructions each, on 128 lanes of a multiprocessor; rows * columns * K products
 run on its tensor cores, 2048 per cycle for 16-bit numbers on Hopper. So a feature costs as much as 240 products: the wider
 the tile (columns), the better, up to what the registers of the accumulator allow.
-
-autotune() tries the neighbours of these defaults on the tensors at hand, when KAN_FAST_AUTOTUNE=1 asks for it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # How the products are computed: the operands, or the way float32 is split for the tensor cores.
 HALF, TF32, TF32X3, IEEE, DOUBLE = "half", "tf32", "tf32x3", "ieee", "double"
@@ -79,6 +77,23 @@ _TILES_HOPPER = {
     ("contract_weight", TF32): (0, 256, 128, 32, 3),
 }
 
+# 64 KiB of shared memory (LDS) on an MI300: shallower sums and pipelines.
+_TILES_AMD = {
+    ("contract_output", HALF): (128, 128, 64, 32, 2),
+    ("contract_input", HALF): (128, 0, 128, 32, 2),
+    ("contract_weight", HALF): (0, 128, 128, 32, 2),
+}
+
+
+def _sizes(kernel: str, products: str, target: Target) -> tuple[int, int, int, int, int]:
+    key = kernel, products
+    if target.kind == "hip":
+        return _TILES_AMD.get(key, _TILES[key])
+    if target.kind == "cuda" and target.arch in (90, 100, 103):
+        return _TILES_HOPPER.get(key, _TILES[key])
+    return _TILES[key]
+
+
 # tl.dot needs this much of every dimension in every dtype and version (triton 3.6 wants a depth of 16 for all of them).
 _LEAST = 16
 
@@ -97,40 +112,23 @@ def wide_tile(
     kernel: str, products: str, batch: int, in_features: int, features: int, out_features: int, target: Target
 ) -> Tile:
     """The tile of a product kernel: the table's, cut to the problem, then halved until every multiprocessor has work."""
-    hopper = target.kind == "cuda" and target.arch in (90, 100, 103)
-    table = _TILES_HOPPER if hopper and (kernel, products) in _TILES_HOPPER else _TILES
-    rows, columns, width, depth, stages = table[kernel, products]
+    rows, columns, width, depth, stages = _sizes(kernel, products, target)
     bases = bases_per_step(features)
     width = min(width, max(_LEAST, bases * power_of_two(in_features)))
-    if kernel != "contract_weight":
-        rows = min(rows, max(_LEAST, power_of_two(batch)))
-    if kernel != "contract_input":
-        columns = min(columns, max(_LEAST, power_of_two(out_features)))
-    tall, wide = (width, columns) if kernel == "contract_weight" else (rows, columns or width)
-
-    def programs() -> int:
-        steps = -(-in_features // max(1, width // bases)) * -(-features // bases)
-        if kernel == "contract_output":
-            return -(-batch // rows) * -(-out_features // columns)
-        if kernel == "contract_input":
-            return -(-batch // rows) * -(-in_features // max(1, width // bases))
-        return steps * -(-out_features // columns)
-
-    # contract_weight fills the device by splitting the batch instead.
-    while kernel != "contract_weight" and programs() < target.processors and (rows > 32 or wide > 32):
-        if rows >= wide and rows > 32:
-            rows //= 2
-        elif kernel == "contract_input":
-            width = wide = max(_LEAST, wide // 2)
-            if wide == _LEAST:
-                break
-        else:
-            columns = wide = wide // 2
-    tall = width if kernel == "contract_weight" else rows
-    return Tile(rows, columns, width // bases, bases, depth, _warps(tall * wide, products), stages)
+    columns = min(columns, max(_LEAST, power_of_two(out_features)))
+    rows = min(rows, max(_LEAST, power_of_two(batch)))
+    if kernel == "contract_weight":  # splitting the batch fills the device
+        return Tile(0, columns, width // bases, bases, depth, _warps(width * columns, products), stages)
+    if kernel == "contract_input":
+        while -(-batch // rows) * -(-in_features // max(1, width // bases)) < target.processors and max(rows, width) > 32:
+            rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
+        return Tile(rows, 0, width // bases, bases, depth, _warps(rows * width, products), stages)
+    while -(-batch // rows) * -(-out_features // columns) < target.processors and max(rows, columns) > 32:
+        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    return Tile(rows, columns, width // bases, bases, depth, _warps(rows * columns, products), stages)
 
 
-def narrow_tile(kernel: str, batch: int, out_features: int, target: Target) -> Tile:
+def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
     """The tile of a memory-bound kernel: all outputs, and rows enough for a few per thread."""
     columns = power_of_two(out_features)
     # 4096 numbers of accumulator are 32 per thread; the loads of several rows overlap.
@@ -161,12 +159,6 @@ def splits(batch: int, tiles: int, size: int, depth: int, target: Target) -> tup
     count = max(1, min(wanted, most))
     rows = -(-batch // (count * depth)) * depth
     return max(1, -(-batch // rows)), rows
-
-
-def neighbours(tile: Tile) -> list[Tile]:
-    """Tiles that autotuning tries besides the default: other depths of the pipeline, other numbers of warps."""
-    tried = [replace(tile, stages=s) for s in (2, 3, 4) if s != tile.stages]
-    return tried + [replace(tile, warps=w) for w in (4, 8) if w != tile.warps]
 
 
 def power_of_two(size: int) -> int:

@@ -189,7 +189,7 @@ def local_bases(x, knots, uniform, ORDER: tl.constexpr, FEATURES: tl.constexpr, 
                     beyond = values[q] + slopes[q] * (x - nearest)
                     extended = extended + (tl.where(x == nearest, values[q], beyond),)
                 values = extended
-        elif N > (1 if OUTSIDE == LINEAR else 0):
+        elif (1 if OUTSIDE == LINEAR else 0) < N:
             cut = ()
             for q in tl.static_range(ORDER + 1):
                 cut = cut + (tl.where(x == nearest, values[q], 0.0),)

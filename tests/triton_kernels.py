@@ -1,12 +1,9 @@
-"""The Triton kernels in the interpreter, on CPU tensors: run by test_triton.py in a process with TRITON_INTERPRET=1.
+"""The Triton kernels at work, run by test_triton.py in a process of its own: in the interpreter, or on a GPU.
 
-Truth is the float64 reference, itself held against SciPy elsewhere; one test here asks SciPy directly. Tolerances: see
-`check`. Memory that torch.empty gives is filled with NaN, so a number that no kernel wrote shows.
+TRITON_INTERPRET=1 says interpreted, on CPU tensors; else the tensors live on a CUDA device. Truth is the float64 reference,
+itself held against SciPy elsewhere; one test here asks SciPy directly. Tolerances: see `check`. Memory that torch.empty
+gives is filled with NaN, so a number that no kernel wrote shows.
 """
-
-import os
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py, or with TRITON_INTERPRET=1"
 
 import itertools
 import random
@@ -17,26 +14,30 @@ import scipy.interpolate
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import kan_fast.backends.triton as backend
 from kan_fast import KANLayer
 from kan_fast.activations import ACTIVATIONS
 from kan_fast.activations import activation as activation_function
 from kan_fast.backends import available_backends, reference
-from kan_fast.backends.triton import interpreter, launch, tiles
+from kan_fast.backends.triton import launch, tiles
 from kan_fast.spline import OUTSIDE, bases, uniform_grid
 
+INTERPRETED = backend.interpreted()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
+interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="about the interpreter, or the tiles it is given")
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
-WIDE = (70, 5, 37)  # batch, inputs, outputs: no multiple of a tile, more than one tile of each
-NARROW = (70, 3, 5)
+WIDE = (40, 5, 33)  # batch, inputs, outputs: no multiple of a tile, more than one tile of each
+NARROW = (40, 3, 5)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    torch.set_default_device(DEVICE)
     yield
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
 
 
@@ -95,6 +96,10 @@ class Case:
         return y, dx, d_spline, (scale * base).t() @ g
 
 
+if INTERPRETED:
+    from kan_fast.backends.triton import interpreter
+
+
 def check(case, precision="highest"):
     """Compare all contractions with the float64 reference; returns what the backend gave.
 
@@ -123,9 +128,10 @@ def check(case, precision="highest"):
 
 
 def is_narrow(size):
-    return tiles.is_narrow(*size, tiles.TF32X3, launch.target_of(torch.device("cpu")))
+    return tiles.is_narrow(*size, tiles.TF32X3, launch.target_of(DEVICE))
 
 
+@interpreted_only
 def test_the_sizes_meet_both_kinds_of_kernels():
     assert is_narrow(NARROW) and not is_narrow(WIDE)
 
@@ -133,24 +139,24 @@ def test_the_sizes_meet_both_kinds_of_kernels():
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("order", range(6))
 def test_every_order_and_derivative(order, size):
-    for n in range(order + 2):
+    for n in range(order + 2) if size == WIDE else {0, 1, order}:
         outside = OUTSIDE[(order + n) % 3]
-        check(Case(size, order=order, n=n, outside=outside, activation="gelu", scaled=n % 2 == 1, knots=("uniform", "free")[n % 2]))
+        knots = ("uniform", "free")[n % 2]
+        check(Case(size, order=order, n=n, outside=outside, activation="gelu", scaled=n % 2 == 1, knots=knots))
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, size):
-    for n in range(6):
-        check(Case((33, 2, size[2]), order=1, activation=activation, n=n, spread=4.0))
+    for n in (0, 1) if size == WIDE else range(6):
+        check(Case((20, 2, size[2]), order=1, activation=activation, n=n, spread=4.0))
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("knots", ["uniform", "free", "mixed", "repeated"])
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_outside_and_knots(outside, knots, size):
-    for n in (0, 1):
-        check(Case(size, outside=outside, n=n, knots=knots, spread=2.5))
+    check(Case(size, outside=outside, n=int(size == NARROW), knots=knots, spread=2.5))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_outside_and_knots(outside, knots, size):
 )  # fmt: skip
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_every_dtype(dtype, x_dtype, size):
-    for n in (0, 1, 2):
+    for n in (0, 1) if size == WIDE else (2,):
         check(Case(size, dtype=dtype, x_dtype=x_dtype, n=n, scaled=n == 1))
 
 
@@ -210,7 +216,8 @@ def test_strides(size):
     case.x = case.x.t().contiguous().t()
     case.scale = torch.stack([case.scale, case.scale], 2)[..., 0]
     case.g = case.g.flip(0).flip(0).t().contiguous().t()
-    case.spline, case.grid = case.spline.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([case.grid] * 2, 1)[:, : case.grid.shape[1]]
+    case.spline = case.spline.transpose(0, 1).contiguous().transpose(0, 1)
+    case.grid = torch.cat([case.grid] * 2, 1)[:, : case.grid.shape[1]]
     assert not case.x.is_contiguous() and not case.g.is_contiguous() and not case.spline.is_contiguous()
     for ours, theirs in zip(case.results(backend), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -222,8 +229,8 @@ def test_strides(size):
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-@pytest.mark.parametrize("n", [0, 1, 4])
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("activation", ["none", "relu"])
 def test_nan_stays_where_it_belongs(activation, n, size):
     case = Case(size, activation=activation, n=n)
     case.x[3, 1] = torch.nan
@@ -242,7 +249,8 @@ def test_nan_stays_where_it_belongs(activation, n, size):
 def test_on_the_knots_and_far_away(outside, size):
     # x on a stored knot lies right of it, at the end of the range left of it unless "zero": no rounding is involved, so
     # even the derivative of order k, which jumps there, has to agree.
-    for n, knots in itertools.product((0, 3), ("uniform", "free", "repeated")):
+    kinds = ("uniform", "free") if size == WIDE else ("free", "repeated")
+    for n, knots in itertools.product((0, 3), kinds):
         case = Case(size, outside=outside, n=n, knots=knots, activation="identity")
         places = torch.cat([case.grid[0], torch.tensor([-1e30, 1e30, -5.0, 5.0])])
         case.x[: len(places)] = places[:, None]
@@ -254,16 +262,17 @@ def test_on_the_knots_and_far_away(outside, size):
 def test_against_scipy():
     for order in range(6):
         for n in range(order + 1):
-            case = Case((40, 1, 33), grid_size=4, order=order, n=n, activation="none", knots="free", dtype=torch.float64, spread=0.99)
-            knots = case.grid[0].numpy()
+            case = Case((40, 1, 33), 4, order, "none", n=n, knots="free", dtype=torch.float64)
+            knots = case.grid[0].cpu().numpy()
             case.x.clamp_(knots[order], np.nextafter(knots[-order - 1], -np.inf))
-            spline = scipy.interpolate.BSpline(knots, case.spline[0].numpy(), order, extrapolate=False)
-            expected = torch.from_numpy(spline(case.x[:, 0].numpy(), nu=n))
+            spline = scipy.interpolate.BSpline(knots, case.spline[0].cpu().numpy(), order, extrapolate=False)
+            expected = torch.from_numpy(spline(case.x[:, 0].cpu().numpy(), nu=n)).to(DEVICE)
             got = backend.contract_output(case.x, None, case.spline, None, case.grid, *case.modes)
             # 2k multiplications and differences of knots, n divisions by widths that are at least 1/20 of the range.
             assert (got - expected).abs().max() <= 64 * 2.0**-52 * expected.abs().max().clamp(min=1), (order, n)
 
 
+@interpreted_only
 def test_uniform_is_decided_per_block_from_the_knots(monkeypatch):
     seen = []
     original = launch.Launch.run
@@ -283,9 +292,10 @@ def test_uniform_is_decided_per_block_from_the_knots(monkeypatch):
     case = Case((5, 9, 40), dtype=torch.float64)
     backend.contract_output(case.x, None, case.spline, case.base, case.grid.float(), *case.modes)
     # Seen in float64, knots that were rounded to float32 are not equidistant.
-    assert seen[2] == [0, 0, 0]
+    assert len(seen[2]) > 1 and not any(seen[2])
 
 
+@interpreted_only
 def test_sums_over_the_batch_do_not_depend_on_the_order_of_programs(monkeypatch):
     case = Case((300, 3, 40))
     count = len(launch.plan_contract_weight(
@@ -294,7 +304,8 @@ def test_sums_over_the_batch_do_not_depend_on_the_order_of_programs(monkeypatch)
     ))  # fmt: skip
     assert count == 3, "expected partial sums, and a launch that adds them"
     expected = case.results(backend)
-    place = InterpreterBuilder.set_grid_idx
+    builder = triton.runtime.interpreter.InterpreterBuilder
+    place = builder.set_grid_idx
     for seed in range(3):
 
         def shuffled(self, x, y, z, seed=seed):
@@ -304,7 +315,7 @@ def test_sums_over_the_batch_do_not_depend_on_the_order_of_programs(monkeypatch)
             to = order[(x * ny + y) * nz + z]
             place(self, to // (ny * nz), to // nz % ny, to % nz)
 
-        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", shuffled)
+        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
         for ours, theirs in zip(case.results(backend), expected, strict=True):
             assert torch.equal(ours, theirs)
 
@@ -336,6 +347,7 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
 
 
+@interpreted_only
 def test_interpreted_it_serves_the_cpu():
     assert backend.reason_not(torch.device("cpu"), torch.float32) is None
     assert "triton" in available_backends("cpu")
@@ -360,6 +372,7 @@ def _product(x, y, out, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.c
     tl.store(out + row[:, None] * ROWS + row[None, :], tl.dot(a, b, input_precision=PRECISION))
 
 
+@interpreted_only
 def test_bfloat16_rounds_and_adds_as_torch_does():
     interpreter.repair()
     x, out = torch.randn(4096), torch.empty(4096, dtype=torch.bfloat16)
@@ -367,6 +380,7 @@ def test_bfloat16_rounds_and_adds_as_torch_does():
     assert torch.equal(out, (x * 1.5).bfloat16() + 1)
 
 
+@interpreted_only
 def test_products_read_what_tensor_cores_read():
     interpreter.repair()
     x, y, out = torch.randn(16, 32), torch.randn(32, 16), torch.empty(16, 16)
@@ -378,6 +392,7 @@ def test_products_read_what_tensor_cores_read():
     assert (out - short[0] @ short[1]).abs().max() < 1e-4 < (out - x.double() @ y.double()).abs().max()
 
 
+@interpreted_only
 def test_products_that_no_gpu_takes_are_refused():
     interpreter.repair()
     x, out = torch.randn(16, 8), torch.empty(16, 16)

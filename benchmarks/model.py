@@ -1,0 +1,116 @@
+"""Floors of a layer's time on a GPU, from operations and bytes: to judge a measured time at once.
+
+Nothing here is a measurement. A floor is the larger of three times, each at its published peak: matrix products on the
+units that the dtype allows, the making of features on the general-purpose lanes, and the bytes that must move. A kernel
+that is well made comes within about 1.5 of it; one that is below it was mismeasured.
+
+    python -m benchmarks.model [card] [batch,in,out[,grid_size[,spline_order]] ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from benchmarks.cases import Shape
+
+# Instructions to find the span and evaluate k + 1 local bases, to place one feature, and for a base activation: counted
+# in kan_fast/backends/triton/kernels on uniform knots. They set the scale; compilers differ by a fifth.
+SPAN, PER_ORDER, PLACE, ACTIVATION = 16, 8, 9, 12
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peaks of a GPU: dense products in FLOP/s by way, instruction lanes (32-bit operations a second), bytes/s."""
+
+    name: str
+    products: dict[str, float]
+    lanes: float
+    bandwidth: float
+
+
+# Vendors' data sheets, dense (no structured sparsity): H100 SXM5, A100 SXM4 80 GB, and MI300X. "tf32x3" is three tf32
+# products on NVIDIA. Lanes: float32 FMA peak / 2.
+CARDS = {
+    card.name: card
+    for card in (
+        Card("H100", {"bfloat16": 989e12, "tf32": 494e12, "tf32x3": 494e12 / 3, "float64": 67e12}, 33.5e12, 3.35e12),
+        Card("A100", {"bfloat16": 312e12, "tf32": 156e12, "tf32x3": 156e12 / 3, "float64": 19.5e12}, 9.75e12, 2.04e12),
+        Card("MI300X", {"bfloat16": 1307e12, "tf32": 654e12, "tf32x3": 163e12, "float64": 163e12}, 81.7e12, 5.3e12),
+    )
+}
+
+ELEMENT_BYTES = {"bfloat16": 2, "tf32": 4, "tf32x3": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Least seconds of one kernel, by what they go to; the floor is the largest. x counts as float32 or wider."""
+
+    products: float
+    features: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.products, self.features, self.memory)
+
+    @property
+    def bound(self) -> str:
+        """What the floor is made of."""
+        return max(("products", "features", "memory"), key=lambda part: getattr(self, part))
+
+
+def floor(shape: Shape, kernel: str, way: str, card: Card, columns: int = 256) -> Floor:
+    """The floor of contract_output, contract_input or contract_weight.
+
+    way: "bfloat16", "tf32", "tf32x3" or "float64". columns: width of the tile that shares the features of one program;
+    contract_output and contract_weight make them anew for every tile of so many outputs, contract_input once.
+    """
+    size, x_size = ELEMENT_BYTES[way], 8 if way == "float64" else 4
+    inputs, outputs = shape.batch * shape.in_features, shape.batch * shape.out_features
+    bases = shape.grid_size + shape.spline_order
+    times = 1 if kernel == "contract_input" else -(-shape.out_features // columns)
+    # Weights once (read or written), x once, y or its gradient once; contract_input writes dx besides.
+    moved = size * (shape.parameters + outputs) + x_size * inputs * (2 if kernel == "contract_input" else 1)
+    narrow = shape.out_features <= 16 and kernel != "contract_weight"
+    # The narrow kernels touch k + 2 weights of an edge on the general-purpose lanes, and place nothing.
+    made = SPAN + PER_ORDER * shape.spline_order + ACTIVATION + (0 if narrow else PLACE * bases)
+    local = inputs * shape.out_features * (shape.spline_order + 2) if narrow else 0
+    products = 0.0 if narrow else 2.0 * shape.batch * shape.parameters / card.products[way]
+    return Floor(products, (inputs * made * times + local) / card.lanes, moved / card.bandwidth)
+
+
+def linear_floor(shape: Shape, way: str, card: Card) -> float:
+    """Least seconds of the forward of the nn.Linear with as many parameters: (batch, in * (G + k + 1)) x (..., out)."""
+    size = ELEMENT_BYTES[way]
+    moved = size * (shape.batch * (shape.linear_features + shape.out_features) + shape.parameters)
+    return max(2.0 * shape.batch * shape.parameters / card.products[way], moved / card.bandwidth)
+
+
+def step_floor(shape: Shape, way: str, card: Card) -> float:
+    """Least seconds of forward, gradient of x and gradient of the weights, one after the other."""
+    return sum(floor(shape, kernel, way, card).seconds for kernel in ("contract_output", "contract_input", "contract_weight"))
+
+
+DEFAULT_SHAPES = ("16384,1024,1024", "4096,784,64", "1024,256,256,20", "1000000,2,5", "65536,5,1")
+
+
+def main(arguments: list[str]) -> None:
+    """Print the floors of shapes on a card."""
+    card = CARDS[arguments[0]] if arguments and arguments[0] in CARDS else CARDS["H100"]
+    shapes = [Shape.parse(text) for text in arguments if text not in CARDS] or [Shape.parse(text) for text in DEFAULT_SHAPES]
+    print(f"floors on {card.name} by its data sheet, in microseconds; calculated, not measured")
+    for shape in shapes:
+        for way in ("bfloat16", "tf32", "tf32x3"):
+            parts = []
+            for kernel in ("contract_output", "contract_input", "contract_weight"):
+                least = floor(shape, kernel, way, card)
+                parts.append(f"{kernel} {least.seconds * 1e6:9.1f} ({least.bound})")
+            linear = linear_floor(shape, way, card) * 1e6
+            step = step_floor(shape, way, card) * 1e6
+            print(f"{shape!s:32} {way:9} {'  '.join(parts)}  step {step:9.1f}  nn.Linear {linear:9.1f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
