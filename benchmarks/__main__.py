@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
                       help="layer: only these")
     made.add_argument("--axes", nargs="+", choices=["batch", "width", "grid_size", "spline_order"], help="sweep: these")
     made.add_argument("--tasks", nargs="+", choices=["digits", "function", "poisson"], help="training: these")
+    made.add_argument("--times", type=Path, metavar="FILE",
+                      help="training: keep times per step here; with --seconds 0 nothing else is done, and the training "
+                      "itself can then run on a busy machine")
     made.add_argument("--memory", action="store_true", help="also peak memory (a process for each measurement)")
     made.add_argument("--out", type=Path, help="append rows to this file of JSON lines")
     return made
@@ -89,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         phases=given.phases,
         axes=given.axes,
         tasks=given.tasks,
+        times=given.times,
         extras=given.extras,
         memory=given.memory,
         report=progress.report,

@@ -148,7 +148,7 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
             panel.set_yscale("log")
             panel.set_ylabel(f"{phase}: time / nn.Linear's\nof equal parameters")
             panel.grid(True, axis="y", alpha=0.3)
-        panels[1].set_xticks(range(len(shapes)), [str(shape) for shape in shapes], fontsize=8)
+        panels[1].set_xticks(range(len(shapes)), [str(shape).replace(", ", "\n") for shape in shapes], fontsize=9)
         panels[0].legend(ncol=4, fontsize=8, frameon=False, loc="upper left")
         panels[0].set_title(f"Below 1 is faster than a linear layer of equal parameters ({_where(mine)})", fontsize=11)
         figure.tight_layout()

@@ -30,6 +30,7 @@ class Options:
     peer_paths: list[Path] = field(default_factory=list)
     axes: list[str] | None = None  # sweep
     tasks: list[str] | None = None  # training
+    times: Path | None = None  # training
     seconds: float = 2.0
     minutes: float | None = None
     phases: list[str] | None = None  # layer: forward, step, optimiser, second_derivative

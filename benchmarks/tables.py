@@ -92,6 +92,8 @@ def _rival_cell(row: Row | None, phase: str) -> str:
         return f"{row[f'{phase}_ratio']:.2f}"
     if f"{phase}_ms" in row:
         return f"{row[f'{phase}_ms']:.3g} ms"
+    if str(row.get("failed", "")).startswith("MemoryError"):
+        return "too large"
     return "fails" if f"{phase}_failed" in row or "failed" in row else "-"
 
 

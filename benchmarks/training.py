@@ -13,7 +13,7 @@ the rate of each is the one of four that does best in a short trial with a seed 
 from __future__ import annotations
 
 import functools
-import itertools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -195,6 +195,20 @@ def seconds_per_step(task: Task, models: dict[str, Callable[[], nn.Module]], opt
     return {name: timing.median for name, timing in timings.items()}
 
 
+def kept_times(task: Task, models: dict[str, Callable[[], nn.Module]], options: Options) -> dict[str, float]:
+    """As `seconds_per_step`, and kept in the file `options.times`: what stands there is not measured again."""
+    if options.times is None:
+        return seconds_per_step(task, models, options)
+    kept = json.loads(options.times.read_text()) if options.times.exists() else {}
+    key = f"{task.name}, {options.one_backend()}, {options.device}, {torch.get_num_threads()} threads"
+    if key not in kept:
+        kept[key] = seconds_per_step(task, models, options)
+        options.times.write_text(json.dumps(kept, indent=1))
+    times: dict[str, float] = kept[key]
+    options.report(f"{key}: " + ", ".join(f"{name} {time * 1e3:.3g} ms a step" for name, time in times.items()))
+    return times
+
+
 def _models(task: Task, options: Options) -> Iterator[tuple[str, list[int], Callable[[], nn.Module]]]:
     def kan() -> nn.Module:
         return kan_fast.KAN(task.widths, grid_size=task.grid_size, backend=options.one_backend()).to(options.device)
@@ -214,7 +228,9 @@ def measure(task: Task, options: Options) -> list[Row]:
     other's; so the accuracies can be had again on a busy machine.
     """
     models = {name: (widths, make) for name, widths, make in _models(task, options)}
-    times = seconds_per_step(task, {name: make for name, (_, make) in models.items()}, options)
+    times = kept_times(task, {name: make for name, (_, make) in models.items()}, options)
+    if options.seconds == 0:
+        return []
     budgets = {name: max(1, round(options.seconds / time)) for name, time in times.items()}
     fewest = min(budgets.values())
     rows: list[Row] = []
@@ -256,4 +272,9 @@ def measure(task: Task, options: Options) -> list[Row]:
 
 def run(options: Options) -> list[Row]:
     chosen = options.tasks or list(TASKS)
-    return list(itertools.chain.from_iterable(measure(TASKS[name](options.device), options) for name in chosen))
+    rows: list[Row] = []
+    for name in chosen:
+        found = measure(TASKS[name](options.device), options)
+        options.emit(found)
+        rows += found
+    return rows
