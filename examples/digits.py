@@ -3,7 +3,7 @@
 Trains twice on scikit-learn's digits (1,797 images of 8 x 8 pixels, UCI ML repository) with one seed, prints test accuracy
 and time per step, and draws the loss curves and the most important edge functions. Exits 1 below 97 % test accuracy.
 
-The settings below were chosen by the mean accuracy on validation images held out of the training part, over six seeds; the
+The settings below were chosen by the mean accuracy on validation images held out of the training part, over ten seeds; the
 test part had no say in them.
 """
 
@@ -31,11 +31,12 @@ from kan_fast import KAN, KANLayer, available_backends
 from kan_fast.info import report
 
 WIDTHS = [64, 32, 10]
+GRID_SIZE = 3
 BATCH = 64
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
 LABEL_SMOOTHING = 0.1
-NOISE = 0.4  # standard deviation of noise added to training pixels, whose range is [-1, 1]
+NOISE = 0.3  # standard deviation of noise added to training pixels, whose range is [-1, 1]
 REQUIRED_ACCURACY = 0.97
 WARM_UP_STEPS = 20  # left out of the timing
 
@@ -70,7 +71,7 @@ def train(backend: str, data: tuple[Tensor, Tensor, Tensor, Tensor], epochs: int
     x_train, y_train, x_test, y_test = data
     torch.manual_seed(seed)
     # outside="linear": hidden values may leave the grid, and a spline that goes on straight still carries their gradient.
-    model = KAN(WIDTHS, grid_size=5, spline_order=3, outside="linear", backend=backend)
+    model = KAN(WIDTHS, grid_size=GRID_SIZE, outside="linear", backend=backend)
     run = Run(backend, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = epochs * -(-len(x_train) // BATCH)
@@ -182,7 +183,7 @@ def picture(fused: Run, reference: Run, x: Tensor, path: Path) -> None:
 def main() -> int:
     """Trains, compares, draws; the exit status says whether both reached the required accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "digits.png")
     arguments = parser.parse_args()
