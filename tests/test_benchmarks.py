@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: what they would print must be true before it is fast."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from benchmarks import (
     sweep,
     tables,
     timing,
+    timing_cuda,
     training,
 )
 from benchmarks.cases import BARS, Shape
@@ -75,6 +77,40 @@ def test_ratio_is_paired_by_round() -> None:
     slow, fast = timing.Timing([2, 2, 4, 4]), timing.Timing([1, 1, 2, 2])
     assert slow.ratio_to(fast) == 2
     assert slow.spread > 0
+
+
+def test_cuda_timing_flushes_before_every_call_and_interleaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("record")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0  # milliseconds
+
+    class Flush:
+        def __call__(self) -> None:
+            happened.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing_cuda, "Flush", Flush)
+    calls = {name: functools.partial(happened.append, name) for name in ("a", "b")}
+    found = timing_cuda.time_interleaved(calls, budget=0.0, min_rounds=4, warm_up=1)
+    assert [found[name].rounds for name in calls] == [[0.002] * 4] * 2
+    timed = happened[-4 * 2 * 4 :]  # four rounds of two calls of four events
+    for index in range(0, len(timed), 4):
+        assert timed[index] == "flush"
+        assert timed[index + 1] == timed[index + 3] == "record"
+    assert all(set(timed[index + 2 : index + 8 : 4]) == {"a", "b"} for index in range(0, len(timed), 8))
+    assert happened.count("record") == 2 * (2 + 2 * 4)  # one trial and four rounds of each
 
 
 def test_gate_passes_the_reference_and_catches_a_planted_error(monkeypatch: pytest.MonkeyPatch) -> None:
