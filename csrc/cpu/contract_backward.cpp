@@ -17,7 +17,7 @@ void accumulate_input(const Tile<T>& tile, const Window<T>& c, const T* base, co
   Vt b[V];
   if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = load<T>(base + v * N); }
   for (int k = 0; k <= tile.buckets; ++k) {
-    const uint8_t *row = tile.rows + tile.start[k], *end = tile.rows + tile.start[k + 1];
+    const uint16_t *row = tile.rows + tile.start[k], *end = tile.rows + tile.start[k + 1];
     if (row == end) continue;
     const bool spline = k < tile.buckets;
     if (!spline && !BASE) continue;
@@ -72,7 +72,7 @@ void accumulate_weight(const Tile<T>& tile, const T* __restrict g, ptrdiff_t ld,
   Vt b[V];
   if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = Vt{}; }
   for (int k = 0; k <= tile.buckets; ++k) {
-    const uint8_t *row = tile.rows + tile.start[k], *end = tile.rows + tile.start[k + 1];
+    const uint16_t *row = tile.rows + tile.start[k], *end = tile.rows + tile.start[k + 1];
     if (row == end) continue;
     if (k == tile.buckets) {
       if (BASE)
@@ -157,8 +157,6 @@ template <class T> Kernels<T> pick(int window, int vectors, bool base, bool scal
   }
 }
 
-constexpr int kChunkTiles = 2;  // rows whose gradient tile (512 x 256 bytes) stays in L2 while the inputs pass
-
 template <class T> struct BackwardTask {
   const Problem<T>& p;
   const Runtime& runtime;
@@ -177,57 +175,71 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
   const int window_for_tile = widest_tile(for_x.window) < widest_tile(for_w.window) ? for_x.window : for_w.window;
   const int width = narrowest * N;
   const int shift = (p.outside == kZero ? 0 : k) - k;
-  const int64_t chunk = kChunkTiles * kTileRows;
-  const int tiles = int((smaller(chunk, B) + kTileRows - 1) / kTileRows);
-  const size_t slots = size_t(tiles) * kBlockInputs;
+  auto slopeless = [&](const Order<T>& order) { return !order.spline || (p.outside == kClamp ? order.n >= 1 : order.n >= 2); };
+  // Both orders sort alike except where only one of them still has a spline outside the range.
+  const bool one_sorting = need_x && need_w && for_x.spline == for_w.spline &&
+                           (p.outside == kZero || slopeless(for_x) == slopeless(for_w));
+
+  // One exponential serves the value and the slope of the first backward.
+  const bool both_silu = need_x && need_w && p.activation == kSilu && for_x.n == 1 && for_w.n == 0 && !p.scale;
 
   Arena arena(runtime);
   const size_t knots_scratch = Knots<T>::scratch(p.knots(), k);
-  arena.reserve<Tile<T>>(2 * slots);
-  arena.reserve<uint16_t>(2 * slots * (buckets + 2));
-  arena.reserve<T>(knots_scratch + 3 * kBlockInputs * kTileRows + slots * kTileRows + size_t(chunk) * width +
-                   2 * size_t(bases + k + 3) * width);
+  arena.reserve<Tile<T>>(2 * kBlockInputs);
+  arena.reserve<Sorting>(2 * kBlockInputs);
+  arena.reserve<uint16_t>(2 * kBlockInputs * (buckets + 2));
+  arena.reserve<T>(knots_scratch + 3 * kBlockInputs * kTileRows + kTileRows * width + 2 * size_t(bases + k + 3) * width);
   arena.commit();
-  Tile<T>*tile_x = arena.take<Tile<T>>(slots), *tile_w = arena.take<Tile<T>>(slots);
-  uint16_t* starts = arena.take<uint16_t>(2 * slots * (buckets + 2));
+  Tile<T>*tile_x = arena.take<Tile<T>>(kBlockInputs), *tile_w = arena.take<Tile<T>>(kBlockInputs);
+  Sorting* sorting = arena.take<Sorting>(2 * kBlockInputs);
+  uint16_t* starts = arena.take<uint16_t>(2 * kBlockInputs * (buckets + 2));
   T* column = arena.take<T>(kBlockInputs * kTileRows);
   T* scale_column = arena.take<T>(kBlockInputs * kTileRows);
   T* knots_memory = arena.take<T>(knots_scratch);
-  T* dx = arena.take<T>(slots * kTileRows);
-  T* g_tile = arena.take<T>(size_t(chunk) * width);
+  T* dx = arena.take<T>(kBlockInputs * kTileRows);
+  T* g_tile = arena.take<T>(kTileRows * width);
   T* packed = arena.take<T>(size_t(bases + k + 1) * width);
   T* packed_base = arena.take<T>(width);
   T* d_packed = arena.take<T>(size_t(bases + k + 1) * width);
   T* d_packed_base = arena.take<T>(width);
+  alignas(64) typename Simd<T>::Int bucket[kTileRows];
 
   for (int64_t i0 = first; i0 < end; i0 += kBlockInputs) {
     const int inputs = int(smaller<int64_t>(kBlockInputs, end - i0));
-    for (int64_t b0 = 0; b0 < B; b0 += chunk) {
-      const int64_t b1 = smaller(B, b0 + chunk);
-      const int here = int((b1 - b0 + kTileRows - 1) / kTileRows);
-      for (int t = 0; t < here; ++t) {
-        const int64_t row0 = b0 + int64_t(t) * kTileRows;
-        const int rows = int(smaller<int64_t>(kTileRows, b1 - row0));
-        transpose<T>(p.x + row0 * I + i0, I, rows, inputs, column, kTileRows);
-        if (p.scale) transpose<T>(p.scale + row0 * I + i0, I, rows, inputs, scale_column, kTileRows);
-        for (int i = 0; i < inputs; ++i) {
-          Knots<T> knots;
-          knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), k, p.outside, knots_memory);
-          const size_t slot = size_t(t) * kBlockInputs + i;
-          if (need_x) {
-            tile_x[slot].buckets = buckets;
-            tile_x[slot].start = starts + slot * (buckets + 2);
-            prepare_tile<T>(p, knots, for_x, column + i * kTileRows, nullptr, rows, tile_x[slot]);
+    for (int64_t b0 = 0; b0 < B; b0 += kTileRows) {
+      const int rows = int(smaller<int64_t>(kTileRows, B - b0));
+      const int64_t b1 = b0 + rows;
+      transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileRows);
+      if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileRows);
+      for (int i = 0; i < inputs; ++i) {
+        const T* x = column + i * kTileRows;
+        Knots<T> knots;
+        knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), k, p.outside, knots_memory);
+        auto prepare = [&](const Order<T>& order, Tile<T>& tile, int slot, const T* scale, bool sort) {
+          uint16_t* start = starts + ptrdiff_t(slot) * (buckets + 2);
+          if (sort) {
+            if (order.spline) find_buckets(knots, p.outside, slopeless(order), buckets, x, rows, bucket);
+            else for (int r = 0; r < rows; ++r) bucket[r] = buckets;
+            sort_rows(bucket, rows, buckets, sorting[slot].rows, start);
           }
-          if (need_w) {
-            tile_w[slot].buckets = buckets;
-            tile_w[slot].start = starts + (slots + slot) * (buckets + 2);
-            prepare_tile<T>(p, knots, for_w, column + i * kTileRows, p.scale ? scale_column + i * kTileRows : nullptr, rows,
-                            tile_w[slot]);
+          tile.rows = sorting[slot].rows;
+          tile.start = start;
+          tile.buckets = buckets;
+          prepare_tile(p, knots, order, x, scale, rows, bucket, tile, !both_silu);
+        };
+        if (need_x) prepare(for_x, tile_x[i], i, nullptr, true);
+        if (need_w)
+          prepare(for_w, tile_w[i], one_sorting ? i : kBlockInputs + i, p.scale ? scale_column + i * kTileRows : nullptr,
+                  !one_sorting);
+        if (both_silu)
+          for (int b = 0; b < rows; b += N) {
+            Vec<T> value, slope;
+            silu<T>(load<T>(x + b), value, slope);
+            store<T>(tile_w[i].base + b, value);
+            store<T>(tile_x[i].base + b, slope);
           }
-        }
       }
-      if (need_x) memset(dx, 0, sizeof(T) * slots * kTileRows);
+      if (need_x) memset(dx, 0, sizeof(T) * kBlockInputs * kTileRows);
       for (int64_t o = 0; o < O;) {
         const OutputTile<T> out = output_tile<T>(o, O, window_for_tile);
         const int w = out.vectors * N;
@@ -235,7 +247,10 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         const T* g = p.g + b0 * O + o;
         ptrdiff_t ld = O;
         if (!(out.whole() && O == w)) {
-          for (int64_t r = b0; r < b1; ++r) copy_padded(p.g + r * O + o, out.columns, w, g_tile + (r - b0) * w);
+          for (int64_t r = b0; r < b1; ++r) {
+            if (r + kRowsAhead < b1) prefetch_rows(p.g + (r + kRowsAhead) * O + o, O, 1, out.columns);
+            copy_padded(p.g + r * O + o, out.columns, w, g_tile + (r - b0) * w);
+          }
           g = g_tile;
           ld = w;
         }
@@ -243,7 +258,13 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         const WeightKernel<T> weight_kernel = pick<T>(for_w.window, out.vectors, base_w, for_w.scaled).weight;
         for (int i = 0; i < inputs; ++i) {
           const T* knots = p.grid + (i0 + i) * p.knots();
-          const ptrdiff_t at = (i0 + i) * bases * O + o;
+          const ptrdiff_t at = (i0 + i) * bases * O + o, next = at + bases * O;
+          if (i + 1 < inputs) {
+            if (need_w) prefetch_rows(p.d_spline + next, O, bases, out.columns);
+            if (need_x) prefetch_rows(p.spline_weight + next, O, bases, out.columns);
+            if (base_w) prefetch_rows(p.d_base + (i0 + i + 1) * O + o, O, 1, out.columns);
+            if (base_x) prefetch_rows(p.base_weight + (i0 + i + 1) * O + o, O, 1, out.columns);
+          }
           if (need_w) {
             const int n = for_w.n;
             const bool direct = for_w.spline && n == 0 && out.whole();
@@ -255,9 +276,7 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
             if (!direct) memset(d, 0, sizeof(T) * size_t(larger(count, bases)) * size_t(w));
             else if (fresh) for (int f = 0; f < bases; ++f) memset(d + f * O, 0, sizeof(T) * size_t(w));
             if (db && (fresh || db == d_packed_base)) memset(db, 0, sizeof(T) * size_t(w));
-            for (int t = 0; t < here; ++t)
-              weight_kernel(tile_w[size_t(t) * kBlockInputs + i], g + ptrdiff_t(t) * kTileRows * ld, ld, d, stride, count,
-                            shift + n, db);
+            weight_kernel(tile_w[i], g, ld, d, stride, count, shift + n, db);
             if (!direct) {
               if (for_w.spline) difference_adjoint(knots, k, n, bases, w, d);
               for (int f = 0; f < bases; ++f) {
@@ -285,20 +304,12 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
               copy_padded(b, out.columns, w, packed_base);
               b = packed_base;
             }
-            for (int t = 0; t < here; ++t) {
-              const size_t slot = size_t(t) * kBlockInputs + i;
-              input_kernel(tile_x[slot], window, b, g + ptrdiff_t(t) * kTileRows * ld, ld, dx + slot * kTileRows);
-            }
+            input_kernel(tile_x[i], window, b, g, ld, dx + i * kTileRows);
           }
         }
         o += out.columns;
       }
-      if (need_x)
-        for (int t = 0; t < here; ++t) {
-          const int64_t row0 = b0 + int64_t(t) * kTileRows;
-          transpose<T>(dx + size_t(t) * kBlockInputs * kTileRows, kTileRows, inputs, smaller<int64_t>(kTileRows, b1 - row0),
-                       p.dx + row0 * I + i0, I);
-        }
+      if (need_x) transpose<T>(dx, kTileRows, inputs, rows, p.dx + b0 * I + i0, I);
     }
   }
 }

@@ -15,7 +15,7 @@ void accumulate_outputs(const Tile<T>& tile, const Window<T>& c, const T* base, 
   Vt b[V];
   if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = load<T>(base + v * N); }
   for (int g = 0; g <= tile.buckets; ++g) {
-    const uint8_t *row = tile.rows + tile.start[g], *end = tile.rows + tile.start[g + 1];
+    const uint16_t *row = tile.rows + tile.start[g], *end = tile.rows + tile.start[g + 1];
     if (row == end) continue;
     if (g == tile.buckets) {
       if (BASE)
@@ -94,48 +94,52 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
   const Order<T> order(p, p.n_output, p.scale);
   const int64_t O = p.out_features, I = p.in_features;
   const int bases = p.bases(), buckets = bucket_count(p), n = order.n;
-  const int tiles = int((b1 - b0 + kTileRows - 1) / kTileRows);
   const bool base = p.base_weight != nullptr;
   const int width = widest_tile(order.window) * N;
+  const bool slopeless = !order.spline || (p.outside == kClamp ? n >= 1 : n >= 2);
 
   Arena arena(runtime);
   const size_t knots_scratch = Knots<T>::scratch(p.knots(), p.spline_order);
-  arena.reserve<Tile<T>>(size_t(tiles) * kBlockInputs);
-  arena.reserve<uint16_t>(size_t(tiles) * kBlockInputs * (buckets + 2));
-  arena.reserve<T>(2 * kBlockInputs * kTileRows + knots_scratch + size_t(bases + n + 2) * width +
-                   size_t(tiles) * kTileRows * width);
+  arena.reserve<Tile<T>>(kBlockInputs);
+  arena.reserve<Sorting>(kBlockInputs);
+  arena.reserve<uint16_t>(kBlockInputs * (buckets + 2));
+  arena.reserve<T>(2 * kBlockInputs * kTileRows + knots_scratch + size_t(bases + n + 2) * width + kTileRows * width);
   arena.commit();
-  Tile<T>* tile = arena.take<Tile<T>>(size_t(tiles) * kBlockInputs);
-  uint16_t* starts = arena.take<uint16_t>(size_t(tiles) * kBlockInputs * (buckets + 2));
+  Tile<T>* tile = arena.take<Tile<T>>(kBlockInputs);
+  Sorting* sorting = arena.take<Sorting>(kBlockInputs);
+  uint16_t* starts = arena.take<uint16_t>(kBlockInputs * (buckets + 2));
   T* column = arena.take<T>(kBlockInputs * kTileRows);
   T* scale_column = arena.take<T>(kBlockInputs * kTileRows);
   T* knots_memory = arena.take<T>(knots_scratch);
   T* packed = arena.take<T>(size_t(bases + n + 1) * width);
   T* packed_base = arena.take<T>(width);
-  T* y = arena.take<T>(size_t(tiles) * kTileRows * width);
+  T* y = arena.take<T>(kTileRows * width);
+  alignas(64) typename Simd<T>::Int bucket[kTileRows];
+  const int rows = int(b1 - b0);
 
   for (int64_t i0 = 0; i0 < I; i0 += kBlockInputs) {
     const int inputs = int(smaller<int64_t>(kBlockInputs, I - i0));
-    for (int t = 0; t < tiles; ++t) {
-      const int64_t first = b0 + int64_t(t) * kTileRows;
-      const int rows = int(smaller<int64_t>(kTileRows, b1 - first));
-      transpose<T>(p.x + first * I + i0, I, rows, inputs, column, kTileRows);
-      if (p.scale) transpose<T>(p.scale + first * I + i0, I, rows, inputs, scale_column, kTileRows);
-      for (int i = 0; i < inputs; ++i) {
-        Tile<T>& here = tile[t * kBlockInputs + i];
-        here.start = starts + ptrdiff_t(t * kBlockInputs + i) * (buckets + 2);
-        here.buckets = buckets;
-        Knots<T> knots;
-        knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), p.spline_order, p.outside, knots_memory);
-        prepare_tile(p, knots, order, column + i * kTileRows, p.scale ? scale_column + i * kTileRows : nullptr, rows, here);
-      }
+    transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileRows);
+    if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileRows);
+    for (int i = 0; i < inputs; ++i) {
+      const T *x = column + i * kTileRows, *scale = p.scale ? scale_column + i * kTileRows : nullptr;
+      Knots<T> knots;
+      knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), p.spline_order, p.outside, knots_memory);
+      uint16_t* start = starts + i * (buckets + 2);
+      if (order.spline) find_buckets(knots, p.outside, slopeless, buckets, x, rows, bucket);
+      else for (int r = 0; r < rows; ++r) bucket[r] = buckets;
+      sort_rows(bucket, rows, buckets, sorting[i].rows, start);
+      tile[i].rows = sorting[i].rows;
+      tile[i].start = start;
+      tile[i].buckets = buckets;
+      prepare_tile(p, knots, order, x, scale, rows, bucket, tile[i]);
     }
     for (int64_t o = o0; o < o1;) {
       const OutputTile<T> out = output_tile<T>(o, o1, order.window);
       const int w = out.vectors * N;
       const OutputKernel<T> kernel = pick<T>(order.window, out.vectors, base, order.scaled);
       // A sum of its own for every block of inputs keeps float error near that of a blocked matrix product.
-      memset(y, 0, sizeof(T) * size_t(tiles) * kTileRows * size_t(w));
+      memset(y, 0, sizeof(T) * size_t(rows) * size_t(w));
       for (int i = 0; i < inputs; ++i) {
         const T* c = p.spline_weight + (i0 + i) * bases * O + o;
         const T* b = base ? p.base_weight + (i0 + i) * O + o : nullptr;
@@ -145,19 +149,21 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
         } else if (n > 0 || !out.whole()) {
           difference(p.grid + (i0 + i) * p.knots(), p.spline_order, n, bases, c, O, out.columns, w, packed);
           window = {packed, w, bases + n, window.offset};
-        } else if (i + 1 < inputs) {
-          for (int f = 0; f < bases; ++f)
-            for (int v = 0; v < out.vectors; ++v) __builtin_prefetch(c + (bases + f) * O + v * N);
+        }
+        if (i + 1 < inputs) {
+          if (order.spline) prefetch_rows(c + bases * O, O, bases, out.columns);
+          if (base) prefetch_rows(b + O, O, 1, out.columns);
         }
         if (base && !out.whole()) {
           copy_padded(b, out.columns, w, packed_base);
           b = packed_base;
         }
-        for (int t = 0; t < tiles; ++t) kernel(tile[t * kBlockInputs + i], window, b, y + ptrdiff_t(t) * kTileRows * w);
+        kernel(tile[i], window, b, y);
       }
       for (int64_t r = b0; r < b1; ++r) {
         const T* from = y + (r - b0) * w;
         T* to = p.y + r * O + o;
+        if (r + kRowsAhead < b1) prefetch_rows(to + kRowsAhead * O, O, 1, out.columns);
         if (i0 == 0) {
           memcpy(to, from, sizeof(T) * size_t(out.columns));
         } else {
@@ -180,13 +186,12 @@ template <class T> void contract_output(const Problem<T>& p, const Runtime& runt
     return;
   }
   if (narrow::serves_output(p)) return narrow::contract_output(p, runtime);
-  // Two tiles a task share the coefficients in L2. Small batches are split over outputs as well.
+  // A task is one tile of rows; small batches are split over outputs as well.
   const int64_t work = p.batch * p.in_features * p.out_features;
   int64_t threads = smaller<int64_t>(runtime.threads, larger<int64_t>(1, work / kMinimumWork));
-  int64_t rows = smaller<int64_t>(2 * kTileRows, (p.batch + threads - 1) / threads);
-  if (threads == 1 && p.batch <= kTileRows) rows = p.batch;
+  int64_t rows = smaller<int64_t>(kTileRows, (p.batch + threads - 1) / threads);
   int64_t row_tasks = (p.batch + rows - 1) / rows, out_tasks = 1, outs = p.out_features;
-  if (threads > 1 && rows < kTileRows / 2 && p.out_features >= 128) {
+  if (threads > 1 && rows < kTileRows / 8 && p.out_features >= 128) {
     rows = smaller<int64_t>(p.batch, kTileRows);
     row_tasks = (p.batch + rows - 1) / rows;
     out_tasks = smaller<int64_t>(threads, p.out_features / 64);

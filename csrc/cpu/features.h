@@ -109,14 +109,19 @@ template <class T> inline Vec<T> activate_rare(const ActivationTable<T>& table, 
   return x == x ? value : x;
 }
 
+// silu and its first derivative, the two that every training step needs.
+template <class T> KAN_INLINE void silu(Vec<T> x, Vec<T>& value, Vec<T>& slope) {
+  const Vec<T> one = broadcast<T>(1), e = exp_negative(x > 0 ? -x : x), inverse = reciprocal<T>(one + e);
+  const Vec<T> s = (x > 0 ? one : e) * inverse, rest = (x > 0 ? e : one) * inverse;  // sigmoid and 1 - sigmoid
+  value = x * s;
+  slope = s + value * rest;
+}
+
 template <class T> KAN_INLINE Vec<T> activate(const ActivationTable<T>& table, Vec<T> x) {
-  if (table.activation == kSilu && table.n <= 1) {  // the two that every training step needs
-    Vec<T> e = exp_negative(x > 0 ? -x : x);
-    Vec<T> inverse = 1 / (1 + e);
-    Vec<T> s = (x > 0 ? broadcast<T>(1) : e) * inverse;
-    Vec<T> value = x * s;
-    if (table.n == 1) value = s + value * ((x > 0 ? e : broadcast<T>(1)) * inverse);
-    return value;
+  if (table.activation == kSilu && table.n <= 1) {
+    Vec<T> value, slope;
+    silu<T>(x, value, slope);
+    return table.n == 0 ? value : slope;
   }
   return activate_rare<T>(table, x);
 }
@@ -226,30 +231,35 @@ template <int P, class T> KAN_INLINE void window_slopes(const Knots<T>& k, Vec<T
   }
 }
 
-// Interval and window weights of the n-th derivative, P = order - n >= 0, in every `outside` mode. Lanes without any
-// spline get interval high + 1 ("none").
+// x where the window is evaluated: within [first, last] except in "zero" mode, where lanes outside have no window at all.
+template <class T> KAN_INLINE Vec<T> into_range(const Knots<T>& k, Vec<T> x) {
+  x = x < k.first ? broadcast<T>(k.first) : x;
+  return x > k.last ? broadcast<T>(k.last) : x;
+}
+
+// Window weights of the n-th derivative, P = order - n >= 0, in interval j, in every `outside` mode.
+template <int P, class T>
+KAN_INLINE void spline_weights(const Knots<T>& k, int outside, int n, Vec<T> x, VecInt<T> j, Vec<T>* w) {
+  using I = VecInt<T>;
+  if (outside == kZero) return window_weights<P, T>(k, x, j, w);
+  const Vec<T> inside = into_range<T>(k, x);
+  window_weights<P, T>(k, inside, j, w);
+  if (outside != kLinear || n != 0) return;
+  I gone = (I)(x < k.first) | (I)(x > k.last);
+  if (!any<T>(gone)) return;
+  Vec<T> slope[P + 1], distance = gone ? x - inside : Vec<T>{};
+  window_slopes<P, T>(k, inside, j, slope);
+  KAN_UNROLL for (int m = 0; m <= P; ++m) w[m] += slope[m] * distance;
+}
+
+// Interval and window weights together. Lanes without any spline get interval high + 1 ("none").
 template <int P, class T>
 KAN_INLINE void spline_features(const Knots<T>& k, int outside, int n, Vec<T> x, VecInt<T>& j, Vec<T>* w) {
   using I = VecInt<T>;
-  const I none = I{} + (k.high + 1);
-  if (outside == kZero) {
-    I gone = (I)(x < k.first) | (I)(x >= k.last);
-    j = find_span<T>(k, x);
-    window_weights<P, T>(k, x, j, w);
-    j = gone ? none : j;
-    return;
-  }
-  Vec<T> inside = x < k.first ? broadcast<T>(k.first) : x;
-  inside = inside > k.last ? broadcast<T>(k.last) : inside;
-  j = find_span<T>(k, inside);
-  window_weights<P, T>(k, inside, j, w);
-  I gone = (I)(x < k.first) | (I)(x > k.last);
-  if (outside == kLinear && n == 0 && any<T>(gone)) {
-    Vec<T> slope[P + 1], distance = gone ? x - inside : Vec<T>{};
-    window_slopes<P, T>(k, inside, j, slope);
-    KAN_UNROLL for (int m = 0; m <= P; ++m) w[m] += slope[m] * distance;
-  }
-  if (outside == kClamp ? n >= 1 : n >= 2) j = gone ? none : j;
+  I gone = outside == kZero ? (I)(x < k.first) | (I)(x >= k.last) : (I)(x < k.first) | (I)(x > k.last);
+  j = find_span<T>(k, into_range<T>(k, x));
+  spline_weights<P, T>(k, outside, n, x, j, w);
+  if (outside == kZero || (outside == kClamp ? n >= 1 : n >= 2)) j = gone ? I{} + (k.high + 1) : j;
 }
 
 }  // namespace kan::cpu::KAN_ISA
