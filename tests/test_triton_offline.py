@@ -38,7 +38,7 @@ SAMPLE = [
     Configuration("contract_weight", 90, torch.float32),
     Configuration("contract_output", 80, torch.float32),
     Configuration("contract_output", 90, torch.float32, "high", scaled=True, n=2, outside="linear", activation="gelu"),
-    Configuration("contract_weight", 80, torch.float64, spline_order=5, activation="tanh"),
+    Configuration("contract_weight", 80, torch.float64, spline_order=2, activation="tanh"),
     Configuration("contract_output", "gfx942", torch.float32),
     Configuration("contract_output", 90, torch.float32, **NARROW),
     Configuration("contract_input", 80, torch.float32, **NARROW, n=1),

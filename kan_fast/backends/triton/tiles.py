@@ -131,8 +131,8 @@ def wide_tile(
 def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
     """The tile of a memory-bound kernel: all outputs, and rows enough for a few per thread."""
     columns = power_of_two(out_features)
-    # 4096 numbers of accumulator are 32 per thread; the loads of several rows overlap.
-    rows = min(max(32, 4096 // columns), 512)
+    # 2048 numbers of accumulator are 16 per thread; twice as many spill where the gradient is held besides.
+    rows = min(max(32, 2048 // columns), 512)
     while rows > 32 and -(-batch // rows) < 2 * target.processors:
         rows //= 2
     return Tile(rows, columns, 1, 1, 1, 4 if rows * columns >= 1024 else 1, 1)
