@@ -58,28 +58,45 @@ def _mark(value: float, bar: float | None) -> str:
     return " (met)" if value <= bar else " (missed)"
 
 
-def bars(rows: list[Row]) -> str:
+def _bar_rows(rows: list[Row]) -> list[Row]:
     chosen = [row for row in latest(rows, what="bars", device="cpu") if "forward_ratio" in row]
+    return [next(row for row in chosen if row["shape"] == shape.key()) for shape in _shapes(chosen)]
+
+
+def bars(rows: list[Row]) -> str:
+    """Times, ratios and bars."""
+    chosen = _bar_rows(rows)
     if not chosen:
         return NOT_YET
     body = []
-    for shape in _shapes(chosen):
-        row = next(row for row in chosen if row["shape"] == shape.key())
-        cells = [str(shape)]
+    for row in chosen:
+        cells = [str(Shape.parse(row["shape"]))]
         for phase in ("forward", "step"):
             ratio, bar = row[f"{phase}_ratio"], row[f"{phase}_bar"]
-            cells.append(f"{row[f'{phase}_ms']:.3g}")
-            cells.append(f"{ratio:.2f}" + ("" if bar is None else f", bar {bar:.2f}{_mark(ratio, bar)}"))
+            cells += [f"{row[f'{phase}_ms']:.3g}", f"{ratio:.2f}", "-" if bar is None else f"{bar:.2f}{_mark(ratio, bar)}"]
+        body.append(cells)
+    head = ["batch x in x out", "forward, ms", "ratio", "target", "step, ms", "ratio", "target"]
+    return markdown(head, body) + circumstances(chosen)
+
+
+def bars_more(rows: list[Row]) -> str:
+    """What the same layers cost in bfloat16, on non-uniform grids and in memory, and how exact they are."""
+    chosen = [row for row in _bar_rows(rows) if "forward_bfloat16_ratio" in row and "memory_mib" in row]
+    if not chosen:
+        return NOT_YET
+    body = []
+    for row in chosen:
+        cells = [str(Shape.parse(row["shape"]))]
         for kind, bar in (("bfloat16", BAR_BFLOAT16), ("non_uniform", BAR_NON_UNIFORM)):
-            pair = [row[key] for phase in ("forward", "step") if (key := f"{phase}_{kind}_ratio") in row]
-            cells.append("-" if len(pair) < 2 else f"{pair[0]:.2f} / {pair[1]:.2f}{_mark(max(pair), bar)}")
-        memory, linear = row.get("memory_mib"), row.get("memory_linear_mib", 0.0)
-        cells.append("-" if memory is None else f"{memory:.1f} / {linear:.1f}{_mark(memory / max(linear, 0.5), BAR_MEMORY)}")
+            pair = [row[f"{phase}_{kind}_ratio"] for phase in ("forward", "step")]
+            cells.append(f"{pair[0]:.2f} / {pair[1]:.2f}{_mark(max(pair), bar)}")
+        memory, linear = row["memory_mib"], row["memory_linear_mib"]
+        cells.append(f"{memory:.1f} / {linear:.1f}{_mark(memory / max(linear, 0.5), BAR_MEMORY)}")
         cells.append(f"{row['error']:.1e} / {row['reference_error']:.1e}")
         body.append(cells)
     head = [
-        "batch x in x out", "forward, ms", "ratio", "step, ms", "ratio", f"bfloat16 / float32 (bar {BAR_BFLOAT16})",
-        f"non-uniform / uniform grid (bar {BAR_NON_UNIFORM})", "peak memory of a step, MiB: ours / linear",
+        "batch x in x out", f"bfloat16 / float32: forward / step (target {BAR_BFLOAT16})",
+        f"non-uniform / uniform grid (target {BAR_NON_UNIFORM})", "peak memory of a step, MiB: ours / linear",
         "error to float64: ours / reference",
     ]
     return markdown(head, body) + circumstances(chosen)
@@ -155,7 +172,7 @@ def latency(rows: list[Row]) -> str:
             f"KAN({row['kan']})", f"MLP {row['mlp']}", str(row["batch"]),
             *(
                 f"{row[f'{phase}_us']:.0f} / {row[f'{phase}_mlp_us']:.0f} us, {row[f'{phase}_ratio']:.2f}"
-                + (f", bar {row[f'{phase}_bar']:g}{_mark(row[f'{phase}_ratio'], row[f'{phase}_bar'])}"
+                + (f", target {row[f'{phase}_bar']:g}{_mark(row[f'{phase}_ratio'], row[f'{phase}_bar'])}"
                    if f"{phase}_bar" in row else "")
                 for phase in ("forward", "step")
             ),
@@ -246,6 +263,7 @@ def gpu(rows: list[Row]) -> str:
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bars": bars,
+    "bars_more": bars_more,
     "forward": forward,
     "step": step,
     "optimiser": optimiser,
