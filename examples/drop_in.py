@@ -1,6 +1,6 @@
 """Put KANLayer in the place of nn.Linear and its activation in a small model that exists, and train both the same way.
 
-    python examples/drop_in.py
+Run: python examples/drop_in.py
 
 The model sorts wines (scikit-learn's data, 178 of 3 kinds) by 13 measurements. Two lines differ.
 """
@@ -16,13 +16,17 @@ from kan_fast import KANLayer
 
 
 class WithLinear(nn.Module):
+    first: nn.Module
+    second: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Linear(13, 16), nn.SiLU())
         self.second = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+        y: Tensor = self.second(self.first(x))
+        return y
 
 
 class WithKANLayer(WithLinear):

@@ -1,6 +1,6 @@
 """Formulas of physics from the KAN paper's table of Feynman equations, at or below its test RMSE.
 
-    python examples/feynman.py
+Run: python examples/feynman.py
 
 Bounds: the lowest of the three KAN columns (human-constructed, pruned, unpruned) of Table 2 of arXiv 2404.19756. The paper
 does not give the ranges of these inputs; those used here are in the table below.

@@ -1,13 +1,13 @@
 """Learn f(x) = sin(x0) cos(x1) + x0^2 / 2 from 1,000 samples of normal inputs with a [2, 5, 1] network.
 
-    python examples/function_approximation.py
+Run: python examples/function_approximation.py
 """
 
 import torch
 from _shared import check, save_picture
 from torch.utils.data import DataLoader, TensorDataset
 
-from kan_fast import KAN, plot_history, plot_kan, train_kan
+from kan_fast import KAN, advanced_regularization, plot_history, plot_kan, train_kan
 
 
 def target(x: torch.Tensor) -> torch.Tensor:
@@ -16,18 +16,18 @@ def target(x: torch.Tensor) -> torch.Tensor:
 
 def main() -> float:
     torch.manual_seed(0)
-    x, x_test = torch.randn(1000, 2), torch.randn(1000, 2)
+    x, x_validation, x_test = torch.randn(3, 1000, 2)
     model = KAN([2, 5, 1], grid_size=10, grid_range=(-4, 4), outside="linear")
     loader = DataLoader(TensorDataset(x, target(x)), batch_size=100, shuffle=True)
-    validation = [(x_test, target(x_test))]
+    validation = [(x_validation, target(x_validation))]
     history = train_kan(
         model,
         loader,
         validation,
         epochs=100,
         lr=2e-2,
-        grid_update_every=100,  # knots go where the data are, in the hidden layer too
-        grid_update_until=500,
+        # Where samples are rare, beyond 3 standard deviations, smoothness decides.
+        regularization=lambda network: advanced_regularization(network, l1_factor=0.0, smoothness_factor=1e-4),
         restore_best=True,
         progress=False,
     )

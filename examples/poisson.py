@@ -1,6 +1,6 @@
 """Solve the Poisson equation with the KAN paper's [2, 10, 1] network on grids of 5, 10 and 20 intervals, one after the other.
 
-    python examples/poisson.py
+Run: python examples/poisson.py
 
 u_xx + u_yy = f on [-1, 1]^2, u = 0 on the border, with f such that u = sin(pi x) sin(pi y). (arXiv 2404.19756, section 3.4.)
 The network is multiplied by (1 - x^2)(1 - y^2), so the border holds exactly and the loss is the equation alone; with the
@@ -22,14 +22,16 @@ def solution(points: Tensor) -> Tensor:
 
 
 def field(model: KAN, points: Tensor) -> Tensor:
-    return model(points) * (1 - points**2).prod(1, keepdim=True)
+    u: Tensor = model(points) * (1 - points**2).prod(1, keepdim=True)
+    return u
 
 
 def laplacian(model: KAN, points: Tensor) -> Tensor:
     """u_xx + u_yy at the points (N, 2): (N, 1)."""
     slope = torch.autograd.grad(field(model, points).sum(), points, create_graph=True)[0]
     second = [torch.autograd.grad(slope[:, i].sum(), points, create_graph=True)[0][:, i : i + 1] for i in range(2)]
-    return second[0] + second[1]
+    total: Tensor = second[0] + second[1]
+    return total
 
 
 def main(rounds: tuple[int, int, int] = (4, 4, 8)) -> float:
@@ -64,11 +66,11 @@ def main(rounds: tuple[int, int, int] = (4, 4, 8)) -> float:
             if stage == 0 and step < 3:
                 update_grid(model, points.detach(), grid_eps=1.0, margin=0.3)
                 optimizer = make_optimizer()
-            loss = optimizer.step(closure)
+            loss = optimizer.step(closure).item()
         with torch.no_grad():
             error = float((field(model, everywhere) - solution(everywhere)).norm() / solution(everywhere).norm())
         took = time.perf_counter() - start
-        print(f"grid {model.layers[0].grid_size:2d}: loss {float(loss):.2e}, relative L2 error {error:.2e}, {took:.0f} s")
+        print(f"grid {model.layers[0].grid_size:2d}: loss {loss:.2e}, relative L2 error {error:.2e}, {took:.0f} s")
     plot(model, everywhere)
     check("relative L2 error", error, 2e-4)
     return error
@@ -83,7 +85,7 @@ def plot(model: KAN, points: Tensor) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     for ax, values, title in ((left, u, "u"), (right, difference, "error")):
         reach = float(values.abs().max())
-        shown = values.view(101, 101).T
+        shown = values.view(101, 101).T.numpy()
         image = ax.imshow(shown, origin="lower", extent=(-1, 1, -1, 1), cmap="RdBu", vmin=-reach, vmax=reach)
         ax.set(xlabel="x", ylabel="y", title=title)
         figure.colorbar(image, ax=ax)

@@ -1,9 +1,10 @@
 """Find the formula f(x, y) = exp(sin(pi x) + y^2) in samples of it: train, prune, compact, snap, print.
 
-    python examples/symbolic_recovery.py
+Run: python examples/symbolic_recovery.py
 """
 
 import math
+from typing import Any
 
 import sympy
 import torch
@@ -20,7 +21,7 @@ def main() -> sympy.Expr:
     torch.manual_seed(0)
     x = 2 * torch.rand(1000, 2, dtype=torch.float64) - 1
     data = [(x, target(x))]
-    lbfgs = {"lr": 1.0, "optimizer": "lbfgs", "scheduler": None, "progress": False}
+    lbfgs: dict[str, Any] = {"lr": 1.0, "optimizer": "lbfgs", "scheduler": None, "progress": False}
 
     # A network larger than needed, with the KAN paper's penalty: few edges, and those at work.
     model = KAN([2, 5, 1], grid_size=5, outside="linear", dtype=torch.float64)

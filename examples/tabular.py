@@ -1,9 +1,11 @@
 """Regression on a table of scikit-learn's (diabetes, 442 patients), with the features that do not matter taken out.
 
-    python examples/tabular.py
+Run: python examples/tabular.py
 
 Ten more columns of pure noise join the ten measured ones, so that there is something to find.
 """
+
+from typing import Any
 
 import torch
 from _shared import check, save_picture
@@ -39,13 +41,14 @@ def main() -> dict[str, float]:
     (x, x_test, y, y_test), names = load(0)
     # A small grid and a wide range: 331 rows, some far out.
     model = KAN([20, 1], grid_size=2, grid_range=(-3, 3), outside="linear", bias=True)
-    options = {"lr": 2e-2, "weight_decay": 1e-2, "progress": False, "scheduler": None}
+    options: dict[str, Any] = {"lr": 2e-2, "weight_decay": 1e-2, "progress": False, "scheduler": None}
     train_kan(model, [(x, y)], epochs=300, activation_l1=0.05, activation_entropy=0.02, **options)
     report = prune_kan(model, 0.12, data=x, method="attribution", input_names=names)
     print(f"kept: {', '.join(report.used_inputs)}")
     print(f"taken out: {', '.join(report.unused_inputs)}")
     small = compact(model, drop_inputs=True)
-    x, x_test = x[:, small.input_index], x_test[:, small.input_index]
+    used = small.get_buffer("input_index")
+    x, x_test = x[:, used], x_test[:, used]
     train_kan(small, [(x, y)], epochs=60, activation_l1=0.02, **options)
     with torch.no_grad():
         scores = {"KAN": r2(small(x_test), y_test)}

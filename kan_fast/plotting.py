@@ -104,7 +104,7 @@ def plot_layer(
     k = layer.spline_order
     for number, (_, i, o) in enumerate(chosen):
         ax = figure.add_subplot(rows, columns, number + 1)
-        knots = layer.grid[i, k : k + layer.grid_size + 1].detach().cpu().double()
+        knots = layer.grid[i, k : k + layer.grid_size + 1].detach().cpu().numpy()
         low, high = float(knots[0]), float(knots[-1])
         if x is not None:
             seen = x[:, i].detach().cpu().double()
@@ -119,7 +119,7 @@ def plot_layer(
         ax.plot(at, values, color=_INK, linewidth=1.6)
         # Knots as marks on the bottom edge of the box.
         marks = {"color": _ACCENT, "markersize": 7, "transform": ax.get_xaxis_transform(), "clip_on": False}
-        ax.plot(knots, torch.zeros_like(knots), "|", **marks)
+        ax.plot(knots, 0 * knots, "|", **marks)
         left = input_names[i] if input_names is not None else f"in {i}"
         right = output_names[o] if output_names is not None else f"out {o}"
         ax.set_title(f"{left} → {right}", fontsize=9, color=_INK)
@@ -233,10 +233,10 @@ def _draw_nodes(ax: Any, places: list[dict[int, float]], names: list[Sequence[st
 
 
 @torch.no_grad()
-def _curve(layer: KANLayer, i: int, o: int, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Points of one edge's function, on the CPU: two (200,) tensors."""
+def _curve(layer: KANLayer, i: int, o: int, low: float, high: float) -> tuple[Any, Any]:
+    """Points of one edge's function: two NumPy arrays (200,)."""
     x = torch.linspace(low, high, 200, dtype=layer.spline_weight.dtype, device=layer.spline_weight.device)
-    return x.double().cpu(), layer.edge(i, o)(x).double().cpu()
+    return x.double().cpu().numpy(), layer.edge(i, o)(x).double().cpu().numpy()
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from kan_fast.grid import update_grid
+from kan_fast.grid import set_knots_in_place, update_grid
 from kan_fast.history import History
 from kan_fast.nn import KANLayer
 from kan_fast.regularization import activation_regularization
@@ -313,10 +313,7 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
         if isinstance(layer, KANLayer) and f"{prefix}spline_weight" in state:
             weight, grid = state[f"{prefix}spline_weight"], state[f"{prefix}grid"]
             if weight.shape != layer.spline_weight.shape:
-                # The Parameter stays the same object, so that an optimizer keeps it.
-                layer.spline_weight.grad = None
-                layer.spline_weight.data = weight.to(layer.spline_weight)
-                layer.set_grid(grid, weight)
+                set_knots_in_place(layer, grid.to(layer.grid), weight.to(layer.spline_weight))
     model.load_state_dict(state)
 
 

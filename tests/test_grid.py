@@ -264,6 +264,22 @@ def test_optimizer_goes_on(change, state):
     assert [step() for _ in range(20)][-1] < first
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_living_graph_of_the_old_shape_does_no_harm(dtype):
+    model = KAN([2, 3, 1], dtype=dtype)
+    x = torch.rand(20, 2, dtype=dtype)
+    alive = model(x).sum()
+    alive.backward(retain_graph=True)
+    weight = model.layers[0].spline_weight
+    adaptive_grid_refinement(model, x)
+    assert model.layers[0].spline_weight is weight
+    assert weight.dtype == dtype
+    assert weight.grad is None
+    model(x).sum().backward()
+    assert weight.grad.shape == weight.shape == (2, 13, 3)
+    assert alive.isfinite()
+
+
 def test_refinement_with_lbfgs():
     torch.manual_seed(0)
     model = KAN([2, 3, 1], dtype=torch.float64)

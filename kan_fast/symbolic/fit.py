@@ -254,7 +254,7 @@ def _polish(candidate: SymbolicFunction, x: Tensor, y: Tensor, ab: Tensor, centr
     x, y, ab = x.cpu(), y.cpu(), ab.cpu()
     u = (x - centre) / half
     free = {"none": [], "shift": [1], "scale": [0], "wave": [0, 1], "full": [0, 1]}[candidate.freedom]
-    r2, c, d = _r2(candidate, u[None], y[None], ab[None])
+    _, c, d = _r2(candidate, u[None], y[None], ab[None])
     held = torch.cat([ab, c, d])
     varied = [*free, 2, 3]
 
@@ -289,8 +289,9 @@ def _polish(candidate: SymbolicFunction, x: Tensor, y: Tensor, ab: Tensor, centr
     both_r2, both_c, both_d = _r2(candidate, x[None], y[None], torch.tensor([[found, neat]], dtype=x.dtype))
     # exp(a * x) without its shift may overflow far from 0.
     pick = int(both_r2[0, 1] >= both_r2[0, 0] - 1e-9)
-    (a, b), r2, c, d = (found, neat)[pick], float(both_r2[0, pick]), float(both_c[0, pick]), float(both_d[0, pick])
-    return SymbolicFit(candidate.name, to_expression(candidate, (a, b, c, d)), (a, b, c, d), r2, function=candidate)
+    constants = (*(found, neat)[pick], float(both_c[0, pick]), float(both_d[0, pick]))
+    expression = to_expression(candidate, constants)
+    return SymbolicFit(candidate.name, expression, constants, float(both_r2[0, pick]), function=candidate)
 
 
 def _canonical(candidate: SymbolicFunction, a: float, b: float) -> tuple[float, float]:

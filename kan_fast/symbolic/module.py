@@ -44,8 +44,8 @@ class SymbolicLayer(nn.Module):
         self.functions = [row[0] for row in rows]
         held = {"none": (False, False, True), "shift": (False, True, True), "scale": (True, False, True)}
         free = [held.get(function.freedom, (True, True, True)) for function in self.functions]
-        like = {"dtype": bias.dtype, "device": bias.device}
-        self.constants = nn.Parameter(torch.tensor([row[3] for row in rows], **like).reshape(-1, 3))
+        constants = torch.tensor([row[3] for row in rows], dtype=bias.dtype, device=bias.device)
+        self.constants = nn.Parameter(constants.reshape(-1, 3))
         self.bias = nn.Parameter(bias)
         self.register_buffer("edges", torch.tensor([row[1:3] for row in rows], device=bias.device).reshape(-1, 2).long())
         self.register_buffer("free", torch.tensor(free, device=bias.device).reshape(-1, 3).bool())
@@ -129,7 +129,7 @@ class SymbolicKAN(nn.Module):
         module = self.get_submodule(owner)
         if field == "constants" and isinstance(module, SymbolicLayer):
             return module.free
-        mask = getattr(module, "edge_mask", None)
+        mask: Tensor | None = getattr(module, "edge_mask", None)
         if mask is None or field == "bias":
             return torch.ones_like(parameter, dtype=torch.bool)
         return (mask[:, None] if parameter.dim() == 3 else mask).expand_as(parameter)
@@ -158,7 +158,8 @@ class SymbolicKAN(nn.Module):
             return trial
 
         def residual(flat: Tensor) -> Tensor:
-            return (torch.func.functional_call(self, assembled(flat), (x,)) - y).flatten()
+            output: Tensor = torch.func.functional_call(self, assembled(flat), (x,))
+            return (output - y).flatten()
 
         jacobian = torch.func.jacfwd(residual)
 
@@ -185,7 +186,7 @@ class SymbolicKAN(nn.Module):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = (self(x) - y).square().mean()
+            loss: Tensor = (self(x) - y).square().mean()
             loss.backward()
             return loss
 
