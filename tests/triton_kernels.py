@@ -361,7 +361,8 @@ def test_interpreted_it_serves_the_cpu():
 @triton.jit
 def _round_trip(x, out, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
-    tl.store(out + at, (tl.load(x + at) * 1.5).to(tl.bfloat16) + tl.full((SIZE,), 1.0, tl.bfloat16))
+    value = tl.load(x + at)
+    tl.store(out + at, (value * 1.5).to(tl.bfloat16) + value.to(tl.bfloat16))
 
 
 @triton.jit
@@ -372,29 +373,30 @@ def _product(x, y, out, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.c
     tl.store(out + row[:, None] * ROWS + row[None, :], tl.dot(a, b, input_precision=PRECISION))
 
 
+def compute(kernel, **arguments):
+    interpreter.run([launch.Launch(kernel, (1,), arguments)])
+
+
 @interpreted_only
 def test_bfloat16_rounds_and_adds_as_torch_does():
-    interpreter.repair()
     x, out = torch.randn(4096), torch.empty(4096, dtype=torch.bfloat16)
-    _round_trip[(1,)](x, out, 4096)
-    assert torch.equal(out, (x * 1.5).bfloat16() + 1)
+    compute(_round_trip, x=x, out=out, SIZE=4096)
+    assert torch.equal(out, (x * 1.5).bfloat16() + x.bfloat16())
 
 
 @interpreted_only
 def test_products_read_what_tensor_cores_read():
-    interpreter.repair()
     x, y, out = torch.randn(16, 32), torch.randn(32, 16), torch.empty(16, 16)
-    _product[(1,)](x.bfloat16(), y.bfloat16(), out, 16, 32, "ieee")
+    compute(_product, x=x.bfloat16(), y=y.bfloat16(), out=out, ROWS=16, DEPTH=32, PRECISION="ieee")
     exact = x.bfloat16().double() @ y.bfloat16().double()
     assert (out - exact).abs().max() < 1e-4
-    _product[(1,)](x, y, out, 16, 32, "tf32")
+    compute(_product, x=x, y=y, out=out, ROWS=16, DEPTH=32, PRECISION="tf32")
     short = [torch.from_numpy(interpreter.to_tf32(t.numpy())).double() for t in (x, y)]
     assert (out - short[0] @ short[1]).abs().max() < 1e-4 < (out - x.double() @ y.double()).abs().max()
 
 
 @interpreted_only
 def test_products_that_no_gpu_takes_are_refused():
-    interpreter.repair()
     x, out = torch.randn(16, 8), torch.empty(16, 16)
     with pytest.raises(Exception, match=r"depth of at least 16"):
-        _product[(1,)](x, x.t().contiguous(), out, 16, 8, "ieee")
+        compute(_product, x=x, y=x.t().contiguous(), out=out, ROWS=16, DEPTH=8, PRECISION="ieee")

@@ -9,6 +9,7 @@ Out-of-bounds accesses and races stay unseen: offline compilation and a GPU have
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +36,9 @@ def repair() -> None:
 def run(launches: Iterable[Any]) -> None:
     """Run launches in the mended interpreter, as silent about 1 / 0 and overflow as a GPU."""
     repair()
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        # What triton 3.6 does with every loop bound.
+        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
         for launch in launches:
             launch.run()
 

@@ -55,8 +55,8 @@ _TILES = {
     # A tensor instruction of 8 x 8 x 4; accumulators take two registers each.
     ("contract_output", DOUBLE): (64, 64, 16, 16, 2),
     # Here the width is the accumulator's, and the features are made once, in the epilogue: columns is not used.
-    ("contract_input", HALF): (128, 0, 128, 64, 3),
-    ("contract_input", TF32): (128, 0, 128, 32, 3),
+    ("contract_input", HALF): (128, 0, 64, 32, 3),
+    ("contract_input", TF32): (128, 0, 64, 32, 3),
     ("contract_input", TF32X3): (64, 0, 64, 16, 2),
     ("contract_input", IEEE): (64, 0, 64, 32, 2),
     ("contract_input", DOUBLE): (64, 0, 64, 16, 2),
@@ -73,6 +73,8 @@ _TILES = {
 _TILES_HOPPER = {
     ("contract_output", HALF): (128, 256, 64, 32, 3),
     ("contract_output", TF32X3): (128, 128, 32, 32, 2),
+    ("contract_input", HALF): (128, 0, 128, 64, 3),
+    ("contract_input", TF32): (128, 0, 128, 32, 3),
     ("contract_weight", HALF): (0, 256, 128, 32, 3),
     ("contract_weight", TF32): (0, 256, 128, 32, 3),
 }
@@ -122,7 +124,8 @@ def wide_tile(
     if kernel == "contract_input":
         while -(-batch // rows) * -(-in_features // max(1, width // bases)) < target.processors and max(rows, width) > 32:
             rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
-        return Tile(rows, 0, width // bases, bases, depth, _warps(rows * width, products), stages)
+        # The features of the epilogue take as much room as the accumulator that they weigh.
+        return Tile(rows, 0, width // bases, bases, depth, _warps(2 * rows * width, products), stages)
     while -(-batch // rows) * -(-out_features // columns) < target.processors and max(rows, columns) > 32:
         rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
     return Tile(rows, columns, width // bases, bases, depth, _warps(rows * columns, products), stages)
@@ -167,6 +170,6 @@ def power_of_two(size: int) -> int:
 
 
 def _warps(area: int, products: str) -> int:
-    """64 accumulators per thread, half that where operands need registers too; 8 warps at most."""
-    per_thread = 64 if products in (HALF, TF32, IEEE) else 32
+    """64 accumulators per thread; half that where operands are split, a quarter where they are twice as wide; 8 at most."""
+    per_thread = {TF32X3: 32, DOUBLE: 16}.get(products, 64)
     return max(1, min(8, power_of_two(area // (32 * per_thread))))
