@@ -18,12 +18,13 @@ ENV := $(VENV)/.installed-$(subst /,_,$(subst $(empty) $(empty),_,$(TORCH)))
 NATIVE := kan_fast/_native.so
 SOURCES := $(wildcard csrc/* csrc/*/* setup.py build_backend.py)
 
-.PHONY: help env build test test-slow test-sanitize lint demo bench wheel clean cuda-build
+.PHONY: help env build test test-slow test-kernels-full test-sanitize lint demo bench wheel clean cuda-build
 
 help:
 	@echo "make demo           train on handwritten digits, fused and reference side by side"
 	@echo "make test           build and run the tests"
 	@echo "make test-slow      the heavier tests"
+	@echo "make test-kernels-full  every configuration of the Triton kernels, compiled for four architectures"
 	@echo "make test-sanitize  the native tests under the address and undefined-behaviour sanitizers"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks"
@@ -57,6 +58,10 @@ test: build
 
 test-slow: build
 	KAN_FAST_REQUIRE_NATIVE=1 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+# Every configuration of the Triton kernels, compiled for four architectures: no GPU needed, but patience.
+test-kernels-full: build
+	$(PY) -m pytest -q -m "slow or not slow" tests/test_triton.py tests/test_triton_offline.py tests/test_triton_ptx.py $(PYTEST_ARGS)
 
 # The interpreter is not instrumented, so the runtime of the sanitizer and the C++ library that it hooks are preloaded; leaks
 # are not looked for, since Python and torch keep theirs until the process ends.

@@ -58,8 +58,10 @@ def as_arrays(step):
         yield value
 
 
-def results(kernel, arch, dtype, precision, size, *, grid_size=5, outside="zero", activation="silu", n=0, free=False, scaled=False,
-            change=lambda ptx: ptx):  # fmt: skip
+def results(
+    kernel, arch, dtype, precision, size, *,
+    grid_size=5, outside="zero", activation="silu", n=0, free=False, scaled=False, change=lambda ptx: ptx,
+):  # fmt: skip
     """What a kernel's PTX computes, and the float64 reference: two tuples of tensors."""
     torch.manual_seed(0)
     (batch, inputs, outputs), features = size, grid_size + 3

@@ -70,6 +70,7 @@ def normal_cdf(x, N: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)); a tile of any shape, float32 or float64."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
