@@ -34,6 +34,27 @@ KAN_INLINE void basis(V one, Left left, Right right, Recip recip, V* w) {
   }
 }
 
+// The same on even knots, with u = (x - t[j]) / h in [0, 1): cardinal B-splines. Orders 2 and 3 in their expanded form, which
+// takes half the operations of the triangle.
+template <int P, class T, class V>
+KAN_INLINE void uniform_basis(V one, V u, V* w) {
+  if constexpr (P == 3) {
+    const V v = one - u, u2 = u * u, v2 = v * v, u3 = u2 * u, v3 = v2 * v;
+    w[0] = v3 * (T(1) / 6);
+    w[1] = u3 * T(0.5) + ((T(2) / 3) - u2);
+    w[2] = v3 * T(0.5) + ((T(2) / 3) - v2);
+    w[3] = u3 * (T(1) / 6);
+  } else if constexpr (P == 2) {
+    const V v = one - u, u2 = u * u;
+    w[0] = v * v * T(0.5);
+    w[1] = (T(0.5) + u) - u2;
+    w[2] = u2 * T(0.5);
+  } else {
+    basis<P>(one, [&](int i) { return u + T(i - 1); }, [&](int i) { return T(i) - u; },
+             [&](int p, int) { return T(1) / T(p); }, w);
+  }
+}
+
 // First derivatives of the p+1 bases of order p from the p values of order p-1 in the same window (A2.3, eq. 2.7):
 //   w'[r] = p * (v[r-1] * recip(p, r-1) - v[r] * recip(p, r))
 template <int P, class V, class Recip>

@@ -107,6 +107,12 @@ void accumulate_weight(const Tile<T>& tile, const T* __restrict g, ptrdiff_t ld,
         KAN_UNROLL for (int v = 0; v < V; ++v) total[v] += gr[v];
       }
     } while (row < end);
+    if (BASE) {  // a float sum no longer than a bucket
+      KAN_UNROLL for (int v = 0; v < V; ++v) {
+        store<T>(d_base + v * N, load<T>(d_base + v * N) + b[v]);
+        b[v] = Vt{};
+      }
+    }
     KAN_UNROLL for (int m = 0; m < M; ++m) {
       const int r = k + offset + m;
       if (r < 0 || r >= count) continue;

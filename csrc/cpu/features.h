@@ -83,7 +83,7 @@ template <class T> inline Vec<T> activate_rare(const ActivationTable<T>& table, 
   V magnitude = x > 0 ? x : -x;
   switch (table.activation) {
     case kSilu: {
-      V e = exp_negative(-magnitude);
+      V e = exp_clamped(-magnitude);
       V s = (x > 0 ? one : e) / (1 + e), q = e / ((1 + e) * (1 + e));
       V lower = n == 1 ? s : q * polynomial<T>(table.low, table.degree_low, s) * T(n);
       value = x * q * polynomial<T>(table.high, table.degree_high, s) + lower;
@@ -92,14 +92,14 @@ template <class T> inline Vec<T> activate_rare(const ActivationTable<T>& table, 
     case kIdentity: value = n == 0 ? x : n == 1 ? one : zero; break;
     case kRelu: value = n == 0 ? (x > 0 ? x : zero) : n == 1 ? (x > 0 ? one : zero) : zero; break;
     case kTanh: {
-      V e = exp_negative(-2 * magnitude);
+      V e = exp_clamped(-2 * magnitude);
       V t = (1 - e) / (1 + e);
       t = x > 0 ? t : -t;
       value = n == 0 ? t : 4 * e / ((1 + e) * (1 + e)) * polynomial<T>(table.high, table.degree_high, t);
       break;
     }
     case kGelu: {
-      V density = exp_negative(x * x * T(-0.5)) * T(0.39894228040143267794);
+      V density = exp_clamped(x * x * T(-0.5)) * T(0.39894228040143267794);
       value = n == 0   ? x * normal_cdf(x)
               : n == 1 ? normal_cdf(x) + x * density
                        : density * polynomial<T>(table.high, table.degree_high, x);
@@ -109,12 +109,12 @@ template <class T> inline Vec<T> activate_rare(const ActivationTable<T>& table, 
   return x == x ? value : x;
 }
 
-// silu and its first derivative, the two that every training step needs.
+// silu and its first derivative, the two that every training step needs. exp(-x), not exp(-|x|): both the sigmoid
+// 1 / (1 + e) and its complement e / (1 + e) keep their relative accuracy.
 template <class T> KAN_INLINE void silu(Vec<T> x, Vec<T>& value, Vec<T>& slope) {
-  const Vec<T> one = broadcast<T>(1), e = exp_negative(x > 0 ? -x : x), inverse = reciprocal<T>(one + e);
-  const Vec<T> s = (x > 0 ? one : e) * inverse, rest = (x > 0 ? e : one) * inverse;  // sigmoid and 1 - sigmoid
+  const Vec<T> e = exp_clamped(-x), s = reciprocal<T>(1 + e);
   value = x * s;
-  slope = s + value * rest;
+  slope = s + value * (e * s);
 }
 
 template <class T> KAN_INLINE Vec<T> activate(const ActivationTable<T>& table, Vec<T> x) {
@@ -208,8 +208,7 @@ template <int P, class T> KAN_INLINE void window_weights(const Knots<T>& k, Vec<
   const VecInt<T> at = j + k.order;
   if (k.uniform) {
     V u = (x - lookup<T>(k.t, k.padded, at)) * k.inverse_h;
-    basis<P>(broadcast<T>(1), [&](int i) { return u + T(i - 1); }, [&](int i) { return T(i) - u; },
-             [](int p, int) { return T(1) / T(p); }, w);
+    uniform_basis<P, T>(broadcast<T>(1), u, w);
   } else {
     basis<P>(broadcast<T>(1), [&](int i) { return x - lookup<T>(k.t, k.padded, at + (1 - i)); },
              [&](int i) { return lookup<T>(k.t, k.padded, at + i) - x; },

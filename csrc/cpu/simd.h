@@ -120,7 +120,7 @@ template <> KAN_INLINE void sum4<float>(const Vec<float>* a, float* out) {
 }
 #endif
 
-// 1 / d for d in [1, 2], to an ulp or so.
+// 1 / d for d in [1, 1e38], to an ulp or so.
 template <class T> KAN_INLINE Vec<T> reciprocal(Vec<T> d) { return 1 / d; }
 #if defined(KAN_ISA_AVX512)
 template <> KAN_INLINE Vec<float> reciprocal<float>(Vec<float> d) {  // 14 bits and a Newton step: a third of a division
@@ -129,29 +129,31 @@ template <> KAN_INLINE Vec<float> reciprocal<float>(Vec<float> d) {  // 14 bits 
 }
 #endif
 
-// exp(x) for x <= 0; relative error about 1 ulp (Cephes' argument reduction and, for float, its polynomial).
-KAN_INLINE Vec<float> exp_negative(Vec<float> x) {
+// exp(x) for x clamped to +-80 (float) or +-700 (double); relative error about 1 ulp (Cephes' argument reduction and, for
+// float, its polynomial). The magic number rounds to an integer and leaves it in the low bits. NaN gives a number: callers
+// multiply by x.
+KAN_INLINE Vec<float> exp_clamped(Vec<float> x) {
   using V = Vec<float>;
-  x = x > -87.0f ? x : broadcast<float>(-87.0f);
-  VecInt<float> n = to_int<float>(x * 1.44269504088896341f - 0.5f);
-  V nf = to_real<float>(n);
-  V r = x - nf * 0.693359375f;
-  r = r - nf * -2.12194440e-4f;
+  x = x > -80.0f ? x : broadcast<float>(-80.0f);
+  x = x < 80.0f ? x : broadcast<float>(80.0f);
+  const V shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+  V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
   V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  return p * (V)((n + 127) << 23);
+  return p * (V)(((VecInt<float>)shifted << 23) + (127 << 23));
 }
-KAN_INLINE Vec<double> exp_negative(Vec<double> x) {
+KAN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   using V = Vec<double>;
-  x = x > -708.0 ? x : broadcast<double>(-708.0);
-  VecInt<double> n = to_int<double>(x * 1.4426950408889634 - 0.5);
-  V nf = to_real<double>(n);
-  V r = x - nf * 0.693145751953125;
-  r = r - nf * 1.42860682030941723212e-6;
+  x = x > -700.0 ? x : broadcast<double>(-700.0);
+  x = x < 700.0 ? x : broadcast<double>(700.0);
+  const V shifted = x * 1.4426950408889634 + 6755399441055744.0, n = shifted - 6755399441055744.0;
+  V r = x - n * 0.693145751953125;
+  r = r - n * 1.42860682030941723212e-6;
   // Taylor to r^13: |r| <= ln(2)/2 leaves 4e-18.
   V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
@@ -165,7 +167,7 @@ KAN_INLINE Vec<double> exp_negative(Vec<double> x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + (r + 1.0);
-  return p * (V)((n + 1023) << 52);
+  return p * (V)(((VecInt<double>)shifted << 52) + (int64_t(1023) << 52));
 }
 
 // out[i * ld_out + b] = in[b * ld_in + i] for b < rows, i < columns. On AVX-512 in blocks of 16 x 16 registers.
