@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--allocator", choices=["keep", "default"], default="keep",
                       help="keep: freed memory is not given back to the system, so no page faults in a steady state")
     made.add_argument("--extras", action="store_true", help="bars: bfloat16, non-uniform grids, no grad of x")
-    made.add_argument("--phases", nargs="+", choices=["forward", "step", "optimiser", "second_derivative"],
-                      help="layer: only these")
+    made.add_argument("--phases", nargs="*", choices=["forward", "step", "optimiser", "second_derivative"],
+                      help="layer: only these (none: no times)")
     made.add_argument("--axes", nargs="+", choices=["batch", "width", "grid_size", "spline_order"], help="sweep: these")
     made.add_argument("--tasks", nargs="+", choices=["digits", "function", "poisson"], help="training: these")
     made.add_argument("--times", type=Path, metavar="FILE",

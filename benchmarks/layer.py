@@ -244,7 +244,7 @@ def run(options: Options) -> list[Row]:
     add_peer_paths(options.peer_paths)
     _PEER_PATHS[:] = options.peer_paths
     shapes = options.shapes or (CUDA_SHAPES if options.device == "cuda" else list(BARS))
-    phases = options.phases or list(PHASES)
+    phases = list(PHASES) if options.phases is None else options.phases
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows: list[Row] = []
     for dtype_name in options.dtypes:
@@ -265,7 +265,7 @@ def run(options: Options) -> list[Row]:
                 options.progress(f"{shape} {dtype_name}: memory")
                 case.measure_memory(torch.get_num_threads())
             found = list(case.rows.values())
-            for row in found:
+            for row in found if limits is not None else []:
                 row["matmul_tflops"], row["copy_gbps"] = limits.flops / 1e12, limits.bandwidth / 1e9
             print_case(found, phases, options.report)
             options.emit(found)
