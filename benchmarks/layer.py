@@ -248,9 +248,10 @@ def run(options: Options) -> list[Row]:
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows: list[Row] = []
     for dtype_name in options.dtypes:
-        limits = ceilings.measure(options.device, DTYPES[dtype_name], min(1.0, options.seconds))
+        limits = ceilings.measure(options.device, DTYPES[dtype_name], min(1.0, options.seconds)) if phases else None
         lines = contestants(options.backend, options.peers, options.device, DTYPES[dtype_name])
-        options.report(f"{dtype_name}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bandwidth / 1e9:.3g} GB/s")
+        if limits is not None:
+            options.report(f"{dtype_name}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bandwidth / 1e9:.3g} GB/s")
         for shape in shapes:
             if time.monotonic() > end:
                 options.report(f"out of time: {shape}, {dtype_name} not measured")
@@ -265,8 +266,9 @@ def run(options: Options) -> list[Row]:
                 options.progress(f"{shape} {dtype_name}: memory")
                 case.measure_memory(torch.get_num_threads())
             found = list(case.rows.values())
-            for row in found if limits is not None else []:
-                row["matmul_tflops"], row["copy_gbps"] = limits.flops / 1e12, limits.bandwidth / 1e9
+            if limits is not None:
+                for row in found:
+                    row["matmul_tflops"], row["copy_gbps"] = limits.flops / 1e12, limits.bandwidth / 1e9
             print_case(found, phases, options.report)
             options.emit(found)
             rows += found
