@@ -53,6 +53,20 @@ template <class T> inline int bucket_count(const Problem<T>& p) {
   return p.outside == kZero ? p.knots() - 1 : p.grid_size;
 }
 
+#if defined(KAN_ISA_AVX2)
+struct CompressTable {  // lanes[mask]: the set bits of mask, ascending
+  alignas(16) uint16_t lanes[256][8];
+  CompressTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int count = 0;
+      for (int bit = 0; bit < 8; ++bit)
+        if (mask >> bit & 1) lanes[mask][count++] = uint16_t(bit);
+      while (count < 8) lanes[mask][count++] = 0;
+    }
+  }
+};
+#endif
+
 // Sorts the rows of a tile by bucket; stable, so sums always run in the order of rows.
 // bucket (rows) in 0 .. buckets; sorted (rows); start (buckets + 2): first position of every bucket.
 template <class Int> inline void sort_rows(const Int* bucket, int rows, int buckets, uint16_t* sorted, uint16_t* start) {
@@ -90,6 +104,36 @@ template <class Int> inline void sort_rows(const Int* bucket, int rows, int buck
         _mm512_storeu_si512(sorted + position, _mm512_maskz_compress_epi16(mask, index));
         position += __builtin_popcount(mask);
         index = _mm512_add_epi16(index, _mm512_set1_epi16(32));
+      }
+    }
+    start[buckets + 1] = uint16_t(position);
+    return;
+  }
+#endif
+#if defined(KAN_ISA_AVX2)
+  if (buckets <= 32) {  // a table turns the rows that match a bucket into a packed list: a third of the counting sort's time
+    static const CompressTable table;
+    alignas(64) uint16_t narrow[kTileRows];
+    int low = buckets, high = 0;
+    for (int r = 0; r < rows; ++r) {
+      narrow[r] = uint16_t(bucket[r]);
+      low = smaller<int>(low, int(bucket[r]));
+      high = larger<int>(high, int(bucket[r]));
+    }
+    for (int r = rows; r < (rows + 7) / 8 * 8; ++r) narrow[r] = 0xffff;
+    int position = 0;
+    for (int g = 0; g <= buckets; ++g) {
+      start[g] = uint16_t(position);
+      if (g < low || g > high) continue;
+      const __m128i wanted = _mm_set1_epi16(short(g));
+      __m128i base = _mm_setzero_si128();
+      for (int r = 0; r < rows; r += 8) {
+        __m128i same = _mm_cmpeq_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(narrow + r)), wanted);
+        const int mask = _mm_movemask_epi8(_mm_packs_epi16(same, _mm_setzero_si128()));
+        __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(table.lanes[mask]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(sorted + position), _mm_add_epi16(base, lanes));
+        position += __builtin_popcount(unsigned(mask));
+        base = _mm_add_epi16(base, _mm_set1_epi16(8));
       }
     }
     start[buckets + 1] = uint16_t(position);

@@ -186,8 +186,8 @@ template <class T> KAN_INLINE VecInt<T> find_span(const Knots<T>& k, Vec<T> x) {
     guess = guess > T(k.low) ? guess : broadcast<T>(T(k.low));
     guess = guess < T(k.high) ? guess : broadcast<T>(T(k.high));
     j = to_int<T>(guess);
-    I below = (I)(x < lookup<T>(k.t, k.padded, j + k.order));
-    I above = (I)(x >= lookup<T>(k.t, k.padded, j + (k.order + 1)));
+    I below = (I)(x < lookup<T>(k.t + k.order, k.count, j));
+    I above = (I)(x >= lookup<T>(k.t + k.order, k.count, j + 1));
     j = j + below - above;
     j = j < low ? low : j;
     j = j > high ? high : j;
@@ -196,7 +196,7 @@ template <class T> KAN_INLINE VecInt<T> find_span(const Knots<T>& k, Vec<T> x) {
     for (int step = k.steps; step > 0; step >>= 1) {
       I candidate = j + step;
       candidate = candidate > high ? high : candidate;
-      j = x >= lookup<T>(k.t, k.padded, candidate + k.order) ? candidate : j;
+      j = x >= lookup<T>(k.t + k.order, k.count, candidate) ? candidate : j;
     }
   }
   return j;
@@ -207,7 +207,7 @@ template <int P, class T> KAN_INLINE void window_weights(const Knots<T>& k, Vec<
   using V = Vec<T>;
   const VecInt<T> at = j + k.order;
   if (k.uniform) {
-    V u = (x - lookup<T>(k.t, k.padded, at)) * k.inverse_h;
+    V u = (x - lookup<T>(k.t + k.order, k.count, j)) * k.inverse_h;
     uniform_basis<P, T>(broadcast<T>(1), u, w);
   } else {
     basis<P>(broadcast<T>(1), [&](int i) { return x - lookup<T>(k.t, k.padded, at + (1 - i)); },

@@ -80,8 +80,14 @@ template <class T> KAN_INLINE Vec<T> lookup(const T* table, int length, VecInt<T
     return (Vec<T>)_mm512_mask_i64gather_pd(_mm512_setzero_pd(), 0xff, (__m512i)index, table, 8);
   }
 #elif defined(KAN_ISA_AVX2)
-  (void)length;
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_i32gather_ps(table, (__m256i)index, 4);
+  if constexpr (sizeof(T) == 4) {
+    if (length <= 16) {  // two permutes and a blend: half the time of a gather
+      __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+      __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+      return (Vec<T>)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)index, 28)));
+    }
+    return (Vec<T>)_mm256_i32gather_ps(table, (__m256i)index, 4);
+  }
   else return (Vec<T>)_mm256_i64gather_pd(table, (__m256i)index, 8);
 #else
   (void)length;
@@ -170,7 +176,7 @@ KAN_INLINE Vec<double> exp_clamped(Vec<double> x) {
   return p * (V)(((VecInt<double>)shifted << 52) + (int64_t(1023) << 52));
 }
 
-// out[i * ld_out + b] = in[b * ld_in + i] for b < rows, i < columns. On AVX-512 in blocks of 16 x 16 registers.
+// out[i * ld_out + b] = in[b * ld_in + i] for b < rows, i < columns; float in blocks of registers.
 template <class T>
 inline void transpose(const T* in, ptrdiff_t ld_in, int64_t rows, int64_t columns, T* out, ptrdiff_t ld_out) {
   for (int64_t b0 = 0; b0 < rows; b0 += 16) {
@@ -228,6 +234,48 @@ inline void transpose<float>(const float* in, ptrdiff_t ld_in, int64_t rows, int
       for (int k = 0; k < count; ++k) _mm512_mask_storeu_ps(out + (i0 + k) * ld_out + b0, out_mask, r[k]);
     }
   }
+}
+#endif
+
+#if defined(KAN_ISA_AVX2)
+static inline void transpose8(__m256* r) {
+  __m256 t[8];
+  KAN_UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  KAN_UNROLL for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  KAN_UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  KAN_UNROLL for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+template <>
+inline void transpose<float>(const float* in, ptrdiff_t ld_in, int64_t rows, int64_t columns, float* out,
+                             ptrdiff_t ld_out) {
+  const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int64_t b0 = 0; b0 < whole_rows; b0 += 8) {
+    const int64_t ahead = smaller<int64_t>(rows, b0 + 16);
+    for (int64_t b = b0 + 8; b < ahead; ++b)
+      for (int64_t i = 0; i < columns; i += 16) __builtin_prefetch(in + b * ld_in + i);
+    for (int64_t i0 = 0; i0 < whole_columns; i0 += 8) {
+      __m256 r[8];
+      KAN_UNROLL for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(in + (b0 + k) * ld_in + i0);
+      transpose8(r);
+      KAN_UNROLL for (int k = 0; k < 8; ++k) _mm256_storeu_ps(out + (i0 + k) * ld_out + b0, r[k]);
+    }
+    for (int64_t i = whole_columns; i < columns; ++i)
+      for (int64_t b = b0; b < b0 + 8; ++b) out[i * ld_out + b] = in[b * ld_in + i];
+  }
+  for (int64_t i = 0; i < columns; ++i)
+    for (int64_t b = whole_rows; b < rows; ++b) out[i * ld_out + b] = in[b * ld_in + i];
 }
 #endif
 
