@@ -1,0 +1,357 @@
+// contract_input and contract_weight of layers with few outputs. Rows are split over threads as long as there are fewer
+// blocks of inputs than threads; each part keeps its own sums, which are added in order, so that results depend on the
+// number of threads alone.
+#include "narrow_tile.h"
+
+#include "narrow.h"
+
+namespace kan::cpu::KAN_ISA::narrow {
+namespace {
+
+// dx[row] = sum over outputs of g * (piece + base): the polynomials are summed over outputs first.
+template <class T, int P, int REGISTERS>
+void input_gradient(const Pieces<T>& t, int64_t input, const T* __restrict x, const T* __restrict g, int rows,
+                    T* __restrict dx) {
+  constexpr int M = P + 1;
+  const Knots<T>& k = t.knots[input];
+  const T *lower_knot = t.lower_knot(input), *polynomials = t.polynomials + input * t.outputs * t.edge_size();
+  const T* base = t.base + input * t.base_stride;
+  for (int b = 0; b < rows; b += Simd<T>::N) {
+    const Vec<T> xs = load<T>(x + b), s = base_feature(t, xs);
+    Vec<T> sum[M > 0 ? M : 1], base_sum{}, u;
+    VecInt<T> piece;
+    if constexpr (P >= 0) locate<P, REGISTERS, T>(t, k, lower_knot, xs, piece, u);
+    KAN_UNROLL for (int d = 0; d < M; ++d) sum[d] = Vec<T>{};
+    const T *c = polynomials, *from = g + b;
+    for (int64_t o = 0; o < t.outputs; ++o, from += kColumn, c += t.edge_size()) {
+      const Vec<T> gs = load<T>(from);
+      base_sum += gs * base[o];
+      KAN_UNROLL for (int d = 0; d < M; ++d) sum[d] += gs * entry<REGISTERS, T>(c + d * t.stride, piece);
+    }
+    Vec<T> value = s * base_sum;
+    if constexpr (P >= 0) {
+      KAN_UNROLL for (int d = P - 1; d >= 0; --d) sum[d] += sum[d + 1] * u;
+      value += sum[0];
+    }
+    store<T>(dx + b, value);
+  }
+}
+
+// One input on one tile: what the sums over rows read.
+template <class T> struct alignas(64) Features {
+  T w[kMaxOrder + 1][kColumn];
+  T base[kColumn];
+  typename Simd<T>::Int interval[kColumn];
+};
+
+// Weights of the window of every lane, and the interval where it begins, which may be `intervals` or more: then no row of
+// bases picks the lane.
+template <int P, int REGISTERS, class T>
+KAN_INLINE void window_weights(const Pieces<T>& t, int64_t input, Vec<T> x, VecInt<T> piece, Vec<T> u, const Vec<T>& s,
+                               Features<T>& f, int b) {
+  const Knots<T>& k = t.knots[input];
+  Vec<T> w[P + 1];
+  if (k.uniform && P > 0 && !(t.extended && any<T>((VecInt<T>)(piece >= t.intervals)))) {
+    uniform_basis<P, T>(broadcast<T>(1), u, w);
+  } else {
+    KAN_UNROLL for (int m = 0; m <= P; ++m) {
+      const T* c = t.weight(input, m, 0);
+      w[m] = entry<REGISTERS, T>(c + P * t.stride, piece);
+      KAN_UNROLL for (int d = P - 1; d >= 0; --d) w[m] = w[m] * u + entry<REGISTERS, T>(c + d * t.stride, piece);
+    }
+    if (P == 0) w[0] = x == x ? w[0] : x;
+    if (t.extended) {
+      const VecInt<T> first = VecInt<T>{} + t.first[input], last = VecInt<T>{} + (k.high - k.low);
+      piece = piece == t.intervals ? first : piece;
+      piece = piece > t.intervals ? last : piece;
+    }
+  }
+  if (t.vanishes()) piece = piece == t.none() ? VecInt<T>{} + (t.intervals + P + 1) : piece;
+  KAN_UNROLL for (int m = 0; m <= P; ++m) store<T>(f.w[m] + b, w[m] * s);
+  *reinterpret_cast<VecInt<T>*>(f.interval + b) = piece;
+}
+
+template <class T, int P, int REGISTERS>
+void prepare_features(const Pieces<T>& t, int64_t input, const T* x, const T* scale, int rows, Features<T>& f) {
+  for (int b = 0; b < rows; b += Simd<T>::N) {
+    const Vec<T> xs = load<T>(x + b), s = scale ? load<T>(scale + b) : broadcast<T>(1);
+    if constexpr (P >= 0) {
+      Vec<T> u;
+      VecInt<T> piece;
+      locate<P, REGISTERS, T>(t, t.knots[input], t.lower_knot(input), xs, piece, u);
+      window_weights<P, REGISTERS, T>(t, input, xs, piece, u, s, f, b);
+    }
+    store<T>(f.base + b, base_feature(t, xs) * s);
+  }
+}
+
+// The first backward of splines that are zero outside: input_gradient at n + 1 and prepare_features at n, which meet at
+// the same piece and share the exponential of silu.
+template <class T, int P, int REGISTERS>
+void both_gradients(const Pieces<T>& t, const Pieces<T>& w, int64_t input, const T* __restrict x, const T* __restrict g,
+                    int rows, T* __restrict dx, Features<T>& f) {
+  const Knots<T>& k = t.knots[input];
+  const T *lower_knot = t.lower_knot(input), *polynomials = t.polynomials + input * t.outputs * t.edge_size();
+  const T* base = t.base + input * t.base_stride;
+  const bool silu_pair = w.order.activation.activation == kSilu && w.order.n == 0;
+  constexpr int U = kVectors, N = Simd<T>::N;
+  for (int b = 0; b < rows; b += U * N) {
+    Vec<T> xs[U], value[U], slope[U], u[U], sum[U][P], base_sum[U];
+    VecInt<T> piece[U];
+    KAN_UNROLL for (int v = 0; v < U; ++v) xs[v] = load<T>(x + b + v * N);
+    if (silu_pair) {
+      KAN_UNROLL for (int v = 0; v < U; ++v) silu<T>(xs[v], value[v], slope[v]);
+    } else {
+      for (int v = 0; v < U; ++v) {
+        value[v] = base_feature(w, xs[v]);
+        slope[v] = base_feature(t, xs[v]);
+      }
+    }
+    KAN_UNROLL for (int v = 0; v < U; ++v) {
+      store<T>(f.base + b + v * N, value[v]);
+      locate<P - 1, REGISTERS, T>(w, k, lower_knot, xs[v], piece[v], u[v]);
+      base_sum[v] = Vec<T>{};
+      KAN_UNROLL for (int d = 0; d < P; ++d) sum[v][d] = Vec<T>{};
+    }
+    KAN_UNROLL for (int v = 0; v < U; ++v)
+      window_weights<P, REGISTERS, T>(w, input, xs[v], piece[v], u[v], broadcast<T>(1), f, b + v * N);
+    const T *c = polynomials, *from = g + b;
+    for (int64_t o = 0; o < t.outputs; ++o, from += kColumn, c += t.edge_size()) {
+      KAN_UNROLL for (int v = 0; v < U; ++v) {
+        const Vec<T> gs = load<T>(from + v * N);
+        base_sum[v] += gs * base[o];
+        KAN_UNROLL for (int d = 0; d < P; ++d) sum[v][d] += gs * entry<REGISTERS, T>(c + d * t.stride, piece[v]);
+      }
+    }
+    KAN_UNROLL for (int v = 0; v < U; ++v) {
+      KAN_UNROLL for (int d = P - 2; d >= 0; --d) sum[v][d] += sum[v][d + 1] * u[v];
+      store<T>(dx + b + v * N, slope[v] * base_sum[v] + sum[v][0]);
+    }
+  }
+}
+
+// d[row][o] += sum over the batch of basis * g, four rows of bases (from `first` on, counted as windows are) times OUT
+// outputs at once: their vectors of bases are picked from the window by the interval and never stored.
+template <class T, int M, int OUT>
+void weight_rows(const Features<T>& f, const T* __restrict g, int rows, int first, T* __restrict d, ptrdiff_t stride) {
+  constexpr int R = 4;
+  Vec<T> sum[OUT][R];
+  KAN_UNROLL for (int o = 0; o < OUT; ++o) { KAN_UNROLL for (int r = 0; r < R; ++r) sum[o][r] = Vec<T>{}; }
+  for (int b = 0; b < rows; b += Simd<T>::N) {
+    const VecInt<T> index = *reinterpret_cast<const VecInt<T>*>(f.interval + b);
+    decltype(equals(index, 0)) here[R + M - 1];  // lanes whose window begins at row first - (M - 1) + q
+    KAN_UNROLL for (int q = 0; q < R + M - 1; ++q) here[q] = equals(index, first - (M - 1) + q);
+    Vec<T> basis[R];
+    KAN_UNROLL for (int r = 0; r < R; ++r) {
+      basis[r] = Vec<T>{};
+      KAN_UNROLL for (int m = 0; m < M; ++m) basis[r] = select(here[r + M - 1 - m], load<T>(f.w[m] + b), basis[r]);
+    }
+    KAN_UNROLL for (int o = 0; o < OUT; ++o) {
+      const Vec<T> gs = load<T>(g + o * kColumn + b);
+      KAN_UNROLL for (int r = 0; r < R; ++r) sum[o][r] += basis[r] * gs;
+    }
+  }
+  KAN_UNROLL for (int o = 0; o < OUT; ++o) {
+    T total[R];
+    sum4<T>(sum[o], total);
+    KAN_UNROLL for (int r = 0; r < R; ++r) d[o * stride + r] += total[r];
+  }
+}
+
+template <class T> using InputKernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, T*);
+template <class T> using FeatureKernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, Features<T>&);
+template <class T> using BothKernel = void (*)(const Pieces<T>&, const Pieces<T>&, int64_t, const T*, const T*, int, T*, Features<T>&);
+template <class T> using RowsKernel = void (*)(const Features<T>&, const T*, int, int, T*, ptrdiff_t);
+
+template <class T, int P> InputKernel<T> pick_registers(int registers) {
+  return registers == 1 ? input_gradient<T, P, 1> : registers == 2 ? input_gradient<T, P, 2> : input_gradient<T, P, 0>;
+}
+template <class T> InputKernel<T> pick_input(const Pieces<T>& t) {
+  if (!t.order.spline) return input_gradient<T, -1, 0>;
+  switch (t.order.window) {
+    case 1: return pick_registers<T, 0>(t.registers);
+    case 2: return pick_registers<T, 1>(t.registers);
+    case 3: return pick_registers<T, 2>(t.registers);
+    case 4: return pick_registers<T, 3>(t.registers);
+    case 5: return pick_registers<T, 4>(t.registers);
+    default: return pick_registers<T, 5>(t.registers);
+  }
+}
+
+constexpr int kWidest = kRegisters == 32 ? 5 : 2;  // outputs of one weight kernel: 4 * 5 sums and 4 bases in registers
+template <class T> struct WeightKernels {
+  FeatureKernel<T> features;
+  BothKernel<T> both;
+  RowsKernel<T> rows[kWidest + 1];
+};
+template <class T, int P, int REGISTERS> WeightKernels<T> weight_kernels() {
+  WeightKernels<T> k{prepare_features<T, P, REGISTERS>, nullptr, {}};
+  if constexpr (P >= 1) k.both = both_gradients<T, P, REGISTERS>;
+  if constexpr (P >= 0) {
+    k.rows[1] = weight_rows<T, P + 1, 1>;
+    k.rows[2] = weight_rows<T, P + 1, 2>;
+    if constexpr (kWidest == 5) {
+      k.rows[3] = weight_rows<T, P + 1, 3>;
+      k.rows[4] = weight_rows<T, P + 1, 4>;
+      k.rows[5] = weight_rows<T, P + 1, 5>;
+    }
+  }
+  return k;
+}
+template <class T, int P> WeightKernels<T> pick_weight_registers(int registers) {
+  return registers == 1 ? weight_kernels<T, P, 1>() : registers == 2 ? weight_kernels<T, P, 2>() : weight_kernels<T, P, 0>();
+}
+template <class T> WeightKernels<T> pick_weight(const Pieces<T>& t) {
+  if (!t.order.spline) return weight_kernels<T, -1, 0>();
+  switch (t.order.window) {
+    case 1: return pick_weight_registers<T, 0>(t.registers);
+    case 2: return pick_weight_registers<T, 1>(t.registers);
+    case 3: return pick_weight_registers<T, 2>(t.registers);
+    case 4: return pick_weight_registers<T, 3>(t.registers);
+    case 5: return pick_weight_registers<T, 4>(t.registers);
+    default: return pick_weight_registers<T, 5>(t.registers);
+  }
+}
+
+template <class T> struct Task {
+  const Problem<T>& p;
+  const Pieces<T> &for_x, &for_w;
+  int64_t row_tasks, rows, inputs;
+  int count;             // rows of the differenced coefficients that a window may reach, and not only zeros
+  int window_rows;       // count, rounded up to whole kernels
+  T *d_spline, *d_base;  // sums of each part of the rows: (row_tasks, in, out, window_rows) and (row_tasks, in, out)
+};
+
+template <class T> void backward_range(const Task<T>& task, int64_t part, int64_t first, int64_t end) {
+  const Problem<T>& p = task.p;
+  const bool need_x = p.dx != nullptr, need_w = p.d_spline != nullptr;
+  alignas(64) T column[kInputs * kColumn], scale_column[kInputs * kColumn], dx[kInputs * kColumn];
+  alignas(64) T g[kMaxOutputs * kColumn];
+  Features<T> features;
+  const int64_t I = p.in_features, O = p.out_features;
+  const int stride = task.window_rows;
+  T* d_spline = task.d_spline + part * I * O * stride;
+  T* d_base = task.d_base + part * I * O;
+  if (need_w) {
+    memset(d_spline + first * O * stride, 0, sizeof(T) * size_t((end - first) * O * stride));
+    memset(d_base + first * O, 0, sizeof(T) * size_t((end - first) * O));
+  }
+  const InputKernel<T> input_kernel = pick_input(task.for_x);
+  const WeightKernels<T> weight = pick_weight(task.for_w);
+  const bool fused = need_x && need_w && !p.scale && p.outside == kZero && p.n_input == p.n_weight + 1 &&
+                     task.for_x.order.spline;
+  const int offset = task.for_w.low - p.spline_order + task.for_w.order.n;  // row of the coefficients where window 0 begins
+  const int64_t b1 = smaller(p.batch, (part + 1) * task.rows);
+  for (int64_t b = part * task.rows; b < b1; b += kRows) {
+    const int rows = int(smaller<int64_t>(kRows, b1 - b));
+    to_columns(p.g + b * O, O, rows, int(O), g);
+    for (int64_t i0 = first; i0 < end; i0 += kInputs) {
+      const int inputs = int(smaller<int64_t>(kInputs, end - i0));
+      to_columns(p.x + b * I + i0, I, rows, inputs, column);
+      if (p.scale) to_columns(p.scale + b * I + i0, I, rows, inputs, scale_column);
+      for (int i = 0; i < inputs; ++i) {
+        const T* x = column + i * kColumn;
+        if (fused) {
+          weight.both(task.for_x, task.for_w, i0 + i, x, g, rows, dx + i * kColumn, features);
+        } else {
+          if (need_x) input_kernel(task.for_x, i0 + i, x, g, rows, dx + i * kColumn);
+          if (!need_w) continue;
+          weight.features(task.for_w, i0 + i, x, p.scale ? scale_column + i * kColumn : nullptr, rows, features);
+        }
+        T* d = d_spline + (i0 + i) * O * stride;
+        if (task.for_w.order.spline)
+          for (int64_t o = 0; o < O;) {
+            // Seven outputs as four and three: five and two would pick the bases as often but fill fewer registers.
+            const int64_t left = O - o, kernels = (left + kWidest - 1) / kWidest, out = (left + kernels - 1) / kernels;
+            for (int r = 0; r < stride; r += 4)
+              weight.rows[out](features, g + o * kColumn, rows, r - offset, d + o * stride + r, stride);
+            o += out;
+          }
+        if (p.d_base)
+          for (int64_t o = 0; o < O; ++o) {
+            Vec<T> total{};
+            for (int q = 0; q < rows; q += Simd<T>::N) total += load<T>(features.base + q) * load<T>(g + o * kColumn + q);
+            d_base[(i0 + i) * O + o] += sum<T>(total);
+          }
+      }
+      if (need_x) from_columns(dx, rows, inputs, p.dx + b * I + i0, I);
+    }
+  }
+}
+
+// Adds the parts in order, and turns the gradient of the differences into that of the coefficients.
+template <class T> void add_parts(const Task<T>& task, T* packed) {
+  const Problem<T>& p = task.p;
+  const int64_t I = p.in_features, O = p.out_features, stride = task.window_rows;
+  const int n = task.for_w.order.n, bases = p.bases();
+  for (int64_t i = 0; i < I; ++i) {
+    T* to = p.d_spline + i * bases * O;
+    if (!task.for_w.order.spline) {
+      memset(to, 0, sizeof(T) * size_t(bases * O));
+    } else {
+      T* rows = n > 0 ? packed : to;
+      for (int r = 0; r < task.count; ++r)
+        for (int64_t o = 0; o < O; ++o) {
+          const T* from = task.d_spline + (i * O + o) * stride + r;
+          T total = *from;
+          for (int64_t part = 1; part < task.row_tasks; ++part) total += from[part * I * O * stride];
+          rows[r * O + o] = total;
+        }
+      if (n > 0) {
+        memset(packed + task.count * O, 0, sizeof(T) * size_t((bases + n - task.count) * O));
+        difference_adjoint(p.grid + i * p.knots(), p.spline_order, n, bases, int(O), packed);
+        memcpy(to, packed, sizeof(T) * size_t(bases * O));
+      }
+    }
+    if (p.d_base)
+      for (int64_t o = 0; o < O; ++o) {
+        T total = task.d_base[i * O + o];
+        for (int64_t part = 1; part < task.row_tasks; ++part) total += task.d_base[(part * I + i) * O + o];
+        p.d_base[i * O + o] = total;
+      }
+  }
+}
+
+}  // namespace
+
+template <class T> void contract_backward(const Problem<T>& p, const Runtime& runtime) {
+  const bool need_w = p.d_spline != nullptr;
+  const int64_t I = p.in_features, O = p.out_features, threads = row_tasks(p, runtime.threads);
+  const int64_t input_tasks = smaller(threads, (I + kInputs - 1) / kInputs);
+  const int64_t inputs = ((I + input_tasks - 1) / input_tasks + kInputs - 1) / kInputs * kInputs;
+  const int64_t rows = rows_per_task(p.batch, larger<int64_t>(1, threads / input_tasks));
+  const int64_t parts = (p.batch + rows - 1) / rows;
+  const int n = larger(p.n_input, p.n_weight);
+
+  Pieces<T> for_x(p, p.n_input, nullptr), for_w(p, p.n_weight, p.scale);
+  const int count = p.bases() + (p.outside == kZero ? p.n_weight : 0), window_rows = (count + 3) / 4 * 4;
+  Arena arena(runtime);
+  const size_t per_input = Knots<T>::scratch(p.knots(), p.spline_order), edges = size_t(I * O);
+  const size_t sums = need_w ? size_t(parts) * edges : 0, packed_size = size_t(p.bases() + n) * size_t(O);
+  arena.reserve<Knots<T>>(size_t(I));
+  arena.reserve<T>(per_input * size_t(I) + sums * size_t(window_rows + 1) + packed_size + size_t(O));
+  reserve_pieces(for_x, I, true, arena);
+  reserve_pieces(for_w, I, false, arena);
+  arena.commit();
+  Knots<T>* knots = arena.take<Knots<T>>(size_t(I));
+  prepare_knots(p, knots, arena.take<T>(per_input * size_t(I)));
+  T *packed = arena.take<T>(packed_size), *zeros = arena.take<T>(size_t(O));
+  memset(zeros, 0, sizeof(T) * size_t(O));
+  for_x.set_base(p, zeros);
+  if (p.dx) take_pieces(p, for_x, knots, true, packed, arena);
+  if (need_w) take_pieces(p, for_w, knots, false, packed, arena);
+
+  Task<T> task{p, for_x, for_w, parts, rows, inputs, count, window_rows, arena.take<T>(sums * size_t(window_rows)), arena.take<T>(sums)};
+  auto body = [](void* context, int64_t index) {
+    const Task<T>& k = *static_cast<Task<T>*>(context);
+    const int64_t first = index / k.row_tasks * k.inputs;
+    backward_range(k, index % k.row_tasks, first, smaller(k.p.in_features, first + k.inputs));
+  };
+  runtime.parallel(parts * ((I + inputs - 1) / inputs), body, &task);
+  if (need_w) add_parts(task, packed);
+}
+
+template void contract_backward<float>(const Problem<float>&, const Runtime&);
+template void contract_backward<double>(const Problem<double>&, const Runtime&);
+
+}  // namespace kan::cpu::KAN_ISA::narrow
