@@ -14,12 +14,18 @@ from kan_fast.backends import choose, fake, get
 
 _C = torch._C
 _operators = torch.ops.kan_fast
+# The mode of torch.autograd.grad(..., is_grads_batched=True), whose tensors look like others and are not.
+_BATCHED_GRADS: Any = _C._parse_dispatch_key("VmapMode")
 _library = torch.library.Library("kan_fast", "DEF")
 
 
 def dispatched(x: Tensor) -> bool:
-    """Whether the call must be seen by a dispatch mode or a tensor subclass (fake tensors, tracers, counters)."""
-    return _C._len_torch_dispatch_stack() > 0 or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+    """Whether torch's dispatcher must see the call: dispatch modes (fake tensors, tracers), subclasses, batched grads."""
+    return (
+        _C._len_torch_dispatch_stack() > 0
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or _C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADS)
+    )
 
 
 def forward_mode() -> bool:

@@ -18,6 +18,7 @@ among them. Each formula stands once, in an autograd.Function; who arrives how:
 Arguments, shapes and dtypes are those of backends/reference.py, then the name of the backend; operators take "auto" too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _operators = torch.ops.kan_fast
 
-MaybeTensor = Tensor | None
+Maybe = Tensor | None
 
 
 def contract_output(
@@ -135,7 +136,7 @@ class _Contraction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-def _save(ctx: Any, *tensors: MaybeTensor) -> None:
+def _save(ctx: Any, *tensors: Maybe) -> None:
     ctx.save_for_backward(*tensors)
     if forward_mode():
         ctx.set_materialize_grads(False)
@@ -148,6 +149,22 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return tuple([tensor if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors])
 
 
+def _forward_rule(rule: Callable[..., Any]) -> Any:
+    """A jvp that forward mode may differentiate again: rule(ctx, saved tensors without tangents, *tangents).
+
+    torch calls jvp with forward mode off, so a second torch.func.jvp would see constants and give zeros in silence
+    (pytorch issue 197867). With forward mode on again the saved tensors must lose the tangents of this level.
+    """
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        primal = torch.ops.aten._fw_primal.default
+        saved = tuple(None if tensor is None else primal(tensor, 0) for tensor in ctx.saved_tensors)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return rule(ctx, saved, *tangents)
+
+    return staticmethod(jvp)
+
+
 def _refuse_grid() -> None:
     raise RuntimeError("grid: the knots are not differentiable, expected a grid that does not require grad")
 
@@ -156,7 +173,7 @@ def _order(spline_weight: Tensor, grid: Tensor) -> int:
     return grid.shape[1] - spline_weight.shape[1] - 1
 
 
-def _weights(d_spline: MaybeTensor, d_base: MaybeTensor, shape: Any, activation: str) -> tuple[Tensor, MaybeTensor, str]:
+def _weights(d_spline: Maybe, d_base: Maybe, shape: Any, activation: str) -> tuple[Tensor, Maybe, str]:
     """A direction in weight space as (spline_weight, base_weight, activation): a missing part is zero."""
     if d_spline is None:
         assert d_base is not None
@@ -164,11 +181,11 @@ def _weights(d_spline: MaybeTensor, d_base: MaybeTensor, shape: Any, activation:
     return d_spline, d_base, "none" if d_base is None else activation
 
 
-def _times(scale: MaybeTensor, factor: Tensor) -> Tensor:
+def _times(scale: Maybe, factor: Tensor) -> Tensor:
     return factor if scale is None else scale * factor
 
 
-def _sum(*terms: MaybeTensor) -> MaybeTensor:
+def _sum(*terms: Maybe) -> Maybe:
     present = [term for term in terms if term is not None]
     return sum(present[1:], present[0]) if present else None
 
@@ -191,7 +208,9 @@ class _ContractOutput(_Contraction):
             _save(ctx, x, scale, None, None, grid)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, g: Maybe) -> Any:
+        if g is None:
+            return (None,) * 9
         x, scale, spline_weight, base_weight, grid = _saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_scale, need_spline, need_base, *_ = ctx.needs_input_grad
@@ -209,19 +228,11 @@ class _ContractOutput(_Contraction):
                 d_spline, d_base = contract_weight(x, scale, g, grid, order, *ctx.options)
         return dx, d_scale, d_spline if need_spline else None, d_base if need_base else None, None, None, None, None, None
 
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        dx: MaybeTensor,
-        d_scale: MaybeTensor,
-        d_spline: MaybeTensor,
-        d_base: MaybeTensor,
-        d_grid: MaybeTensor,
-        *_: None,
-    ) -> MaybeTensor:
+    @_forward_rule
+    def jvp(ctx: Any, saved: Any, dx: Maybe, d_scale: Maybe, d_spline: Maybe, d_base: Maybe, d_grid: Maybe, *_: None) -> Maybe:
         if d_grid is not None:
             _refuse_grid()
-        x, scale, spline_weight, base_weight, grid = ctx.saved_tensors
+        x, scale, spline_weight, base_weight, grid = saved
         activation, outside, n, backend = ctx.options
         by_x = by_scale = by_weight = None
         if dx is not None:
@@ -258,7 +269,9 @@ class _ContractInput(_Contraction):
         _save(ctx, x, spline_weight, base_weight, g, grid)
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> Any:
+    def backward(ctx: Any, a: Maybe) -> Any:
+        if a is None:
+            return (None,) * 9
         x, spline_weight, base_weight, g, grid = _saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_spline, need_base, need_g, *_ = ctx.needs_input_grad
@@ -271,19 +284,11 @@ class _ContractInput(_Contraction):
             dg = contract_output(x, a, spline_weight, base_weight, grid, *ctx.options)
         return dx, d_spline if need_spline else None, d_base if need_base else None, dg, None, None, None, None, None
 
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        dx: MaybeTensor,
-        d_spline: MaybeTensor,
-        d_base: MaybeTensor,
-        dg: MaybeTensor,
-        d_grid: MaybeTensor,
-        *_: None,
-    ) -> MaybeTensor:
+    @_forward_rule
+    def jvp(ctx: Any, saved: Any, dx: Maybe, d_spline: Maybe, d_base: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Maybe:
         if d_grid is not None:
             _refuse_grid()
-        x, spline_weight, base_weight, g, grid = ctx.saved_tensors
+        x, spline_weight, base_weight, g, grid = saved
         activation, outside, n, backend = ctx.options
         by_x = by_weight = by_g = None
         if dx is not None:
@@ -316,7 +321,7 @@ class _ContractWeight(_Contraction):
         _save(ctx, x, scale, g if need_x or need_scale or forward_mode() else None, grid)
 
     @staticmethod
-    def backward(ctx: Any, a_spline: MaybeTensor, a_base: MaybeTensor) -> Any:
+    def backward(ctx: Any, a_spline: Maybe, a_base: Maybe) -> Any:
         order, activation, outside, n, backend = ctx.options
         if activation == "none":
             a_base = None  # that of the empty second result
@@ -335,11 +340,11 @@ class _ContractWeight(_Contraction):
             dg = contract_output(x, scale, a_spline, a_base, grid, activation, outside, n, backend)
         return dx, d_scale, dg, None, None, None, None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, dx: MaybeTensor, d_scale: MaybeTensor, dg: MaybeTensor, d_grid: MaybeTensor, *_: None) -> Any:
+    @_forward_rule
+    def jvp(ctx: Any, saved: Any, dx: Maybe, d_scale: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Any:
         if d_grid is not None:
             _refuse_grid()
-        x, scale, g, grid = ctx.saved_tensors
+        x, scale, g, grid = saved
         order, activation, outside, n, backend = ctx.options
         terms = []
         if dx is not None:
@@ -370,7 +375,7 @@ class _ContractBackward(_Contraction):
         _save(ctx, x, spline_weight, base_weight, g, grid)
 
     @staticmethod
-    def backward(ctx: Any, a: MaybeTensor, a_spline: MaybeTensor, a_base: MaybeTensor) -> Any:
+    def backward(ctx: Any, a: Maybe, a_spline: Maybe, a_base: Maybe) -> Any:
         x, spline_weight, base_weight, g, grid = _saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_spline, need_base, need_g, *_ = ctx.needs_input_grad
@@ -394,19 +399,11 @@ class _ContractBackward(_Contraction):
                 dg = _sum(dg, contract_output(x, None, a_spline, a_base, grid, activation, outside, n, backend))
         return dx, d_spline if need_spline else None, d_base if need_base else None, dg, None, None, None, None, None
 
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        dx: MaybeTensor,
-        d_spline: MaybeTensor,
-        d_base: MaybeTensor,
-        dg: MaybeTensor,
-        d_grid: MaybeTensor,
-        *_: None,
-    ) -> Any:
+    @_forward_rule
+    def jvp(ctx: Any, saved: Any, dx: Maybe, d_spline: Maybe, d_base: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Any:
         if d_grid is not None:
             _refuse_grid()
-        x, spline_weight, base_weight, g, grid = ctx.saved_tensors
+        x, spline_weight, base_weight, g, grid = saved
         activation, outside, n, backend = ctx.options
         order = _order(spline_weight, grid)
         d_input: list[Tensor] = []
@@ -421,8 +418,9 @@ class _ContractBackward(_Contraction):
         if d_spline is not None or d_base is not None:
             d_spline, d_base, activation = _weights(d_spline, d_base, spline_weight.shape, activation)
             d_input.append(contract_input(x, d_spline, d_base, g, grid, activation, outside, n + 1, backend))
-        if not d_weight:
-            return _sum(*d_input), None, None
+        if not d_weight:  # weights alone have tangents, which their own gradients do not depend on
+            empty = x.new_zeros(0, g.shape[1]) if base_weight is None else torch.zeros_like(base_weight)
+            return _sum(*d_input), torch.zeros_like(spline_weight), empty
         return _sum(*d_input), *(_sum(*parts) for parts in zip(*d_weight, strict=True))
 
     @staticmethod

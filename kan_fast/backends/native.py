@@ -92,7 +92,7 @@ def contract_output(
     codes = _activation_code[activation], _outside_code[outside]
     try:
         return _contract_output(x, scale, spline_weight, base_weight, grid, *codes, n)  # type: ignore[no-any-return]
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         check_problem(x, scale, spline_weight, base_weight, None, grid, None, activation, outside, n)
         raise
 
@@ -111,7 +111,7 @@ def contract_input(
     codes = _activation_code[activation], _outside_code[outside]
     try:
         return _contract_input(x, spline_weight, base_weight, g, grid, *codes, n)  # type: ignore[no-any-return]
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise
 
@@ -130,7 +130,7 @@ def contract_weight(
     codes = _activation_code[activation], _outside_code[outside]
     try:
         return _contract_weight(x, scale, g, grid, spline_order, *codes, n)  # type: ignore[no-any-return]
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         check_problem(x, scale, None, None, g, grid, spline_order, activation, outside, n)
         raise
 
@@ -149,6 +149,6 @@ def contract_backward(
     codes = _activation_code[activation], _outside_code[outside]
     try:
         return _contract_backward(x, spline_weight, base_weight, g, grid, *codes, n)  # type: ignore[no-any-return]
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise

@@ -1,0 +1,153 @@
+"""torch.compile and torch.export: whole graphs, the same numbers, derivatives of every order."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jvp, vmap
+
+from kan_fast import KAN, KANLayer
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def model(place64):
+    return KAN([3, 4, 2], backend=place64.backend, device=place64.device, dtype=torch.float64, bias=True)
+
+
+@pytest.fixture
+def x(place64):
+    return (torch.rand(6, 3, dtype=torch.float64) * 2.4 - 1.2).to(place64.device)
+
+
+def gradients(model, x):
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    return y, *torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])
+
+
+def compiled(function, **options):
+    """The graph is captured whole and lowered to ATen and our operators, without generating code."""
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+def test_forward_and_backward(model, x):
+    for mine, want in zip(gradients(compiled(model), x), gradients(model, x), strict=True):
+        torch.testing.assert_close(mine, want, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common.check.*:FutureWarning")
+def test_with_generated_code(place):
+    model = KAN([3, 4, 2], backend=place.backend, device=place.device)
+    x = torch.rand(6, 3, device=place.device)
+    with_code = torch.compile(model, fullgraph=True)
+    for mine, want in zip(gradients(with_code, x), gradients(model, x), strict=True):
+        torch.testing.assert_close(mine, want)
+    with torch.no_grad():
+        torch.testing.assert_close(with_code(x), model(x))
+
+
+def test_dynamic_shapes_are_compiled_once(model, x):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    dynamic = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (6, 5, 3):
+        torch.testing.assert_close(dynamic(x[:rows]), model(x[:rows]), **EXACT)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("options", [{"base_activation": None}, {"base_activation": torch.sin}, {"outside": "linear"}], ids=str)
+def test_layers_of_every_kind(options, x):
+    layer = KANLayer(3, 2, dtype=torch.float64, **options)
+    layer.edge_mask = torch.tensor([[True, False], [True, True], [False, True]])
+    x = x.cpu()
+    for mine, want in zip(gradients(compiled(layer), x), gradients(layer, x), strict=True):
+        torch.testing.assert_close(mine, want, **EXACT)
+    leading = torch.rand(2, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(compiled(layer)(leading), layer(leading), **EXACT)
+
+
+def test_autocast(x):
+    layer = KANLayer(3, 2)
+    x = x.cpu().float()
+
+    def narrow(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    got = compiled(narrow)(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, narrow(x))
+
+
+def test_transforms_inside(model, x):
+    def f(row):
+        return model(row).square().sum()
+
+    tangent = torch.randn_like(x)
+    for function in (
+        lambda x: vmap(grad(f))(x),
+        lambda x: vmap(hessian(f))(x),
+        lambda x: jvp(model, (x,), (tangent,))[1],
+        lambda x: vmap(lambda row, t: jvp(grad(f), (row,), (t,))[1])(x, tangent),
+    ):
+        torch.testing.assert_close(compiled(function)(x), function(x), **EXACT)
+
+
+def test_training_step_of_a_differential_equation(model, x):
+    """Second derivatives by x inside, gradients by the weights outside, in one graph."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x):
+        def u(row):
+            return functional_call(model, parameters, (row,)).sum()
+
+        u_x, u_xx = vmap(grad(u))(x), vmap(hessian(u))(x)
+        return ((x * u_x).sum(1) + u_xx.diagonal(dim1=1, dim2=2).sum(1)).square().mean()
+
+    def step(parameters, x):
+        return grad(loss)(parameters, x)
+
+    got, want = compiled(step)(parameters, x), step(parameters, x)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], **EXACT)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(model, x, strict, tmp_path):
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for rows in (6, 4):
+        torch.testing.assert_close(loaded(x[:rows]), model(x[:rows]), **EXACT)
+    leaf = x.clone().requires_grad_()  # an exported program is differentiable still
+    (got,) = torch.autograd.grad(loaded(leaf).sum(), leaf)
+    (want,) = torch.autograd.grad(model(leaf).sum(), leaf)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
+def test_an_exported_program_chooses_its_backend_where_it_runs():
+    layer = KANLayer(3, 2)
+    program = torch.export.export(layer, (torch.rand(4, 3),))
+    calls = [node for node in program.graph.nodes if node.target is torch.ops.kan_fast.contract_output.default]
+    assert [node.args[-1] for node in calls] == ["auto"]
+    named = torch.export.export(KANLayer(3, 2, backend="reference"), (torch.rand(4, 3),))
+    calls = [node for node in named.graph.nodes if node.target is torch.ops.kan_fast.contract_output.default]
+    assert [node.args[-1] for node in calls] == ["reference"]
+
+
+def test_compiled_models_can_be_copied_and_loaded(model, x):
+    fast = compiled(model)
+    fast(x)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    fast.load_state_dict({f"_orig_mod.{name}": value for name, value in other.state_dict().items()})
+    torch.testing.assert_close(fast(x), other(x), **EXACT)
