@@ -141,11 +141,13 @@ Call<T> prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& sp
     require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
     if (!spline) p.out_features = g->size(1);
     expect_shape("g", *g, {p.batch, p.out_features});
+    require(!spline || g->scalar_type() == spline->scalar_type(), "g must have the dtype of spline_weight");
     call.g = prepared(*g, type);
     p.g = Call<T>::data(*call.g);
   }
   if (base) {
     expect_shape("base_weight", *base, {p.in_features, p.out_features});
+    require(base->scalar_type() == spline->scalar_type(), "base_weight must have the dtype of spline_weight");
     call.base = prepared(*base, type);
     p.base_weight = Call<T>::data(*call.base);
   }
