@@ -93,7 +93,8 @@ def test_calls(place, change, error, message):
         "backend": place.backend,
     }
     arguments = {
-        name: value.to(place.device) if isinstance(value, torch.Tensor) else value for name, value in {**sound, **change}.items()
+        name: value.to(place.device) if isinstance(value, torch.Tensor) else value
+        for name, value in {**sound, **change}.items()
     }
     with pytest.raises(error, match=message):
         kan_linear(**arguments)

@@ -44,7 +44,8 @@ def imports_of(path):
     modules = {module_of(p) for p in PACKAGE.rglob("*.py")}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (name.name.removeprefix("kan_fast").strip(".") for name in node.names if name.name.startswith("kan_fast"))
+            names = [name.name for name in node.names if name.name.startswith("kan_fast")]
+            yield from (name.removeprefix("kan_fast").strip(".") for name in names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: imports are absolute"
             if node.module and node.module.split(".")[0] == "kan_fast":

@@ -64,4 +64,5 @@ def test_narrow_dtypes(dtype, x_dtype):
             assert result.dtype == want
         # Bases and sums in float32 whatever the inputs are: errors of the sums are float32's (K = 81 terms at most, and
         # contract_input of order 1 has slopes of size 1/h), the rest is the rounding of the result.
-        check(problem, operation, 0, True, 100 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps + torch.finfo(x_dtype).eps)
+        sums = 100 * torch.finfo(torch.float32).eps
+        check(problem, operation, 0, True, sums + torch.finfo(dtype).eps + torch.finfo(x_dtype).eps)

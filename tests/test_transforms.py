@@ -209,7 +209,8 @@ def test_every_combination_of_batched_arguments(operation, size):
         values, dims = list(args), [None] * len(args)
         for p in batched:
             dims[p] = (mask + p) % (args[p].dim() + 1)
-            stacked = torch.stack([args[p] * (1 + 0.1 * s) for s in range(size)]) if size else args[p].new_empty(0, *args[p].shape)
+            empty = args[p].new_empty(0, *args[p].shape)
+            stacked = torch.stack([args[p] * (1 + 0.1 * s) for s in range(size)]) if size else empty
             values[p] = stacked.movedim(0, dims[p])
         got = vmap(lambda *t: getattr(ops, operation)(*t), in_dims=tuple(dims))(*values)
         for sample in range(size):
