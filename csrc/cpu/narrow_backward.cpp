@@ -3,8 +3,6 @@
 // number of threads alone.
 #include "narrow_tile.h"
 
-#include "narrow.h"
-
 namespace kan::cpu::KAN_ISA::narrow {
 namespace {
 
@@ -160,7 +158,8 @@ void weight_rows(const Features<T>& f, const T* __restrict g, int rows, int firs
 
 template <class T> using InputKernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, T*);
 template <class T> using FeatureKernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, Features<T>&);
-template <class T> using BothKernel = void (*)(const Pieces<T>&, const Pieces<T>&, int64_t, const T*, const T*, int, T*, Features<T>&);
+template <class T>
+using BothKernel = void (*)(const Pieces<T>&, const Pieces<T>&, int64_t, const T*, const T*, int, T*, Features<T>&);
 template <class T> using RowsKernel = void (*)(const Features<T>&, const T*, int, int, T*, ptrdiff_t);
 
 template <class T, int P> InputKernel<T> pick_registers(int registers) {
@@ -341,7 +340,8 @@ template <class T> void contract_backward(const Problem<T>& p, const Runtime& ru
   if (p.dx) take_pieces(p, for_x, knots, true, packed, arena);
   if (need_w) take_pieces(p, for_w, knots, false, packed, arena);
 
-  Task<T> task{p, for_x, for_w, parts, rows, inputs, count, window_rows, arena.take<T>(sums * size_t(window_rows)), arena.take<T>(sums)};
+  T *d_spline = arena.take<T>(sums * size_t(window_rows)), *d_base = arena.take<T>(sums);
+  Task<T> task{p, for_x, for_w, parts, rows, inputs, count, window_rows, d_spline, d_base};
   auto body = [](void* context, int64_t index) {
     const Task<T>& k = *static_cast<Task<T>*>(context);
     const int64_t first = index / k.row_tasks * k.inputs;

@@ -1,8 +1,6 @@
 // contract_output of layers with few outputs: y[b, o] += sum over inputs, 16 rows at a time.
 #include "narrow_tile.h"
 
-#include "narrow.h"
-
 namespace kan::cpu::KAN_ISA::narrow {
 namespace {
 
@@ -16,29 +14,28 @@ void accumulate(const Pieces<T>& t, int64_t input, const T* __restrict x, const 
   const T *lower_knot = t.lower_knot(input), *polynomials = t.polynomials + input * t.outputs * t.edge_size();
   const T* base = t.base + input * t.base_stride;
   for (int b = 0; b < rows; b += U * N) {
-    Vec<T> xs[U], factor[U], s[U], u[U];
+    Vec<T> xs[U], s[U], u[U];
     VecInt<T> piece[U];
-    KAN_UNROLL for (int v = 0; v < U; ++v) {
-      xs[v] = load<T>(x + b + v * N);
-      factor[v] = scale ? load<T>(scale + b + v * N) : broadcast<T>(1);
-    }
-    KAN_UNROLL for (int v = 0; v < U; ++v) s[v] = base_feature(t, xs[v]) * factor[v];
+    KAN_UNROLL for (int v = 0; v < U; ++v) xs[v] = load<T>(x + b + v * N);
+    KAN_UNROLL for (int v = 0; v < U; ++v) s[v] = base_feature(t, xs[v]);
     if constexpr (P >= 0) {
       KAN_UNROLL for (int v = 0; v < U; ++v) locate<P, REGISTERS, T>(t, k, lower_knot, xs[v], piece[v], u[v]);
     }
-    T* out = y + b;
     const T* c = polynomials;
-    for (int64_t o = 0; o < t.outputs; ++o, out += kColumn, c += t.edge_size()) {
-      Vec<T> a[U], p[U];
-      KAN_UNROLL for (int v = 0; v < U; ++v) a[v] = load<T>(out + v * N) + s[v] * base[o];
+    for (int64_t o = 0; o < t.outputs; ++o, c += t.edge_size()) {
+      T* out = y + o * kColumn + b;
+      Vec<T> a[U];
+      KAN_UNROLL for (int v = 0; v < U; ++v) a[v] = s[v] * base[o];
       if constexpr (P >= 0) {
+        Vec<T> p[U];
         KAN_UNROLL for (int v = 0; v < U; ++v) p[v] = entry<REGISTERS, T>(c + P * t.stride, piece[v]);
         KAN_UNROLL for (int d = P - 1; d >= 0; --d) {
           KAN_UNROLL for (int v = 0; v < U; ++v) p[v] = p[v] * u[v] + entry<REGISTERS, T>(c + d * t.stride, piece[v]);
         }
-        KAN_UNROLL for (int v = 0; v < U; ++v) a[v] += p[v] * factor[v];
+        KAN_UNROLL for (int v = 0; v < U; ++v) a[v] += p[v];
       }
-      KAN_UNROLL for (int v = 0; v < U; ++v) store<T>(out + v * N, a[v]);
+      if (scale) { KAN_UNROLL for (int v = 0; v < U; ++v) a[v] *= load<T>(scale + b + v * N); }
+      KAN_UNROLL for (int v = 0; v < U; ++v) store<T>(out + v * N, load<T>(out + v * N) + a[v]);
     }
   }
 }

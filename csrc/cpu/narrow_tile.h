@@ -3,15 +3,14 @@
 // output) is a table of polynomials, one per knot interval, in u = (x - t_j) / (t_{j+1} - t_j): for a cubic edge that is
 // four lookups and four multiply-adds, whatever the knots, and with grid_size 5 a lookup is one register permuted.
 #pragma once
-#include "bucket.h"
+#include "narrow.h"
 
 namespace kan::cpu::KAN_ISA::narrow {
 
 constexpr int kRows = 256;           // rows of a tile
 constexpr int kColumn = kRows + 16;  // from one column to the next: a power of two would make stores and loads collide
 constexpr int kVectors = kRegisters == 32 ? 2 : 1;  // vectors of rows worked on at once
-constexpr int kInputs = 16;      // inputs of a block: one transpose; also the length of a float sum of its own
-constexpr int kMaxOutputs = 15;  // what the tiles on the stack hold
+constexpr int kInputs = 16;          // inputs of a block: one transpose; also the length of a float sum of its own
 
 #if defined(KAN_ISA_AVX512)
 KAN_INLINE __mmask16 equals(VecInt<float> a, int b) { return _mm512_cmpeq_epi32_mask((__m512i)a, _mm512_set1_epi32(b)); }
@@ -27,26 +26,10 @@ template <class I> KAN_INLINE I equals(I a, int b) { return (I)(a == b); }
 template <class I, class V> KAN_INLINE V select(I mask, V a, V b) { return mask ? a : b; }
 #endif
 
-// Registers that hold a table of `length` entries whose lanes can be permuted; 0 where a table must be read from memory.
-template <class T> inline int table_registers(int length) {
-#if defined(KAN_ISA_AVX512)
-  constexpr bool permutes = true;
-#elif defined(KAN_ISA_AVX2)
-  constexpr bool permutes = sizeof(T) == 4;
-#else
-  constexpr bool permutes = false;
-#endif
-  return !permutes ? 0 : length <= Simd<T>::N ? 1 : length <= 2 * Simd<T>::N ? 2 : 0;
-}
-
 template <int REGISTERS, class T> KAN_INLINE Vec<T> entry(const T* table, VecInt<T> index) {
 #if defined(KAN_ISA_AVX2)
-  if constexpr (sizeof(T) == 4 && REGISTERS > 0) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
-    if constexpr (REGISTERS == 1) return (Vec<T>)low;
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
-    return (Vec<T>)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)index, 28)));
-  }
+  if constexpr (sizeof(T) == 4 && REGISTERS == 1)
+    return (Vec<T>)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
 #endif
   return lookup<T>(table, REGISTERS > 0 ? REGISTERS * Simd<T>::N : 1 << 30, index);
 }
@@ -196,51 +179,46 @@ template <class T> void prepare_polynomials(const Problem<T>& p, Pieces<T>& piec
   }
 }
 
-// The piece of every lane and its coordinate in it. x may be anything: where the piece is zero, u stays finite.
+// The piece of every lane and its coordinate in it, which is 0 where the piece is zero: infinite x must not make NaN.
 template <int P, int REGISTERS, class T>
 KAN_INLINE void locate(const Pieces<T>& t, const Knots<T>& k, const T* lower_knot, Vec<T> x, VecInt<T>& piece, Vec<T>& u) {
   using I = VecInt<T>;
   const int last = k.high - k.low;
-  Vec<T> inside = x < k.first ? broadcast<T>(k.first) : x;
-  inside = inside > k.last ? broadcast<T>(k.last) : inside;
+  const bool vanishes = t.vanishes();
+  Vec<T> at = vanishes || t.extended ? x : into_range<T>(k, x);
   I j;
   if (k.uniform) {
-    Vec<T> guess = (inside - lower_knot[0]) * k.inverse_h;
-    guess = guess > 0 ? guess : Vec<T>{};
+    Vec<T> guess = (at - lower_knot[0]) * k.inverse_h;
     guess = guess < T(last) ? guess : broadcast<T>(T(last));
-    j = to_int<T>(guess);
     if constexpr (P < 2) {
-      // A piece beside the right one costs the P-th power of a rounding; below that the stored knots must decide.
-      I below = (I)(inside < entry<REGISTERS, T>(lower_knot, j));
-      j += below;
-      I next = j + 1;
-      next = next > last ? I{} + last : next;
-      j = inside >= entry<REGISTERS, T>(lower_knot, next) ? next : j;
-      j = j < 0 ? I{} : j;
+      // The interval beside the right one costs the P-th power of a rounding; below that the stored knots must decide.
+      j = to_int<T>(guess > 0 ? guess : Vec<T>{});
+      const I below = (I)(at < entry<REGISTERS, T>(lower_knot, j));
+      j = j + below < 0 ? I{} : j + below;
+      const I next = j < last ? j + 1 : j;
+      j = at >= entry<REGISTERS, T>(lower_knot, next) ? next : j;
+    } else {
+      j = to_int<T>(guess);  // negative below the range alone, where another piece takes over
     }
   } else {
     j = I{};
     for (int step = k.steps; step > 0; step >>= 1) {
       I candidate = j + step;
       candidate = candidate > last ? I{} + last : candidate;
-      j = inside >= entry<REGISTERS, T>(lower_knot, candidate) ? candidate : j;
+      j = at >= entry<REGISTERS, T>(lower_knot, candidate) ? candidate : j;
     }
   }
-  if (t.outside == kZero) {
-    j = x < k.first ? I{} + t.none() : j;
-    j = x >= k.last ? I{} + t.none() : j;
-  } else if (t.extended) {
+  if (t.extended) {
     j = x < k.first ? I{} + t.intervals : j;
     j = x > k.last ? I{} + (t.intervals + 1) : j;
-    inside = x;
-  } else if (t.vanishes()) {
-    j = x < k.first ? I{} + t.none() : j;
-    j = x > k.last ? I{} + t.none() : j;
+  } else if (vanishes) {
+    const I gone = (I)(x < k.first) | (t.outside == kZero ? (I)(x >= k.last) : (I)(x > k.last));
+    j = gone ? I{} + t.none() : j;
+    at = gone ? Vec<T>{} + k.first : at;
   }
   piece = j;
-  u = inside - entry<REGISTERS, T>(lower_knot, j);
-  if (k.uniform) u *= k.inverse_h;
-  else u *= entry<REGISTERS, T>(lower_knot + t.stride, j);
+  u = at - entry<REGISTERS, T>(lower_knot, j);
+  u *= k.uniform ? broadcast<T>(k.inverse_h) : entry<REGISTERS, T>(lower_knot + t.stride, j);
 }
 
 // The base activation; without one still a NaN where x is NaN, which the zeros of Pieces::base pass on.
@@ -250,23 +228,27 @@ template <class T> KAN_INLINE Vec<T> base_feature(const Pieces<T>& t, Vec<T> x) 
 }
 
 #if defined(KAN_ISA_AVX512)
-// 16 rows of C columns are C registers. Each wanted register takes its lanes from all of them, by masked permutes.
+// 16 rows of C columns are C registers. Each wanted register takes its lanes from all of them, by permutes of one
+// or two registers and masks.
 template <int C> void split_columns(const float* in, int rows, float* out, ptrdiff_t ld) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int i = 0; i < C; ++i) {
     const __m512i flat = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(C)), _mm512_set1_epi32(i));
-    __mmask16 mask[C];
-    KAN_UNROLL for (int s = 0; s < C; ++s) mask[s] = _mm512_cmpeq_epi32_mask(_mm512_srli_epi32(flat, 4), _mm512_set1_epi32(s));
-    for (int b = 0; b < rows; b += 16) {
+    __mmask16 mask[(C + 1) / 2];  // lanes that come from each pair of registers
+    KAN_UNROLL for (int s = 0; s < (C + 1) / 2; ++s)
+      mask[s] = _mm512_cmpeq_epi32_mask(_mm512_srli_epi32(flat, 5), _mm512_set1_epi32(s));
+    int b = 0;
+    for (; b + 16 <= rows; b += 16) {
       const float* from = in + ptrdiff_t(b) * C;
-      const int left = (rows - b) * C;
-      __m512 v = _mm512_setzero_ps();
-      KAN_UNROLL for (int s = 0; s < C; ++s) {
-        __m512 part = left >= 16 * C ? _mm512_loadu_ps(from + 16 * s) : _mm512_maskz_loadu_ps(lanes16(left - 16 * s), from + 16 * s);
-        v = _mm512_mask_permutexvar_ps(v, mask[s], flat, part);
+      __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(from), flat, _mm512_loadu_ps(from + 16));
+      KAN_UNROLL for (int s = 2; s + 1 < C; s += 2) {
+        const __m512 pair = _mm512_permutex2var_ps(_mm512_loadu_ps(from + 16 * s), flat, _mm512_loadu_ps(from + 16 * s + 16));
+        v = _mm512_mask_mov_ps(v, mask[s / 2], pair);
       }
+      if constexpr (C % 2) v = _mm512_mask_permutexvar_ps(v, mask[C / 2], flat, _mm512_loadu_ps(from + 16 * (C - 1)));
       _mm512_storeu_ps(out + i * ld + b, v);
     }
+    for (; b < rows; ++b) out[i * ld + b] = in[ptrdiff_t(b) * C + i];
   }
 }
 template <int C> void join_columns(const float* in, ptrdiff_t ld, int rows, float* out) {
@@ -295,8 +277,12 @@ template <int C> void join_columns(const float* in, ptrdiff_t ld, int rows, floa
     case 7: return function<7>(__VA_ARGS__); \
     default: return function<8>(__VA_ARGS__); \
   }
-inline void split_packed(const float* in, int rows, int columns, float* out) { KAN_COLUMNS(split_columns, in, rows, out, kColumn) }
-inline void join_packed(const float* in, int rows, int columns, float* out) { KAN_COLUMNS(join_columns, in, kColumn, rows, out) }
+inline void split_packed(const float* in, int rows, int columns, float* out) {
+  KAN_COLUMNS(split_columns, in, rows, out, kColumn)
+}
+inline void join_packed(const float* in, int rows, int columns, float* out) {
+  KAN_COLUMNS(join_columns, in, kColumn, rows, out)
+}
 #undef KAN_COLUMNS
 #endif
 
