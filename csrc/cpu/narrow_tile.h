@@ -140,7 +140,7 @@ template <int P, class T> void prepare_geometry(const Problem<T>& p, const Piece
   }
 }
 
-// scratch: (bases + n) * out, and a row of `padded` entries for one edge.
+// scratch: (bases + n) * out entries; row: stride + degree + 1, the coefficients of one edge from its first window on.
 template <class T> void prepare_polynomials(const Problem<T>& p, Pieces<T>& pieces, T* scratch, T* row) {
   const int n = pieces.order.n, bases = p.bases(), O = int(p.out_features), M = pieces.degree + 1;
   const ptrdiff_t stride = pieces.stride;
