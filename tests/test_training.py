@@ -37,8 +37,8 @@ def test_defaults_are_those_of_a_plain_loop():
     # The same run written out: AdamW with weight decay 1e-4, clipping at 1, MSE, plateau on the validation loss.
     loaders = [make_data()], [make_data(80, 1)]
     model, plain = make_model(), make_model()
-    history = train(model, *loaders, epochs=40, lr=0.3)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.3, weight_decay=1e-4)
+    history = train(model, *loaders, epochs=40, lr=3.0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=3.0, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
     train_losses, val_losses = [], []
     for _ in range(40):
@@ -55,7 +55,7 @@ def test_defaults_are_those_of_a_plain_loop():
     got_train, got_val = history
     assert got_train == pytest.approx(train_losses, rel=1e-12)
     assert got_val == pytest.approx(val_losses, rel=1e-12)
-    assert history.learning_rates[-1] == optimizer.param_groups[0]["lr"] < 0.3
+    assert history.learning_rates[-1] == optimizer.param_groups[0]["lr"] < 3.0
     for ours, theirs in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert history.best_epoch == min(range(40), key=val_losses.__getitem__)
