@@ -157,8 +157,8 @@ def _forward_rule(rule: Callable[..., Any]) -> Any:
     """
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        primal = torch.ops.aten._fw_primal.default
-        saved = tuple(None if tensor is None else primal(tensor, 0) for tensor in ctx.saved_tensors)
+        unpack = forward_ad.unpack_dual
+        saved = tuple(None if tensor is None else unpack(tensor, level=0).primal for tensor in ctx.saved_tensors)
         with forward_ad._set_fwd_grad_enabled(True):
             return rule(ctx, saved, *tangents)
 

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, hessian, vmap
+from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from kan_fast import KAN, KANLayer
 
@@ -93,6 +92,19 @@ def test_per_sample_gradients_inside(model, x):
         return vmap(grad(lambda row: model(row).square().sum()))(x)
 
     torch.testing.assert_close(compiled(gradients_of_rows)(x), gradients_of_rows(x), **EXACT)
+
+
+def test_transforms_inside(model, x):
+    def f(row):
+        return model(row).square().sum()
+
+    tangent = torch.randn_like(x)
+    for function in (
+        lambda x: vmap(hessian(f))(x),
+        lambda x: jvp(model, (x,), (tangent,))[1],
+        lambda x: vmap(lambda row, t: jvp(grad(f), (row,), (t,))[1])(x, tangent),
+    ):
+        torch.testing.assert_close(compiled(function)(x), function(x), **EXACT)
 
 
 def test_training_step_of_a_differential_equation(model, x):
