@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from kan_fast import batching
 from kan_fast.backends import get
@@ -145,22 +147,33 @@ def _save(ctx: Any, *tensors: Maybe) -> None:
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """Saved tensors; those that a finished torch.func transform wrapped come unwrapped (torch.func.vjp needs it)."""
-    unwrap = _C._functorch.unwrap_if_dead
+    unwrap = functorch.unwrap_if_dead
     return tuple([tensor if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors])
 
 
 def _forward_rule(rule: Callable[..., Any]) -> Any:
-    """A jvp that forward mode may differentiate again: rule(ctx, saved tensors without tangents, *tangents).
+    """A jvp that forward mode may differentiate again: rule(ctx, saved tensors, *tangents).
 
-    torch calls jvp with forward mode off, so a second torch.func.jvp would see constants and give zeros in silence
-    (pytorch issue 197867). With forward mode on again the saved tensors must lose the tangents of this level.
+    torch calls jvp with forward mode off, so that an outer torch.func.jvp would see constants and give zeros in silence
+    (pytorch issue 197867). The rule runs one level down instead, where the tensors have lost the tangents of this level
+    and keep those of the outer ones, with forward mode on.
     """
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        unpack = forward_ad.unpack_dual
-        saved = tuple(None if tensor is None else unpack(tensor, level=0).primal for tensor in ctx.saved_tensors)
-        with forward_ad._set_fwd_grad_enabled(True):
-            return rule(ctx, saved, *tangents)
+        top = functorch.peek_interpreter_stack()
+        if top is None or top.key() != functorch.TransformType.Jvp:
+            return rule(ctx, ctx.saved_tensors, *tangents)  # plain dual levels do not nest
+        level = top.level()
+        saved, tangents = (
+            tuple([None if tensor is None else functorch._unwrap_for_grad(tensor, level) for tensor in tensors])
+            for tensors in (ctx.saved_tensors, tangents)
+        )
+        interpreter = retrieve_current_functorch_interpreter()
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+            result = rule(ctx, saved, *tangents)
+        if isinstance(result, Tensor):
+            return functorch._wrap_for_grad(result, level)
+        return tuple([functorch._wrap_for_grad(part, level) for part in result])
 
     return staticmethod(jvp)
 

@@ -32,17 +32,23 @@ def closed(problem, operation, n, backend, with_scale=True):
 @every_activation
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gradients_of_every_argument(place64, operation, activation, outside):
-    """First and second derivatives, backward and forward, against finite differences; x is off the knots."""
-    for k, n in ((3, 0), (2, 1)):
+    """First and second derivatives, backward and forward, against finite differences; x is off the knots.
+
+    fast_mode compares one random projection of each Jacobian; one combination is compared entry by entry.
+    """
+    fast_mode = (activation, outside) != ("silu", "zero")
+    for k, n in ((3, 0), (2, 1))[: 2 if activation == "silu" else 1]:
         problem = make_problem(
             place64, shape=SMALL, grid_size=3, k=k, activation=activation, outside=outside, requires_grad=True, kind="uneven"
         )
         for with_scale in (True, False)[: 2 if operation in ("contract_output", "contract_weight") else 1]:
             function, values = closed(problem, operation, n, place64.backend, with_scale)
-            assert torch.autograd.gradcheck(function, values, check_forward_ad=True, check_batched_grad=True)
+            assert torch.autograd.gradcheck(
+                function, values, check_forward_ad=True, check_batched_grad=not fast_mode, fast_mode=fast_mode
+            )
             if n == 0:
                 assert torch.autograd.gradgradcheck(
-                    function, values, check_fwd_over_rev=True, check_rev_over_rev=True, atol=1e-4
+                    function, values, check_fwd_over_rev=True, check_rev_over_rev=True, atol=1e-4, fast_mode=fast_mode
                 )
 
 
