@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from kan_fast import backends
 
 settings.register_profile(
-    "kan_fast", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "kan_fast", deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("kan_fast")
 

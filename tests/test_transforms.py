@@ -96,6 +96,23 @@ def test_third_order(x):
             torch.testing.assert_close(got[:, i, j], third.sum(1), **EXACT)
 
 
+@pytest.mark.parametrize("nesting", ["jjj", "jjg", "jgj", "gjj", "jgg", "gjg", "ggj", "ggg"])
+def test_three_derivatives_in_every_nesting(place64, nesting):
+    """torch's own autograd.Function gives zeros in silence where jvp meets jvp (pytorch issue 197867)."""
+    layer = KANLayer(1, 1, spline_order=4, backend=place64.backend, device=place64.device, dtype=torch.float64)
+    steps = {
+        "j": lambda f: lambda x: jvp(f, (x,), (torch.ones_like(x),))[1],
+        "g": lambda f: lambda x: grad(lambda x: f(x).sum())(x),
+    }
+    function = layer
+    for step in nesting:
+        function = steps[step](function)
+    x = torch.linspace(-1.5, 1.5, 11, dtype=torch.float64, device=place64.device)[:, None]
+    want = layer.edge(0, 0)(x, 3)
+    assert want.abs().min() > 0
+    torch.testing.assert_close(function(x), want, **EXACT)
+
+
 def test_jvp_of_grad_and_grad_of_jvp(model, x):
     """Both are Hessian-vector products, by the input and by the weights."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -136,7 +153,9 @@ def test_mixed_residual_of_a_differential_equation(model, x):
 
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     names = list(parameters)
-    assert torch.autograd.gradcheck(lambda *p: residual(dict(zip(names, p, strict=True)), x), tuple(parameters.values()))
+    assert torch.autograd.gradcheck(
+        lambda *p: residual(dict(zip(names, p, strict=True)), x), tuple(parameters.values()), fast_mode=True
+    )
 
     def eager(*values):
         leaf = x.clone().requires_grad_()
@@ -146,7 +165,7 @@ def test_mixed_residual_of_a_differential_equation(model, x):
         return ((leaf * u_x).sum(1) + u_xx).square().mean()
 
     torch.testing.assert_close(eager(*parameters.values()), residual(parameters, x), **EXACT)
-    assert torch.autograd.gradcheck(eager, tuple(parameters.values()))
+    assert torch.autograd.gradcheck(eager, tuple(parameters.values()), fast_mode=True)
 
 
 def test_residual_of_an_analytic_function():
