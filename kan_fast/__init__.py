@@ -8,6 +8,7 @@ from kan_fast.backends import available_backends
 from kan_fast.nn import KAN, KANLayer, KolmogorovArnoldNetwork
 
 if TYPE_CHECKING:
+    from kan_fast.export import export_aoti, export_onnx, export_program
     from kan_fast.grid import adaptive_grid_refinement, tune_grid_size, update_grid
     from kan_fast.history import History
     from kan_fast.plotting import plot_history, plot_kan, plot_layer
@@ -24,6 +25,9 @@ _TOOLS = {
     "advanced_regularization": "regularization",
     "compact": "pruning",
     "edge_scores": "pruning",
+    "export_aoti": "export",
+    "export_onnx": "export",
+    "export_program": "export",
     "fit_symbolic_function": "symbolic",
     "node_scores": "pruning",
     "plot_history": "plotting",
@@ -58,6 +62,9 @@ __all__ = [
     "available_backends",
     "compact",
     "edge_scores",
+    "export_aoti",
+    "export_onnx",
+    "export_program",
     "fit_symbolic_function",
     "functional",
     "node_scores",

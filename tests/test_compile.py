@@ -127,6 +127,72 @@ def test_training_step_of_a_differential_equation(model, x):
         torch.testing.assert_close(got[name], want[name], **EXACT)
 
 
+def test_a_training_step_in_one_graph(model, x):
+    """Forward, backward and update; fullgraph raises at a graph break."""
+    twin, target = copy.deepcopy(model), torch.rand(6, 2, dtype=torch.float64, device=x.device)
+
+    def make_step(model):
+        def step(x, target):
+            loss = (model(x) - target).square().mean()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * parameter.grad)
+                    parameter.grad = None
+            return loss.detach()
+
+        return step
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        plain, fast = make_step(model), compiled(make_step(twin))
+        losses = [(plain(x, target), fast(x, target)) for _ in range(4)]
+    for want, got in losses:
+        torch.testing.assert_close(got, want, **EXACT)
+    assert losses[-1][0] < losses[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_a_training_step_in_a_cuda_graph():
+    """Captured once, replayed on other data: no allocation on the host's side, no wait for the device."""
+    model = KAN([3, 4, 2], device="cuda")
+    twin = copy.deepcopy(model)
+    batches = [(torch.rand(32, 3, device="cuda") * 2 - 1, torch.rand(32, 2, device="cuda")) for _ in range(6)]
+
+    def make_step(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True)
+
+        def step(x, y):
+            optimizer.zero_grad(set_to_none=True)
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    plain, captured = make_step(model), make_step(twin)
+    x, y = (torch.empty_like(part) for part in batches[0])
+    want, got = [], []
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in batches[:3]:  # warm-up, which trains too
+            want.append(plain(*batch))
+            x.copy_(batch[0]), y.copy_(batch[1])
+            got.append(captured(x, y).clone())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = captured(x, y)
+    for batch in batches[3:]:
+        want.append(plain(*batch))
+        x.copy_(batch[0]), y.copy_(batch[1])
+        graph.replay()
+        got.append(loss.clone())
+    torch.testing.assert_close(torch.stack(got), torch.stack(want))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(model, x, strict, tmp_path):
     batch = torch.export.Dim("batch", min=2)
