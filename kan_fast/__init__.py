@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kan_fast.export import export_aoti, export_onnx, export_program
     from kan_fast.grid import adaptive_grid_refinement, tune_grid_size, update_grid
     from kan_fast.history import History
+    from kan_fast.nn.interop import from_edges, from_efficient_kan, from_pykan, replace_layers, to_pykan
     from kan_fast.plotting import plot_history, plot_kan, plot_layer
     from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
     from kan_fast.regularization import activation_regularization, advanced_regularization
@@ -29,12 +30,17 @@ _TOOLS = {
     "export_onnx": "export",
     "export_program": "export",
     "fit_symbolic_function": "symbolic",
+    "from_edges": "nn.interop",
+    "from_efficient_kan": "nn.interop",
+    "from_pykan": "nn.interop",
     "node_scores": "pruning",
     "plot_history": "plotting",
     "plot_kan": "plotting",
     "plot_layer": "plotting",
     "prune_kan": "pruning",
+    "replace_layers": "nn.interop",
     "symbolic_extraction": "symbolic",
+    "to_pykan": "nn.interop",
     "train_kan": "training",
     "tune_grid_size": "grid",
     "update_grid": "grid",
@@ -66,13 +72,18 @@ __all__ = [
     "export_onnx",
     "export_program",
     "fit_symbolic_function",
+    "from_edges",
+    "from_efficient_kan",
+    "from_pykan",
     "functional",
     "node_scores",
     "plot_history",
     "plot_kan",
     "plot_layer",
     "prune_kan",
+    "replace_layers",
     "symbolic_extraction",
+    "to_pykan",
     "train_kan",
     "tune_grid_size",
     "update_grid",

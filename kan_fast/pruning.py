@@ -177,9 +177,7 @@ def compact(model: KAN, drop_inputs: bool = False) -> KAN:
         smaller = _slice(layer, keep[place], keep[place + 1], alive, bias)
         layers.append(smaller)
         constant = bias
-    result = KAN([len(index) for index in keep], device="meta")
-    result.layers = nn.ModuleList(layers)
-    result.train(model.training)
+    result = KAN.from_layers(layers).train(model.training)
     if drop_inputs:
         result.register_buffer("input_index", keep[0])
     return result

@@ -28,6 +28,17 @@ class KAN(nn.Module):
             KANLayer(dims[i], dims[i + 1], grid_size, spline_order, **layer_kwargs) for i in range(len(dims) - 1)
         )
 
+    @classmethod
+    def from_layers(cls, layers: Sequence[KANLayer]) -> "KAN":
+        """The network of these very layers, each as wide as the one before it; raises ValueError otherwise."""
+        widths = [layer.in_features for layer in layers[:1]] + [layer.out_features for layer in layers]
+        for place, layer in enumerate(layers):
+            if layer.in_features != widths[place]:
+                raise ValueError(f"layers: expected layer {place} to have {widths[place]} inputs, got {layer.in_features}")
+        network = cls(widths, device="meta")
+        network.layers = nn.ModuleList(layers)
+        return network
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., layer_dims[0]) -> (..., layer_dims[-1])"""
         for layer in self.layers:
