@@ -3,12 +3,27 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # The position in the tuple is the code in csrc/. "none" means no base branch.
 ACTIVATIONS = ("none", "silu", "identity", "gelu", "relu", "tanh")
+
+_NAMES: dict[Any, str] = {
+    torch.nn.SiLU: "silu",
+    torch.nn.functional.silu: "silu",
+    torch.nn.Identity: "identity",
+    torch.nn.GELU: "gelu",
+    torch.nn.functional.gelu: "gelu",
+    torch.nn.ReLU: "relu",
+    torch.nn.functional.relu: "relu",
+    torch.relu: "relu",
+    torch.nn.Tanh: "tanh",
+    torch.nn.functional.tanh: "tanh",
+    torch.tanh: "tanh",
+}
 
 # Beyond this the derivatives of the smooth activations are at their limit in every dtype; infinity times 0 would be NaN.
 _FAR = 1000.0
@@ -32,6 +47,13 @@ def activation(name: str, x: Tensor, n: int) -> Tensor:
     else:
         raise ValueError(f"base_activation: expected one of {', '.join(ACTIVATIONS[1:])}, got {name!r}")
     return value.masked_fill(x.isnan(), torch.nan)
+
+
+def fused_name(function: str | Callable[[Tensor], Tensor] | None) -> str | Callable[[Tensor], Tensor] | None:
+    """The name of a function or module that is one of ACTIVATIONS; anything else comes back as it is."""
+    if type(function) is torch.nn.GELU and function.approximate != "none":
+        return function
+    return _NAMES.get(type(function) if isinstance(function, torch.nn.Module) else function, function)
 
 
 def _times_identity(gate: Callable[[Tensor, int], Tensor], x: Tensor, n: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from kan_fast.grid import set_knots_in_place, update_grid
 from kan_fast.history import History
 from kan_fast.nn import KANLayer
+from kan_fast.nn.tensor_file import replacing
 from kan_fast.regularization import activation_regularization
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -323,9 +324,8 @@ def _copy_state(model: nn.Module) -> dict[str, Any]:
 
 def _write(state: Any, path: Path) -> None:
     """Whole or not at all: an interruption must not leave half a checkpoint."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def _latest(blocks: list[Tensor]) -> list[Tensor]:

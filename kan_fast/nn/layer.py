@@ -94,6 +94,8 @@ class KANLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform knots on `grid_range`, weights that keep the signal's variance (nn/init.py), bias zero. The mask stays."""
+        if self.grid.is_meta:  # no numbers to set, and a base activation may have some that are not meta
+            return
         grid = spline.uniform_grid(
             self.in_features, self.grid_size, self.spline_order, self.grid_range, self.grid.device, self.grid.dtype
         )

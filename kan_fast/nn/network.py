@@ -1,11 +1,14 @@
 """KAN: a stack of KANLayers."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kan_fast.functional import BaseActivation
+from kan_fast.nn.files import load_layers, save_layers
 from kan_fast.nn.layer import KANLayer
 
 
@@ -54,6 +57,36 @@ class KAN(nn.Module):
         """regularization_factor * sum of |spline_weight| over all edges that are not masked: an autograd scalar."""
         total = torch.stack([layer.masked_weights()[0].abs().sum() for layer in self._kan_layers()]).sum()
         return regularization_factor * total
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network to one file: a safetensors file whose metadata hold the layers' arguments as JSON.
+
+        Masks, knots, different grid sizes and the `input_index` of `compact` are kept, requires_grad is not. An existing
+        file is replaced when the new one is complete. Raises TypeError for layers that are not plain KANLayers and for
+        further parameters or buffers.
+        """
+        save_layers(path, self, self._kan_layers())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        base_activation: BaseActivation = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> "KAN":
+        """The network that `save` wrote, with its dtype, on `device` (the CPU by default). No pickle: nothing is executed.
+
+        base_activation: the function, where layers were saved with one that is not among the named ones, since a file
+        holds only names. backend: instead of the one that the layers had.
+        Raises ValueError, with the path, for a file that is truncated, damaged, of another program or of a newer format.
+        """
+        layers, input_index = load_layers(path, base_activation, backend, device)
+        network = cls.from_layers(layers)
+        if input_index is not None:
+            network.register_buffer("input_index", input_index)
+        return network
 
     def _kan_layers(self) -> list[KANLayer]:
         return cast("list[KANLayer]", list(self.layers))

@@ -1,7 +1,7 @@
 """The plain per-edge formulation, to which every other package's layer comes down."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.layer import KANLayer
@@ -79,23 +79,6 @@ def from_edges(
     if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
     return layer
-
-
-def activation_name(function: BaseActivation) -> BaseActivation:
-    """The name of a base activation that is one of the fused ones, else the function itself."""
-    for name, module, functions in (
-        ("silu", nn.SiLU, (nn.functional.silu,)),
-        ("identity", nn.Identity, ()),
-        ("relu", nn.ReLU, (nn.functional.relu, torch.relu)),
-        ("tanh", nn.Tanh, (torch.tanh, nn.functional.tanh)),
-        ("gelu", nn.GELU, (nn.functional.gelu,)),
-    ):
-        if type(function) is module:
-            exact = not isinstance(function, nn.GELU) or function.approximate == "none"
-            return name if exact else function
-        if any(function is known for known in functions):
-            return name
-    return function
 
 
 def _without_collapsed_knots(grid: Tensor, spline: Tensor, spline_order: int) -> tuple[Tensor, Tensor]:

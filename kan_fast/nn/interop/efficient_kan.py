@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from kan_fast.activations import fused_name
 from kan_fast.functional import BaseActivation
-from kan_fast.nn.interop.edges import activation_name, from_edges
+from kan_fast.nn.interop.edges import from_edges
 from kan_fast.nn.interop.states import Source, copied, layer_prefixes, nothing_left, take, tensors
 from kan_fast.nn.layer import KANLayer
 from kan_fast.nn.network import KAN
@@ -37,7 +38,7 @@ def from_efficient_kan(source: Source, *, base_activation: BaseActivation = "sil
             part["grid"],
             None if scaler is None else scaler.t(),
             part["base_weight"].t(),
-            base_activation=copied(activation_name(own)),
+            base_activation=copied(fused_name(own)),
             backend=backend,
         )
         if modules and layer.base_weight is not None:

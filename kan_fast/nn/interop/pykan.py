@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kan_fast.activations import fused_name
 from kan_fast.functional import BaseActivation
-from kan_fast.nn.interop.edges import activation_name, from_edges
+from kan_fast.nn.interop.edges import from_edges
 from kan_fast.nn.interop.states import Source, copied, layer_prefixes, nothing_left, take, tensors
 from kan_fast.nn.layer import KANLayer
 from kan_fast.nn.network import KAN
@@ -45,7 +46,7 @@ def from_pykan(source: Source, *, base_activation: BaseActivation = "silu", back
             part["scale_sp"].double() * factor,
             None if zero or own is None else part["scale_base"].double() * factor,
             bias,
-            base_activation=copied(activation_name(own)),
+            base_activation=copied(fused_name(own)),
             mask=part["mask"],
             backend=backend,
         )
