@@ -79,8 +79,10 @@ lint: $(ENV)
 demo: build
 	$(PY) examples/digits.py
 
+# Side by side first, then the same cases one by one under pytest-benchmark.
 bench: build
 	$(PY) -m benchmarks
+	$(PY) -m pytest -q benchmarks $(PYTEST_ARGS)
 
 wheel: $(ENV)
 	rm -rf build/lib* build/bdist* dist

@@ -6,9 +6,11 @@
 #   benchmarks/gpu_check.sh [OUT_DIR] [--minutes N] [--dry-run]
 #
 # OUT_DIR    logs, rows (rows.jsonl), pictures, summary.txt; default benchmarks/results/local
-# --minutes  total budget (default 8); what does not fit is left out and named
+# --minutes  total budget (default 8); what does not fit is left out and named, so the stages stand in order of worth
 # --dry-run  without a GPU: all that can be run is run, the rest is named
 # PYTHON     the interpreter (default: .venv/bin/python if there is one, else python3)
+#
+# A new stage is one line: stage NAME LIMIT_S COMMAND..., or missing NAME REASON where it cannot run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,23 +31,30 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 summary=$out/summary.txt rows=$out/rows.jsonl
 : > "$summary"
-rm -f "$rows"
+rm -f "$rows" "$out"/*.log
 failed=0
 
 say() { echo "$*" | tee -a "$summary"; }
 left() { echo $((minutes * 60 - reserve - SECONDS)); }
+show() { sed 's/^/          /' "$out/$1.log" | tail -n "${2:-40}" | tee -a "$summary"; }
 reserve=30   # seconds kept for the pictures and tables at the end
 refusal=''   # if the log of a failing stage matches it, the machine refused: no failure of the code
+refused=''   # the same for tools that end with 0 all the same
 
 # stage NAME LIMIT_S COMMAND...: output to OUT_DIR/NAME.log, one line to the summary. Benchmarks and profiles that run out of
 # their time are cut short, not failed: the rows that they have measured by then are written.
 stage() {
-  local name=$1 limit=$2 start=$SECONDS code
+  local name=$1 limit=$2 start=$SECONDS code pattern
   shift 2
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$limit" -lt 5 ]; then say "LEFT OUT  $name: the $minutes minutes are spent"; return 1; fi
   timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null
   code=$?
+  pattern=$([ $code = 0 ] && echo "$refused" || echo "$refusal")
+  if [ -n "$pattern" ] && grep -qiE "$pattern" "$out/$name.log"; then
+    say "REFUSED   $name: $(grep -iE "$pattern" "$out/$name.log" | head -n 1 | cut -c1-200)"
+    return 1
+  fi
   case $code in
     0) say "ok        $name ($((SECONDS - start)) s)" ;;
     124 | 137)
@@ -53,10 +62,6 @@ stage() {
       case $name in bench-* | ncu) ;; *) failed=1 ;; esac
       ;;
     *)
-      if [ -n "$refusal" ] && grep -qiE "$refusal" "$out/$name.log"; then
-        say "REFUSED   $name: $(grep -iE "$refusal" "$out/$name.log" | head -n 1 | cut -c1-200)"
-        return $code
-      fi
       say "FAILED    $name (exit $code, $((SECONDS - start)) s): $(tail -n 1 "$out/$name.log" | cut -c1-200)"
       failed=1
       ;;
@@ -72,62 +77,60 @@ if [ "$gpu" != 1 ] && [ $dry = 0 ]; then
   say "no CUDA device that torch of $PYTHON can use; --dry-run runs what can be run without"
   exit 2
 fi
-if [ $dry = 1 ]; then gpu=0; fi
+if [ $dry = 1 ]; then
+  gpu=0
+  export OMP_NUM_THREADS=1   # nothing is measured, and idle threads would only spin
+fi
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
 have "$nvcc" || nvcc=/usr/local/cuda/bin/nvcc
 say "$(date -u +%Y-%m-%dT%H:%MZ), budget $minutes minutes, $([ $gpu = 1 ] && echo "with a GPU" || echo "dry run, no GPU is used")"
 have nvidia-smi && [ $gpu = 1 ] && nvidia-smi > "$out/nvidia-smi.log" 2>&1
+if [ $gpu = 1 ]; then
+  # Only this machine's architecture: a fraction of the time of all of them.
+  arch=$("$PYTHON" -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))")
+  targets="-gencode arch=compute_${arch/./},code=sm_${arch/./}"
+else
+  arch='' targets="-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+fi
+device=$([ $gpu = 1 ] && echo cuda || echo cpu)
 
 # 1. Build in place. Without CUDA sources or toolkit the CPU part is built, and the reason is said.
 if [ $gpu = 1 ] && [ -d csrc/cuda ] && have "$nvcc"; then
-  # Only this machine's architecture: a fraction of the time of all of them.
-  arch=$("$PYTHON" -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))")
   export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")}
   stage build 240 env KAN_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$arch" "$PYTHON" setup.py -q build_ext --inplace
 else
   [ -d csrc/cuda ] || missing build-cuda "this version has no CUDA sources of its own; Triton serves GPUs"
-  stage build 240 "$PYTHON" setup.py -q build_ext --inplace
+  [ ! -d csrc/cuda ] || missing build-cuda "$(have "$nvcc" && echo "no GPU whose architecture to build for" || echo "no nvcc")"
+  stage build 300 "$PYTHON" setup.py -q build_ext --inplace
 fi
-stage info 60 "$PYTHON" -m kan_fast.info && sed 's/^/          /' "$out/info.log" | head -n 40 | tee -a "$summary"
+stage info 60 "$PYTHON" -m kan_fast.info && show info
 
-# 2. Tensor-core instructions against their twins on the host; the twins against plain products.
+# 2. Right? A small set on every backend, and tensor-core instructions against their twins on the host.
+# Three of its shapes: every kernel is compiled at its first call, which takes longer than running it.
+stage small-set 150 "$PYTHON" -m benchmarks.gpu.small_set --device $device --first $([ $gpu = 1 ] && echo 3 || echo 2)
 if have "${CXX:-g++}"; then
   stage twins 60 sh -c "${CXX:-g++} -std=c++17 -O1 -o '$out/check_twins' benchmarks/gpu/check_twins.cpp && '$out/check_twins'"
 else
   missing twins "no C++ compiler"
 fi
-if have "$nvcc"; then
-  archs="-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=sm_100"
-  for name in probe rates; do
-    stage "compile-$name" 120 sh -c "'$nvcc' -std=c++17 -O2 $archs -o '$out/$name' benchmarks/gpu/$name.cu" || continue
-    if [ $gpu = 1 ]; then
-      stage "$name" 60 "$out/$name"
-      sed 's/^/          /' "$out/$name.log" | tee -a "$summary"
-    else
-      missing "$name" "no GPU"
-    fi
-  done
-  [ -f "$out/rates.log" ] && grep '^{"what"' "$out/rates.log" >> "$rows"
-else
-  missing probe "no nvcc"
-  missing rates "no nvcc"
-fi
+for name in probe rates; do
+  if ! have "$nvcc"; then missing $name "no nvcc"; continue; fi
+  stage "compile-$name" 120 sh -c "'$nvcc' -std=c++17 -O2 $targets -o '$out/$name' benchmarks/gpu/$name.cu" || continue
+  if [ $gpu = 0 ]; then missing $name "no GPU; it was compiled only"; continue; fi
+  stage $name 60 "$out/$name"
+  show $name
+done
+[ -f "$out/rates.log" ] && grep '^{"what"' "$out/rates.log" >> "$rows"
 
-# 3. Right? A small set on every backend, a hundred times the same bits, then the tests marked for a GPU.
-device=$([ $gpu = 1 ] && echo cuda || echo cpu)
-# Three of its shapes: every kernel is compiled at its first call, which takes longer than running it.
-stage small-set 150 "$PYTHON" -m benchmarks.gpu.small_set --device $device --first 3
-if module pytest; then
-  if [ $gpu = 1 ]; then
-    # Exit 5: no test carries the mark.
-    stage gpu-tests 120 sh -c "'$PYTHON' -m pytest -q -x --maxfail 20 -p no:cacheprovider -m gpu tests; code=\$?; [ \$code = 5 ] || exit \$code"
-    tail -n 1 "$out/gpu-tests.log" | sed 's/^/          /' | tee -a "$summary"
-  else
-    stage gpu-tests-collect 60 sh -c "'$PYTHON' -m pytest -q --collect-only -p no:cacheprovider -m gpu tests; code=\$?; [ \$code = 5 ] || exit \$code"
-    missing gpu-tests "no GPU; they were collected only"
-  fi
-else
+# 3. Every test that needs a GPU, in several processes.
+if ! module pytest; then
   missing gpu-tests "pytest is not installed"
+elif [ $gpu = 1 ]; then
+  stage gpu-tests 200 "$PYTHON" -m benchmarks.gpu.run_tests --out "$out"
+  show gpu-tests 12
+else
+  stage gpu-tests-collect 60 "$PYTHON" -m benchmarks.gpu.run_tests --collect && show gpu-tests-collect 1
+  missing gpu-tests "no GPU; they were collected only"
 fi
 
 # 4. The benchmarks that matter most.
@@ -137,36 +140,39 @@ if [ $gpu = 1 ]; then
     --peers linear cox-de-boor efficient-kan inkan fast-kan
   bench bench-latency 40 --device cuda --what latency --seconds 0.5
 else
-  bench bench-layer 60 --device cpu --shapes 64,16,16,5 --seconds 0.02 --memory --peers linear cox-de-boor
-  bench bench-latency 60 --device cpu --what latency --seconds 0.02
+  bench bench-layer 90 --device cpu --threads 1 --shapes 64,16,16,5 --seconds 0.02 --memory --peers cox-de-boor
+  bench bench-latency 60 --device cpu --threads 1 --what latency --seconds 0.02
   missing bench-cuda "no GPU"
 fi
 
-# 5. Sanitizers on two of the shapes. A machine that refuses them is no failure of the code.
+# 5. Sanitizers on three of the shapes, wide and narrow. A machine that refuses them is no failure of the code.
 sanitize() {
-  refusal='not supported|permission|unable to|internal sanitizer error'
+  refusal='not supported|permission|unable to|internal sanitizer error|ERR_NVGPUCTRPERM'
   stage "$1" 90 compute-sanitizer --tool "$1" --error-exitcode 97 "$PYTHON" -m benchmarks.gpu.small_set \
-    --device cuda --first 2 --repeats 0 --dtype float32
+    --device cuda --first 3 --repeats 0 --dtype float32 --backends native triton
   refusal=''
 }
-if [ $gpu = 1 ] && have compute-sanitizer; then
+if [ $gpu = 0 ]; then
+  missing memcheck,racecheck "no GPU"
+elif ! have compute-sanitizer; then
+  missing memcheck,racecheck "no compute-sanitizer"
+else
   sanitize memcheck
   sanitize racecheck
-else
-  missing sanitizers "$([ $gpu = 1 ] && echo "no compute-sanitizer" || echo "no GPU")"
 fi
 if [ $gpu = 1 ]; then
-  stage bitwise 60 "$PYTHON" -m benchmarks.gpu.small_set --device cuda --repeats 100 --first 2 --dtype float32 bfloat16
+  stage bitwise 60 "$PYTHON" -m benchmarks.gpu.small_set --device cuda --repeats 100 --first 3 --dtype float32 bfloat16 \
+    --backends native triton
 else
   stage bitwise 60 "$PYTHON" -m benchmarks.gpu.small_set --device cpu --repeats 100 --first 1 --dtype float32
 fi
 
 # 6. Profile of the main kernels, then whatever time is left for the wider benchmarks.
 if [ $gpu = 1 ] && have ncu; then
-  refusal=ERR_NVGPUCTRPERM
+  refusal=ERR_NVGPUCTRPERM refused=ERR_NVGPUCTRPERM
   stage ncu 60 ncu --set basic --launch-count 12 --kernel-name-base demangled -k 'regex:kan|contract' "$PYTHON" -m benchmarks \
     --device cuda --shapes 4096,1024,1024,5 --phases step --seconds 0.01 --peers
-  refusal=''
+  refusal='' refused=''
 else
   missing ncu "$([ $gpu = 1 ] && echo "not installed" || echo "no GPU")"
 fi
@@ -177,7 +183,7 @@ if [ $gpu = 1 ]; then
   bench bench-sweep 240 --device cuda --what sweep --dtype bfloat16 --seconds 0.3 --peers
   if module triton; then bench bench-kernels 240 --device cuda --what kernels; fi
 else
-  missing bench-network,bench-sweep "no GPU"
+  missing bench-network,bench-layer-more,bench-sweep,bench-kernels "no GPU"
 fi
 
 # 7. Pictures and tables of these rows.

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # One thread everywhere: tests share the machine, and a second thread must not change a result unseen.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,12 +40,27 @@ def places(dtype: torch.dtype) -> list[Place]:
     ]
 
 
-@pytest.fixture(params=places(torch.float32), ids=str)
+def parameters(dtype: torch.dtype) -> list[Any]:
+    """`places` for parametrize; those on a GPU carry the mark `gpu`."""
+    return [pytest.param(p, marks=[pytest.mark.gpu] * (p.device.type == "cuda"), id=str(p)) for p in places(dtype)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """KAN_FAST_TEST_SHARD=2/8 keeps every eighth test, from the second on: for runs in several processes."""
+    shard = os.environ.get("KAN_FAST_TEST_SHARD")
+    if shard is not None:
+        index, count = map(int, shard.split("/"))
+        config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % count != index - 1])
+        items[:] = items[index - 1 :: count]
+
+
+@pytest.fixture(params=parameters(torch.float32))
 def place(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
-@pytest.fixture(params=places(torch.float64), ids=str)
+@pytest.fixture(params=parameters(torch.float64))
 def place64(request: pytest.FixtureRequest) -> Place:
     return request.param
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.cases import BARS, Shape
+from benchmarks.gpu import run_tests
 from benchmarks.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -367,6 +369,19 @@ def test_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
     assert "no CUDA device" in done.stdout
 
 
+def test_shards_run_every_test_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run_tests, "ARGUMENTS", ["-q", "-p", "no:cacheprovider", "tests/test_imports.py"])
+    assert run_tests.run(2, tmp_path) == 0
+    total = re.search(r"(\d+) passed, 0 failed, 0 error", capsys.readouterr().out)
+    parts = [int(re.search(r"(\d+) passed", path.read_text())[1]) for path in sorted(tmp_path.glob("gpu-tests-?.log"))]
+    assert total is not None and sum(parts) == int(total[1]) and max(parts) - min(parts) <= 1
+    monkeypatch.setattr(run_tests, "ARGUMENTS", ["-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_imports.py"])
+    assert run_tests.run(1, None) == 1
+    assert "expected tests that pass, got none" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_gpu_check_dry_run(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -376,5 +391,6 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     for stage in ("info", "twins", "small-set", "bench-layer", "bitwise", "plot"):
         assert f"ok        {stage} " in done.stdout
-    assert "LEFT OUT  sanitizers: no GPU" in done.stdout
+    assert "LEFT OUT  memcheck,racecheck: no GPU" in done.stdout
+    assert int(re.search(r"(\d+)/\d+ tests collected", done.stdout)[1]) > 1000  # what would run on a GPU
     assert rows.read([tmp_path / "rows.jsonl"])

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import Place, places
+from conftest import Place, parameters, places
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import (
@@ -104,7 +104,7 @@ def test_shapes(place, shape):
             assert_close_to_truth(place, problem, operation, 0, with_scale)
 
 
-@pytest.mark.parametrize("place", places(torch.float32), ids=str)
+@pytest.mark.parametrize("place", parameters(torch.float32))
 @given(
     batch=st.integers(0, 300),
     in_features=st.integers(0, 40),
@@ -123,7 +123,7 @@ def test_any_shape(place, batch, in_features, out_features, grid_size, k, n, see
 
 
 @given(data=st.data())
-@pytest.mark.parametrize("place", places(torch.float32), ids=str)
+@pytest.mark.parametrize("place", parameters(torch.float32))
 def test_any_value(place, data):
     """Values of any size, as users feed them: the interval and what follows from it must not go astray."""
     values = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -25,6 +25,7 @@ from kan_fast.spline import OUTSIDE, bases, uniform_grid
 
 INTERPRETED = backend.interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="about the interpreter, or the tiles it is given")
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
 WIDE = (40, 5, 33)  # batch, inputs, outputs: no multiple of a tile, more than one tile of each

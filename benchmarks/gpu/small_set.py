@@ -13,6 +13,7 @@ from torch import Tensor
 import kan_fast
 from benchmarks import cases, gate
 from benchmarks.cases import DTYPES, Shape
+from kan_fast.backends import NAMES
 
 SHAPES = [
     Shape(70, 37, 45, 5, 3),  # no size a multiple of a tile
@@ -75,10 +76,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2, help="runs that must give the same bits")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--first", type=int, default=len(SHAPES), help="only so many of the shapes")
+    parser.add_argument("--backends", nargs="+", choices=NAMES, default=NAMES, help="only these, where they are available")
     given = parser.parse_args()
     failures = count = 0
     for dtype_name in given.dtype:
-        for backend in kan_fast.available_backends(given.device, DTYPES[dtype_name]):
+        available = kan_fast.available_backends(given.device, DTYPES[dtype_name])
+        for backend in (name for name in available if name in given.backends):
             for shape in SHAPES[: given.first]:
                 for bent in (False, True):
                     count += 1
@@ -88,7 +91,7 @@ def main() -> int:
                     if wrong:
                         print(f"WRONG {backend} {dtype_name} {shape}, {grid} grid: {'; '.join(wrong)}", flush=True)
     print(f"{count - failures} of {count} cases right on {given.device}", flush=True)
-    return 1 if failures else 0
+    return 1 if failures or not count else 0
 
 
 if __name__ == "__main__":
