@@ -25,7 +25,8 @@ help:
 	@echo "make test           build and run the tests"
 	@echo "make test-slow      the heavier tests"
 	@echo "make test-kernels-full  every configuration of the Triton kernels, compiled for four architectures"
-	@echo "make test-sanitize  the native tests under the address and undefined-behaviour sanitizers"
+	@echo "make test-sanitize  the native tests under the address and undefined-behaviour sanitizers, the emulated CUDA kernels"
+	@echo "                    under the address and thread sanitizers"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks"
 	@echo "make wheel          sdist and wheel in dist/"
@@ -71,6 +72,7 @@ test-sanitize: build
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	KAN_FAST_REQUIRE_NATIVE=1 KAN_FAST_NATIVE_LIBRARY=build/sanitize/_native.so \
 	$(PY) -m pytest -q tests/test_native*.py -k "not reference-cpu" $(PYTEST_ARGS)
+	$(PY) -m pytest -q -m slow tests/test_cuda_sanitized.py $(PYTEST_ARGS)
 
 lint: $(ENV)
 	$(PY) -m ruff check .

@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define KAN_INLINE __host__ __device__ __forceinline__
+#define KAN_UNROLL_WINDOW _Pragma("unroll")
 #else
 #define KAN_INLINE inline __attribute__((always_inline))
+#define KAN_UNROLL_WINDOW _Pragma("GCC unroll 8")
 #endif
 
 namespace kan {
@@ -21,10 +23,10 @@ namespace kan {
 template <int P, class V, class Left, class Right, class Recip>
 KAN_INLINE void basis(V one, Left left, Right right, Recip recip, V* w) {
   w[0] = one;
-#pragma GCC unroll 8
+KAN_UNROLL_WINDOW
   for (int q = 1; q <= P; ++q) {
     V saved = one - one;
-#pragma GCC unroll 8
+KAN_UNROLL_WINDOW
     for (int r = 0; r < q; ++r) {
       V term = w[r] * recip(q, r);
       w[r] = saved + right(r + 1) * term;
@@ -59,7 +61,7 @@ KAN_INLINE void uniform_basis(V one, V u, V* w) {
 //   w'[r] = p * (v[r-1] * recip(p, r-1) - v[r] * recip(p, r))
 template <int P, class V, class Recip>
 KAN_INLINE void differentiate(const V* v, Recip recip, V* w) {
-#pragma GCC unroll 8
+KAN_UNROLL_WINDOW
   for (int r = 0; r <= P; ++r) {
     V value = v[0] - v[0];
     if (r > 0) value += v[r - 1] * recip(P, r - 1);

@@ -3,6 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define KAN_HOST_DEVICE __host__ __device__
+#else
+#define KAN_HOST_DEVICE
+#endif
+
 namespace kan {
 
 enum Activation : int { kNone = 0, kSilu = 1, kIdentity = 2, kGelu = 3, kRelu = 4, kTanh = 5 };
@@ -46,5 +52,45 @@ namespace cpu {
 template <class T> void contract_output(const Problem<T>&, const Runtime&);
 template <class T> void contract_backward(const Problem<T>&, const Runtime&);  // dx, d_spline, d_base: any subset
 }  // namespace cpu
+
+namespace cuda {
+
+enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// How float32 products are computed: torch.get_float32_matmul_precision() 'highest', or anything below it.
+enum Precision : int { kHighest = 0, kTf32 = 1 };
+
+// As kan::Problem, of any dtypes: weights, g, y and the weights' gradients share one, x, scale and dx another; float64 goes
+// with float64 only. grid: float64 for float64 weights, else float32.
+struct Problem {
+  int64_t batch, in_features, out_features;
+  int grid_size, spline_order;
+  int activation, outside;
+  int n;  // derivative order
+  int x_dtype, weight_dtype, precision;
+  const void *x, *scale, *spline_weight, *base_weight, *grid, *g;
+  void *y, *dx, *d_spline, *d_base;
+
+  KAN_HOST_DEVICE int bases() const { return grid_size + spline_order; }
+  KAN_HOST_DEVICE int knots() const { return grid_size + 2 * spline_order + 1; }
+};
+
+// What a launch must know of the GPU: compute capability (80, 90, ...), and the shared memory that a block may ask for.
+struct Device {
+  int architecture, multiprocessors;
+  int64_t shared_memory;
+};
+
+// Bytes of scratch memory, 256-byte aligned, that a launch needs.
+size_t workspace_of_output(const Problem&, const Device&);
+size_t workspace_of_input(const Problem&, const Device&);
+size_t workspace_of_weight(const Problem&, const Device&);
+
+// Each queues its kernels on a stream of the current device; the result is a cudaError_t. Which kernel: launch.cpp.
+int launch_contract_output(const Problem&, const Device&, void* workspace, void* stream);  // y
+int launch_contract_input(const Problem&, const Device&, void* workspace, void* stream);   // dx
+int launch_contract_weight(const Problem&, const Device&, void* workspace, void* stream);  // d_spline, d_base
+
+}  // namespace cuda
 
 }  // namespace kan

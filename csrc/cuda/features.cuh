@@ -1,0 +1,183 @@
+// From an input to its features: the interval of x, the window of its spline, the base activation.
+#pragma once
+#include <math.h>
+
+#include "arguments.h"
+#include "instructions.cuh"
+
+namespace kan::cuda {
+
+// Numbers of any dtype.
+KAN_DEVICE float number(float value) { return value; }
+KAN_DEVICE double number(double value) { return value; }
+KAN_DEVICE float number(BFloat16 value) { return from_bfloat16(value.bits); }
+KAN_DEVICE float number(Float16 value) { return from_float16(value.bits); }
+KAN_DEVICE void put(float& to, float value) { to = value; }
+KAN_DEVICE void put(double& to, double value) { to = value; }
+KAN_DEVICE void put(BFloat16& to, float value) { to.bits = to_bfloat16(value); }
+KAN_DEVICE void put(Float16& to, float value) { to.bits = to_float16(value); }
+
+// Element i of x or scale, whose dtype is known at run time only: the branch is the same for all threads.
+template <class C> KAN_DEVICE C read(const void* data, int64_t i, int dtype) {
+  if constexpr (sizeof(C) == 8) return static_cast<const double*>(data)[i];
+  else if (dtype == kFloat32) return static_cast<const float*>(data)[i];
+  else if (dtype == kBFloat16) return number(static_cast<const BFloat16*>(data)[i]);
+  else return number(static_cast<const Float16*>(data)[i]);
+}
+template <class C> KAN_DEVICE void write(void* data, int64_t i, int dtype, C value) {
+  if constexpr (sizeof(C) == 8) static_cast<double*>(data)[i] = value;
+  else if (dtype == kFloat32) static_cast<float*>(data)[i] = value;
+  else if (dtype == kBFloat16) put(static_cast<BFloat16*>(data)[i], value);
+  else put(static_cast<Float16*>(data)[i], value);
+}
+
+KAN_DEVICE float exponential(float x) { return expf(x); }
+KAN_DEVICE double exponential(double x) { return exp(x); }
+KAN_DEVICE float normal_cdf(float x) { return 0.5f * erfcf(-0.70710678118654752f * x); }
+KAN_DEVICE double normal_cdf(double x) { return 0.5 * erfc(-0.70710678118654752440 * x); }
+
+template <class C> KAN_DEVICE C polynomial(const C* c, int degree, C x) {
+  C sum = c[degree];
+  for (int d = degree - 1; d >= 0; --d) sum = sum * x + c[d];
+  return sum;
+}
+
+// Base activation, derivative of order a.n, at x; formulas beside ActivationTable in csrc/cpu/features.h. The magnitude is
+// bounded so that exp never makes a denormal, whose reciprocal would overflow.
+template <class C> KAN_DEVICE C activate(const Activation<C>& a, C x) {
+  const int n = a.n;
+  C magnitude = x > 0 ? x : -x, value = 0;
+  const C bound = sizeof(C) == 8 ? C(700) : C(80);
+  switch (a.kind) {
+    case kSilu: {
+      const C e = exponential(-(magnitude < bound ? magnitude : bound));
+      const C r = reciprocal(1 + e), s = (x > 0 ? C(1) : e) * r;
+      if (n == 0) value = x * s;
+      else {
+        const C q = e * r * r, lower = n == 1 ? s : q * polynomial(a.low, a.degree_low, s) * C(n);
+        value = x * q * polynomial(a.high, a.degree_high, s) + lower;
+      }
+      break;
+    }
+    case kIdentity: value = n == 0 ? x : n == 1 ? C(1) : C(0); break;
+    case kRelu: value = !(x > 0) ? C(0) : n == 0 ? x : n == 1 ? C(1) : C(0); break;
+    case kTanh: {
+      magnitude *= 2;
+      const C e = exponential(-(magnitude < bound ? magnitude : bound)), r = reciprocal(1 + e);
+      const C t = (x > 0 ? 1 - e : e - 1) * r;
+      value = n == 0 ? t : 4 * e * r * r * polynomial(a.high, a.degree_high, t);
+      break;
+    }
+    case kGelu: {
+      const C half = x * x * C(0.5);
+      const C density = exponential(-(half < bound ? half : bound)) * C(0.39894228040143267794);
+      value = n == 0   ? x * normal_cdf(x)
+              : n == 1 ? normal_cdf(x) + x * density
+                       : density * polynomial(a.high, a.degree_high, x);
+      break;
+    }
+    default: break;
+  }
+  return x == x ? value : x;
+}
+
+// The interval of x, which lies within [d.first, d.last].
+template <class C> KAN_DEVICE int interval(const C* t, const Described<C>& d, C x) {
+  if (!(d.inverse_h > 0)) return find_span(t, d.low, d.high, x);
+  // The even spacing guesses, the stored knots decide.
+  C guess = (x - d.origin) * d.inverse_h;
+  guess = guess > C(d.low) ? guess : C(d.low);
+  guess = guess < C(d.high) ? guess : C(d.high);
+  int j = int(guess);
+  j += int(x >= t[j + 1]) - int(x < t[j]);
+  j = j > d.low ? j : d.low;
+  return j < d.high ? j : d.high;
+}
+
+// w: the values of order P - 1 in a window become the derivatives of order P, and so on up to K.
+template <int P, int K, class C, class Inverse> KAN_DEVICE void differentiate_up(Inverse inverse, C* w) {
+  if constexpr (P <= K) {
+    C v[P];
+    KAN_UNROLL_WINDOW
+    for (int r = 0; r < P; ++r) v[r] = w[r];
+    differentiate<P>(v, inverse, w);
+    differentiate_up<P + 1, K>(inverse, w);
+  }
+}
+
+// The N-th derivative of the K + 1 bases of order K in the window of interval j. Bases that do not exist (their knots reach
+// beyond the stored ones) come out as any finite number.
+template <int K, int N, class C> KAN_DEVICE void derivative(const C* t, int count, C inverse_h, C x, int j, C* w) {
+  if (inverse_h > 0) {
+    uniform_basis<K - N, C>(C(1), (x - t[j]) * inverse_h, w);
+    differentiate_up<K - N + 1, K>([&](int p, int) { return inverse_h * (1 / C(p)); }, w);
+  } else {
+    C near[2 * K + 1];  // knots j + 1 - K .. j + K
+    KAN_UNROLL_WINDOW
+    for (int m = 0; m < 2 * K; ++m) {
+      int at = j + 1 - K + m;
+      at = at > 0 ? at : 0;
+      near[m] = t[at < count ? at : count - 1];
+    }
+    auto inverse = [&](int p, int r) {
+      const C width = near[K + r] - near[K - p + r];
+      return width > 0 ? reciprocal(width) : C(0);
+    };
+    basis<K - N>(C(1), [&](int i) { return x - near[K - i]; }, [&](int i) { return near[K - 1 + i] - x; }, inverse, w);
+    differentiate_up<K - N + 1, K>(inverse, w);
+  }
+}
+
+template <int K, int N, class C>
+KAN_DEVICE void derivative_of_order(const C* t, int count, C inverse_h, C x, int j, int n, C* w) {
+  if constexpr (N <= K) {
+    if (n == N) derivative<K, N>(t, count, inverse_h, x, j, w);
+    else derivative_of_order<K, N + 1>(t, count, inverse_h, x, j, n, w);
+  } else {
+    KAN_UNROLL_WINDOW
+    for (int q = 0; q <= K; ++q) w[q] = 0;
+  }
+}
+
+// w[0 .. K]: scale times the n-th derivative at x of bases `first` .. `first` + K, in every `outside` mode; those that do not
+// exist (below 0 or beyond the last) come out as 0. The result is `first`. NaN in x: all w NaN, `first` a valid index.
+template <int K, class C>
+KAN_DEVICE int window_of_order(const Problem& p, const C* t, const Described<C>& d, C x, C scale, C* w) {
+  const bool zero = p.outside == kZero;
+  C at = x == x ? x : d.first;
+  at = at > d.first ? at : d.first;
+  at = at < d.last ? at : d.last;
+  const bool beyond = x != at || (zero && !(x < d.last));
+  const int j = interval(t, d, at);
+  derivative_of_order<K, 0>(t, p.knots(), d.inverse_h, at, j, p.n, w);
+  if (beyond) {
+    const bool gone = zero || p.n > int(p.outside == kLinear);
+    C slope[K + 1] = {};
+    if (p.outside == kLinear && p.n == 0) derivative_of_order<K, 0>(t, p.knots(), d.inverse_h, at, j, 1, slope);
+    const C distance = p.outside == kLinear ? x - at : C(0);
+    KAN_UNROLL_WINDOW
+    for (int q = 0; q <= K; ++q) w[q] = x != x ? x : gone ? C(0) : w[q] + slope[q] * distance;
+  }
+  const int first = j - K;
+  KAN_UNROLL_WINDOW
+  for (int q = 0; q <= K; ++q) w[q] = first + q >= 0 && first + q < p.bases() ? w[q] * scale : C(0);
+  return first;
+}
+
+// The same for any order up to kMost; w[0 .. kMost], zeros at the end.
+template <int kMost, class C>
+KAN_DEVICE int window(const Problem& p, const C* t, const Described<C>& d, C x, C scale, C* w) {
+  KAN_UNROLL_WINDOW
+  for (int q = 0; q <= kMost; ++q) w[q] = 0;
+  switch (p.spline_order) {
+    case 0: return window_of_order<0>(p, t, d, x, scale, w);
+    case 1: return window_of_order<1>(p, t, d, x, scale, w);
+    case 2: return window_of_order<2>(p, t, d, x, scale, w);
+    case 3: return window_of_order<3>(p, t, d, x, scale, w);
+  }
+  if constexpr (kMost >= 5) return p.spline_order == 4 ? window_of_order<4>(p, t, d, x, scale, w)
+                                                       : window_of_order<5>(p, t, d, x, scale, w);
+  return 0;
+}
+
+}  // namespace kan::cuda

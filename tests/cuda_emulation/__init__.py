@@ -1,0 +1,10 @@
+"""The CUDA kernels of csrc/cuda on the CPU: compiled unchanged as ordinary C++, one fiber for each thread of a block.
+
+    emulation.h    stands in for csrc/cuda/instructions.cuh: CUDA's keywords, and every instruction spelled out for a warp
+    runtime.cpp    fibers, barriers, warp-wide instructions
+    library.cpp    the launch functions, for ctypes
+    build.py       compiles and links, as they are or with a planted bug, with or without a sanitizer
+    backend.py     the four contractions as a backend has them, on CPU tensors
+
+It cannot see a wrong spelling of an instruction: that is what tests/ptx is for. It needs g++ on x86-64.
+"""

@@ -1,0 +1,140 @@
+"""The emulated kernels as a backend, on CPU tensors: the same four functions as kan_fast/backends/*.py."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kan_fast.activations import ACTIVATIONS
+from kan_fast.checks import check_problem
+from kan_fast.spline import OUTSIDE
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+RESULTS = ("y", "dx", "d_spline", "d_base")
+POINTERS = ("x", "scale", "spline_weight", "base_weight", "grid", "g", *RESULTS)
+
+
+class Problem(ctypes.Structure):
+    """kan::cuda::Problem of csrc/kernels.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("batch", "in_features", "out_features")],
+        *[(name, ctypes.c_int) for name in ("grid_size", "spline_order", "activation", "outside", "n")],
+        *[(name, ctypes.c_int) for name in ("x_dtype", "weight_dtype", "precision")],
+        *[(name, ctypes.c_void_p) for name in POINTERS],
+    ]
+
+
+class Device(ctypes.Structure):
+    """kan::cuda::Device of csrc/kernels.h."""
+
+    _fields_ = [
+        ("architecture", ctypes.c_int), ("multiprocessors", ctypes.c_int), ("shared_memory", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class Fault(Exception):
+    """What the emulation found wrong."""
+
+
+MARGIN = 4096  # numbers of NaN before and behind every tensor: a read shows in results, a write is looked for
+
+
+# Signalling NaNs: one that comes out of arithmetic is quiet, and looks different.
+BITS = {
+    torch.float32: (torch.int32, 0x7FBADBAD), torch.float64: (torch.int64, 0x7FF4DBADBADDBAD0),
+    torch.bfloat16: (torch.int16, 0x7FBA), torch.float16: (torch.int16, 0x7DBA),
+}  # fmt: skip
+
+
+def _with_margins(tensor: Tensor) -> Tensor:
+    """All of a tensor's numbers, contiguous, between margins: 1-D."""
+    integer, bits = BITS[tensor.dtype]
+    flat = torch.full((tensor.numel() + 2 * MARGIN,), bits, dtype=integer).view(tensor.dtype)
+    flat[MARGIN:-MARGIN] = tensor.detach().reshape(-1)
+    return flat
+
+
+def _margins_are_whole(flat: Tensor) -> bool:
+    integer, bits = BITS[flat.dtype]
+    raw = flat.view(integer)
+    return bool((raw[:MARGIN] == bits).all() and (raw[-MARGIN:] == bits).all())
+
+
+class Backend:
+    """The library at `path`, on a GPU of the given architecture with few multiprocessors, so that all paths are met."""
+
+    def __init__(self, path: Path, architecture: int = 80, multiprocessors: int = 4) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.kan_error.restype = ctypes.c_char_p
+        self.device = Device(architecture, multiprocessors, 99 * 1024)
+
+    def _run(
+        self, name: str, grid: Tensor, order: int, activation: str, outside: str, n: int, **tensors: Tensor | None
+    ) -> None:
+        x = tensors["x"]
+        out = next(tensors[key] for key in ("spline_weight", "g") if tensors.get(key) is not None)
+        assert x is not None and out is not None
+        knots = grid.to(torch.float64 if out.dtype == torch.float64 else torch.float32)
+        given = {"grid": knots, **{key: tensor for key, tensor in tensors.items() if tensor is not None}}
+        held = {key: _with_margins(tensor) for key, tensor in given.items()}
+        problem = Problem(
+            *x.shape, out.shape[-1], grid.shape[1] - 2 * order - 1, order, ACTIVATIONS.index(activation),
+            OUTSIDE.index(outside), n, DTYPES.index(x.dtype), DTYPES.index(out.dtype),
+            0 if torch.get_float32_matmul_precision() == "highest" else 1,
+            **{key: flat.data_ptr() + MARGIN * flat.element_size() for key, flat in held.items()},
+        )  # fmt: skip
+        if getattr(self.library, f"kan_{name}")(ctypes.byref(problem), ctypes.byref(self.device)):
+            raise Fault(self.library.kan_error().decode())
+        for key, flat in held.items():
+            if not _margins_are_whole(flat):
+                raise Fault(f"{key} was written out of bounds")
+            if key in RESULTS:
+                given[key].copy_(flat[MARGIN:-MARGIN].view(given[key].shape))
+
+    def contract_output(
+        self, x: Tensor, scale: Tensor | None, spline_weight: Tensor, base_weight: Tensor | None, grid: Tensor, *modes: Any
+    ) -> Tensor:
+        check_problem(x, scale, spline_weight, base_weight, None, grid, None, *modes)
+        order = grid.shape[1] - spline_weight.shape[1] - 1
+        y = torch.full((x.shape[0], spline_weight.shape[2]), torch.nan, dtype=spline_weight.dtype)
+        tensors = {"x": x, "scale": scale, "spline_weight": spline_weight, "base_weight": base_weight, "y": y}
+        self._run("contract_output", grid, order, *modes, **tensors)
+        return y
+
+    def contract_input(
+        self, x: Tensor, spline_weight: Tensor, base_weight: Tensor | None, g: Tensor, grid: Tensor, *modes: Any
+    ) -> Tensor:
+        check_problem(x, None, spline_weight, base_weight, g, grid, None, *modes)
+        dx = torch.full(x.shape, torch.nan, dtype=x.dtype)
+        tensors = {"x": x, "spline_weight": spline_weight, "base_weight": base_weight, "g": g, "dx": dx}
+        self._run("contract_input", grid, grid.shape[1] - spline_weight.shape[1] - 1, *modes, **tensors)
+        return dx
+
+    def contract_weight(
+        self, x: Tensor, scale: Tensor | None, g: Tensor, grid: Tensor, spline_order: int, *modes: Any
+    ) -> tuple[Tensor, Tensor]:
+        check_problem(x, scale, None, None, g, grid, spline_order, *modes)
+        bases = grid.shape[1] - spline_order - 1
+        d_spline = torch.full((x.shape[1], bases, g.shape[1]), torch.nan, dtype=g.dtype)
+        d_base = torch.full((0 if modes[0] == "none" else x.shape[1], g.shape[1]), torch.nan, dtype=g.dtype)
+        written = {"d_spline": d_spline, "d_base": None if modes[0] == "none" else d_base}
+        self._run("contract_weight", grid, spline_order, *modes, x=x, scale=scale, g=g, **written)
+        return d_spline, d_base
+
+    def contract_backward(
+        self,
+        x: Tensor,
+        spline_weight: Tensor,
+        base_weight: Tensor | None,
+        g: Tensor,
+        grid: Tensor,
+        activation: str,
+        *modes: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outside, n = modes
+        order = grid.shape[1] - spline_weight.shape[1] - 1
+        dx = self.contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 1)
+        return dx, *self.contract_weight(x, None, g, grid, order, activation, outside, n)

@@ -1,0 +1,83 @@
+"""Compiles the kernels with the host's compiler into build/cuda_emulation; objects are kept by what they are made of."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FOLDER = ROOT / "build/cuda_emulation"
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+# A planted bug: file below csrc, pattern, replacement. Every occurrence is replaced, and there must be one.
+Change = tuple[str, str, str]
+
+
+def compiler() -> str | None:
+    """g++ or what CXX says; None where it is not there or not for x86-64."""
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    return found if found and os.uname().machine == "x86_64" else None
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def _sources(changes: Sequence[Change]) -> Path:
+    """csrc itself, or a copy of it with the changes made."""
+    if not changes:
+        return ROOT / "csrc"
+    copy = FOLDER / f"changed-{_digest(*(part for change in changes for part in change))}"
+    for path in (ROOT / "csrc").rglob("*.*"):
+        name, text = str(path.relative_to(ROOT / "csrc")), path.read_text()
+        for file, pattern, replacement in changes:
+            if file == name:
+                text, count = re.subn(pattern, replacement, text)
+                assert count, f"{pattern!r} is not in {file}"
+        _write(copy / name, text)
+    return copy
+
+
+def _compile(source: Path, flags: list[str], headers: str) -> Path:
+    command = [compiler() or "g++", *FLAGS, *flags]
+    out = FOLDER / f"{source.stem}-{_digest(source.read_text(), headers, *flags[1:])}.o"
+    if not out.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        part = out.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-x", "c++", "-c", source, "-o", part], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        part.replace(out)
+    return out
+
+
+def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Change] = ()) -> Path:
+    """A shared library of `main`, kernels and runtime; with a sanitizer ("address", "thread") a program."""
+    csrc = _sources(changes)
+    headers = "".join(p.read_text() for p in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h")]))
+    optimize = ["-O1", "-g", f"-fsanitize={sanitizer}"] if sanitizer else ["-O1"]
+    emulated = [f"-I{csrc}", *optimize, "-include", str(HERE / "emulation.h")]
+    switches = [f"-DKAN_EMULATE_{'ASAN' if sanitizer == 'address' else 'TSAN'}"] if sanitizer else []
+    jobs = [(path, emulated) for path in sorted((csrc / "cuda").glob("*.cu"))]
+    jobs += [(path, [f"-I{csrc}", *optimize]) for path in [*sorted((csrc / "cuda").glob("*.cpp")), HERE / main]]
+    jobs.append((HERE / "runtime.cpp", [f"-I{csrc}", "-O2", *switches]))
+    workers = int(os.environ.get("MAX_JOBS") or min(4, os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        objects = list(pool.map(lambda job: _compile(*job, headers), jobs))
+    out = FOLDER / f"{Path(main).stem}-{_digest(sanitizer, *map(str, objects))}{'' if sanitizer else '.so'}"
+    if not out.exists():
+        part = out.with_suffix(f".{os.getpid()}")
+        link = [f"-fsanitize={sanitizer}"] if sanitizer else ["-shared"]
+        subprocess.run([compiler() or "g++", *link, *objects, "-o", part], check=True)
+        part.replace(out)
+    return out

@@ -1,0 +1,108 @@
+// Runs CUDA kernels as ordinary C++, one block at a time, one fiber for each of its threads. Included before every source
+// file of csrc/cuda, whose instructions.cuh it stands in for: each instruction is spelled out on the lanes of a warp.
+//
+// What hardware lets pass in silence ends the launch with an error: threads that miss a barrier or a warp-wide instruction,
+// asynchronous copies still under way when a thread ends, misaligned copies. Shared memory starts as NaN, copies arrive when
+// they are waited for and no earlier, and a warp runs as far ahead of the others as barriers let it.
+#define KAN_CUDA_INSTRUCTIONS
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#define __global__
+#define __launch_bounds__(...)
+#define KAN_DEVICE inline
+#define threadIdx (kan::emulation::self->thread)
+#define blockIdx (kan::emulation::block)
+#define gridDim (kan::emulation::grid)
+
+namespace kan::emulation {
+
+struct Index {
+  unsigned x, y, z;
+};
+struct Thread {
+  Index thread;
+  int lane, warp;
+};
+extern Thread* self;
+extern Index block, grid;
+extern char* shared;
+
+[[noreturn]] void fail(const std::string& what);
+void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void wait_at_barrier(const void* place);
+// Hands in `mine`; the lane of a warp that comes last runs the instruction on what all 32 handed in.
+void with_warp(const char* name, void* mine, const std::function<void(void* const* lanes)>& instruction);
+void copy_later(std::function<void()> copy);
+void commit_copies();
+void wait_for_copies(int groups_left);
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+}  // namespace kan::emulation
+
+namespace kan::cuda {
+
+struct Blocks {
+  int64_t x, y = 1, z = 1;
+};
+
+// The sides that hardware ends at 65535 end at 2 here, so that small problems make kernels walk.
+template <class... Parameters, class... Arguments>
+inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, size_t shared, void*, const Arguments&... arguments) {
+  const emulation::Index grid{unsigned(blocks.x), unsigned(blocks.y < 2 ? blocks.y : 2), unsigned(blocks.z < 2 ? blocks.z : 2)};
+  emulation::run_blocks(grid, threads, shared, [&] { kernel(arguments...); });
+  return 0;
+}
+
+template <class T> T* shared_memory() { return reinterpret_cast<T*>(emulation::shared); }
+
+__attribute__((noinline)) inline void barrier() { emulation::wait_at_barrier(__builtin_return_address(0)); }
+inline void warp_barrier() {
+  int nothing = 0;
+  emulation::with_warp("warp_barrier", &nothing, [](void* const*) {});
+}
+
+template <class T> T exchange(const char* name, T value, int source) {
+  struct Lane {
+    T value, result;
+    int source;
+  } mine{value, value, source};
+  emulation::with_warp(name, &mine, [](void* const* lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Lane& to = *static_cast<Lane*>(lanes[lane]);
+      to.result = static_cast<Lane*>(lanes[to.source])->value;
+    }
+  });
+  return mine.result;
+}
+template <class T> T shuffle_xor(T value, int mask) { return exchange("shuffle_xor", value, emulation::self->lane ^ mask); }
+template <class T> T shuffle(T value, int lane) { return exchange("shuffle", value, lane & 31); }
+
+inline float reciprocal(float x) { return 1 / x; }
+inline double reciprocal(double x) { return 1 / x; }
+
+inline float from_bfloat16(uint16_t bits) { return emulation::from_bits(uint32_t(bits) << 16); }
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = emulation::to_bits(value);
+  if (value != value) return uint16_t(0x7fff);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float from_float16(uint16_t bits) { return float(std::bit_cast<_Float16>(bits)); }
+inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(_Float16(value)); }
+
+}  // namespace kan::cuda
