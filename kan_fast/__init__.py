@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from kan_fast.grid import adaptive_grid_refinement, tune_grid_size, update_grid
     from kan_fast.history import History
     from kan_fast.nn.interop import from_edges, from_efficient_kan, from_pykan, replace_layers, to_pykan
+    from kan_fast.parallel import ShardInputs, ShardOutputs, parallelize_kan
     from kan_fast.plotting import plot_history, plot_kan, plot_layer
     from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
+    from kan_fast.ranks import on_this_rank
     from kan_fast.regularization import activation_regularization, advanced_regularization
     from kan_fast.symbolic import fit_symbolic_function, symbolic_extraction
     from kan_fast.training import train_kan
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # Where the tools live. They load when they are asked for: some need matplotlib or SymPy, the layers need torch alone.
 _TOOLS = {
     "History": "history",
+    "ShardInputs": "parallel",
+    "ShardOutputs": "parallel",
     "activation_regularization": "regularization",
     "adaptive_grid_refinement": "grid",
     "advanced_regularization": "regularization",
@@ -34,6 +38,8 @@ _TOOLS = {
     "from_efficient_kan": "nn.interop",
     "from_pykan": "nn.interop",
     "node_scores": "pruning",
+    "on_this_rank": "ranks",
+    "parallelize_kan": "parallel",
     "plot_history": "plotting",
     "plot_kan": "plotting",
     "plot_layer": "plotting",
@@ -62,6 +68,8 @@ __all__ = [
     "History",
     "KANLayer",
     "KolmogorovArnoldNetwork",
+    "ShardInputs",
+    "ShardOutputs",
     "activation_regularization",
     "adaptive_grid_refinement",
     "advanced_regularization",
@@ -77,6 +85,8 @@ __all__ = [
     "from_pykan",
     "functional",
     "node_scores",
+    "on_this_rank",
+    "parallelize_kan",
     "plot_history",
     "plot_kan",
     "plot_layer",

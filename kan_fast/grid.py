@@ -101,7 +101,7 @@ def adaptive_grid_refinement(
         raise ValueError(f"refinement_factor: expected an integer of 2 or more, got {refinement_factor!r}")
     _check_share("uniform_share", uniform_share, 0.0)
     _check_optimizer(optimizer, optimizer_state)
-    inputs = layer_inputs(model, loader, max_samples)
+    inputs = layer_inputs(model, loader, max_samples, all_ranks=True)
     sizes = []
     for name, layer in kan_layers(model).items():
         old, k = layer.grid, layer.spline_order
@@ -144,7 +144,7 @@ def update_grid(
     _check_optimizer(optimizer, optimizer_state)
     changes = []
     for name, layer in kan_layers(model).items():
-        x = layer_inputs(model, loader_or_x, max_samples)[name]
+        x = layer_inputs(model, loader_or_x, max_samples, all_ranks=True)[name]
         if not x.isfinite().all():
             raise ValueError(f"loader_or_x: expected finite inputs of layer {name!r}, got NaN or infinity")
         before = layer(x).double()

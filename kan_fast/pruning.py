@@ -1,5 +1,6 @@
 """Scores of edges and nodes, silencing the weak ones, and a smaller network of the same function."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_fast.nn import KAN, KANLayer
+from kan_fast.ranks import sum_over_ranks
 from kan_fast.spline import bases
 from kan_fast.traverse import Data, chunks, kan_layers, network_layers, watch_inputs
 
@@ -41,7 +43,7 @@ def edge_scores(
 ) -> dict[str, Tensor]:
     """How much every edge matters: layer name -> (in, out), float64, 0 for masked edges.
 
-    model: any module with KANLayers. data: inputs (N, ...), or an iterable of inputs or (input, ...) tuples.
+    model: any module with KANLayers. data: inputs (N, ...), or an iterable of inputs or (input, ...) tuples; of all ranks.
     method, by default "activation" with data and "coefficient" without:
     "coefficient": sqrt(mean c^2 + w^2) of an edge's spline coefficients c and its base weight w.
     "activation": root mean square of the edge's values on the data that reach its layer.
@@ -63,6 +65,7 @@ def edge_scores(
         raise ValueError(f"data: needed for method {method!r}, got None")
     moments = _Moments(layers)
     watch_inputs(model, data, layers.values(), moments.add)
+    moments.reduce()
     if method == "activation":
         return {name: moments.edge_moments(layer, include_base)[1].sqrt() for name, layer in layers.items()}
     return _attribution(model, layers, moments, include_base)
@@ -195,11 +198,18 @@ class _Moments:
     """Running first and second moments of the features (base, bases) of every layer: the statistics of all edges."""
 
     def __init__(self, layers: dict[str, KANLayer]) -> None:
+        self.count: dict[KANLayer, Tensor] = {}
         self.first: dict[KANLayer, Tensor] = {}
         self.second: dict[KANLayer, Tensor] = {}
-        self.count = dict.fromkeys(layers.values(), 0)
         self.output_first: dict[KANLayer, Tensor] = {}
         self.output_second: dict[KANLayer, Tensor] = {}
+        for layer in layers.values():
+            num_features = layer.spline_weight.shape[1] + 1
+            zeros = functools.partial(torch.zeros, dtype=torch.float64, device=layer.grid.device)
+            self.count[layer] = zeros(())
+            self.first[layer] = zeros(layer.in_features, num_features)
+            self.second[layer] = zeros(layer.in_features, num_features, num_features)
+            self.output_first[layer], self.output_second[layer] = zeros(layer.out_features), zeros(layer.out_features)
 
     def add(self, layer: KANLayer, x: Tensor) -> None:
         num_features = layer.spline_weight.shape[1] + 1
@@ -208,13 +218,18 @@ class _Moments:
             spline = bases(block, layer.grid.double(), layer.spline_order, layer.outside, 0)
             base = torch.zeros_like(block) if layer.base_weight is None else layer._base(block, 0)
             features = torch.cat([base[..., None], spline], 2).transpose(0, 1)
-            first, second = features.sum(1), features.mT @ features
-            self.first[layer] = self.first.get(layer, 0) + first
-            self.second[layer] = self.second.get(layer, 0) + second
+            self.first[layer] += features.sum(1)
+            self.second[layer] += features.mT @ features
             self.count[layer] += len(block)
             output = layer.forward(x[rows]).double()  # not layer(...), whose hook brought us here
-            self.output_first[layer] = self.output_first.get(layer, 0) + output.sum(0)
-            self.output_second[layer] = self.output_second.get(layer, 0) + output.square().sum(0)
+            self.output_first[layer] += output.sum(0)
+            self.output_second[layer] += output.square().sum(0)
+
+    def reduce(self) -> None:
+        """The sums over all ranks."""
+        for sums in (self.count, self.first, self.second, self.output_first, self.output_second):
+            for layer in sums:
+                sums[layer] = sum_over_ranks(sums[layer])
 
     def output_spread(self, layer: KANLayer) -> Tensor:
         """Standard deviation of every output of a layer: (out,)."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kan_fast.nn import KANLayer
+from kan_fast.ranks import sum_over_ranks
 from kan_fast.traverse import chunks, kan_layers
 
 
@@ -36,8 +37,9 @@ def activation_regularization(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The penalty of the KAN paper: sum over layers of l1_factor * |Phi| + entropy_factor * S(Phi), an autograd scalar.
 
-    x (N, ..., in): data. |phi| of an edge is the mean over the data of |phi(x)|, |Phi| of a layer the sum over its edges,
-    and S = -sum (|phi| / |Phi|) log(|phi| / |Phi|). An edge that is 0 on all data counts 0, with gradient 0.
+    x (N, ..., in): data, of all ranks together (kan_fast.ranks). |phi| of an edge is the mean over the data of |phi(x)|,
+    |Phi| of a layer the sum over its edges, and S = -sum (|phi| / |Phi|) log(|phi| / |Phi|). An edge that is 0 on all data
+    counts 0, with gradient 0.
     One pass through the model: with return_output the result is (model(x), penalty), so that a training step needs no other.
     A (samples, in, out) tensor exists only in chunks, which are computed again in the backward pass where there are many.
 
@@ -65,13 +67,18 @@ def activation_regularization(
 
 
 def edge_l1(layer: KANLayer, x: Tensor) -> Tensor:
-    """Mean over the data of |phi(x)| of every edge: x (N, in) -> (in, out), differentiable."""
+    """Mean over the data of |phi(x)| of every edge: x (N, in) -> (in, out), differentiable. Of all ranks' data together."""
+    count = sum_over_ranks(torch.tensor(len(x), device=x.device))
+    return sum_over_ranks(_edge_sums(layer, x)) / count.clamp(min=1)
+
+
+def _edge_sums(layer: KANLayer, x: Tensor) -> Tensor:
 
     def total(rows: Tensor) -> Tensor:
         return layer.edge_values(rows).abs().sum(0)
 
     parts = list(chunks(len(x), layer.in_features * layer.out_features))
-    if len(parts) == 1:
-        return total(x) / len(x)
+    if len(parts) <= 1:
+        return total(x)
     sums = [checkpoint(total, x[rows], use_reentrant=False) for rows in parts]
-    return torch.stack(sums).sum(0) / max(1, len(x))
+    return torch.stack(sums).sum(0)

@@ -17,6 +17,7 @@ from kan_fast.grid import set_knots_in_place, update_grid
 from kan_fast.history import History
 from kan_fast.nn import KANLayer
 from kan_fast.nn.tensor_file import replacing
+from kan_fast.ranks import rank, states_of_all_ranks, sum_over_ranks, world_size
 from kan_fast.regularization import activation_regularization
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -76,6 +77,9 @@ def train_kan(
     generator of the loader's own are as they were, so the run is the one that was never interrupted.
     restore_best: end with the best weights instead of the last.
     progress: a bar by tqdm; None means if tqdm is there. callback(epoch, history): called after every epoch.
+
+    In several processes (kan_fast.ranks) every rank calls it with its own part of the data and, for gradients, a model that is
+    wrapped in DistributedDataParallel or fully_shard; losses are means over all ranks, rank 0 writes the checkpoints.
 
     Raises FloatingPointError when a loss turns NaN or infinite; it says where, and the model has its best weights back.
     """
@@ -168,12 +172,9 @@ class _Run:
             raise ValueError("train_loader: expected at least one batch, got none")
         # One wait for the device an epoch.
         table = torch.stack([torch.stack(losses).double(), torch.stack(penalties).double(), torch.stack(finite).double()]).cpu()
-        bad = (~(table[0] + table[1]).isfinite()).nonzero()
-        if len(bad):
-            self._fail("train", epoch, int(bad[0]), bool(table[2, bad[0]]))
-        weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        self.history.train_losses.append(float(table[0] @ weights))
-        self.history.penalties.append(float(table[1] @ weights))
+        means = self._means("train", epoch, table[:2].t(), sizes, table[2])
+        self.history.train_losses.append(means[0])
+        self.history.penalties.append(means[1])
 
     @torch.no_grad()
     def validate(self, epoch: int, loader: Batches | None, metrics: dict[str, Loss]) -> None:
@@ -193,18 +194,30 @@ class _Run:
                 finite.append(x.isfinite().all() & y.isfinite().all())
             if not sizes:
                 raise ValueError("val_loader: expected at least one batch, got none")
-            table = torch.stack(rows).cpu()
-            bad = (~table[:, 0].isfinite()).nonzero()
-            if len(bad):
-                self._fail("validation", epoch, int(bad[0]), bool(finite[int(bad[0])]))
-            weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-            means = (weights @ table).tolist()
+            means = self._means("validation", epoch, torch.stack(rows).cpu(), sizes, torch.stack(finite).cpu(), checked=1)
             history.val_losses.append(means[0])
             for name, value in zip(metrics, means[1:]):
                 history.metrics[name].append(value)
         if history.val_losses[-1] < history.best_loss:
             history.best_epoch = epoch
             self.best_state = _copy_state(self.model)
+
+    def _means(
+        self, part: str, epoch: int, table: Tensor, sizes: list[int], finite: Tensor, checked: int | None = None
+    ) -> list[float]:
+        """Means over the rows of all ranks: table (batches, quantities), sizes of the batches -> one number per quantity.
+
+        Raises on every rank where one of the first `checked` quantities is not finite on any. finite (batches): the data are.
+        """
+        weights = torch.tensor(sizes, dtype=torch.float64)
+        bad = (~table[:, :checked].isfinite().all(1)).nonzero()
+        sums = torch.cat([weights @ table, weights.sum()[None], torch.tensor([len(bad)], dtype=torch.float64)])
+        *totals, rows, failures = sum_over_ranks(sums.to(self.device) if world_size() > 1 else sums).tolist()
+        if len(bad):
+            self._fail(part, f"epoch {epoch}, batch {int(bad[0])}", bool(finite[bad[0]]))
+        if failures:
+            self._fail(part, f"epoch {epoch} on another rank", True)
+        return [total / rows for total in totals]
 
     def _step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step; the loss and penalty before it."""
@@ -247,14 +260,14 @@ class _Run:
         changes = update_grid(self.model, torch.cat(recent), optimizer=self.optimizer, optimizer_state=state)
         self.history.grid_changes.append((self.steps, changes))
 
-    def _fail(self, part: str, epoch: int, batch: int, data_finite: bool) -> None:
+    def _fail(self, part: str, where: str, data_finite: bool) -> None:
         best = self.history.best_epoch
         load_model_state(self.model, self.best_state)
         kept = f"its best weights, of epoch {best} (validation loss {self.history.best_loss:.6g})"
         kept = kept if best >= 0 else "its initial weights"
         reason = "the batch's data are finite" if data_finite else "the batch's data hold NaN or infinity"
         raise FloatingPointError(
-            f"the {part} loss is not finite at epoch {epoch}, batch {batch} ({reason}); the model has {kept}, back"
+            f"the {part} loss is not finite at {where} ({reason}); the model has {kept}, back"
         )
 
     def _pair(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -267,9 +280,18 @@ class _Run:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     def save(self, folder: Path, loader: Batches) -> None:
+        generator = getattr(loader, "generator", None)
+        of_this_rank = {
+            "random": random.getstate(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None,
+            "loader": None if generator is None else generator.get_state(),
+        }
+        of_ranks = states_of_all_ranks(of_this_rank)
+        if rank() > 0:
+            return
         if self.history.best_epoch == len(self.history.val_losses) - 1:
             _write(self.best_state, folder / "best.pt")
-        generator = getattr(loader, "generator", None)
         state = {
             "model": self.model.state_dict(),
             "best": self.best_state,
@@ -278,10 +300,7 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "history": self.history.state_dict(),
             "steps": self.steps,
-            "random": random.getstate(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None,
-            "loader": None if generator is None else generator.get_state(),
+            "ranks": of_ranks,
         }
         _write(state, folder / "last.pt")
 
@@ -298,13 +317,14 @@ class _Run:
         self.history = History(**state["history"])
         self.history.grid_changes = [(step, changes) for step, changes in self.history.grid_changes]
         self.steps = state["steps"]
-        version, numbers, gauss = state["random"]
+        mine = state["ranks"][rank() % len(state["ranks"])]
+        version, numbers, gauss = mine["random"]
         random.setstate((version, tuple(numbers), gauss))
-        torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"] is not None:
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-        if state["loader"] is not None:
-            loader.generator.set_state(state["loader"].cpu())  # type: ignore[attr-defined]
+        torch.set_rng_state(mine["torch"].cpu())
+        if mine["cuda"] is not None:
+            torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
+        if mine["loader"] is not None:
+            loader.generator.set_state(mine["loader"].cpu())  # type: ignore[attr-defined]
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -366,7 +386,7 @@ def _make_scheduler(optimizer: Optimizer, scheduler: Any) -> LRScheduler | None:
 
 
 def _progress_bar(progress: bool | None, done: int, epochs: int) -> Any:
-    if progress is False:
+    if progress is False or rank() > 0:
         return None
     try:
         from tqdm.auto import tqdm

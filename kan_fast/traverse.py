@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_fast.nn import KAN, KANLayer
+from kan_fast.ranks import rows_of_all_ranks, world_size
 
 # No tool holds more than this many numbers of a (samples, in, out) or (samples, in, bases) tensor at once:
 # 32 MiB in float64, enough to keep a GPU busy and small beside any model.
@@ -41,8 +42,14 @@ def batches(data: Data, model: nn.Module) -> Iterator[Tensor]:
         yield x.to(device=like.device, dtype=like.dtype)
 
 
-def first_rows(data: Data, model: nn.Module, max_samples: int) -> Tensor:
-    """The first `max_samples` rows of the data as one tensor (N, ...); raises ValueError for empty data."""
+def first_rows(data: Data, model: nn.Module, max_samples: int, all_ranks: bool = False) -> Tensor:
+    """The first `max_samples` rows of the data as one tensor (N, ...); raises ValueError for empty data.
+
+    all_ranks: as many of every rank as make max_samples together, the same tensor on each of them.
+    """
+    if all_ranks:
+        share = -(-max_samples // world_size())
+        return rows_of_all_ranks(first_rows(data, model, share))
     taken: list[Tensor] = []
     for x in batches(data, model):
         taken.append(x[: max_samples - sum(map(len, taken))])
@@ -73,11 +80,11 @@ def watch_inputs(model: nn.Module, data: Data, layers: Iterable[KANLayer], visit
             module.training = mode
 
 
-def layer_inputs(model: nn.Module, data: Data, max_samples: int) -> dict[str, Tensor]:
-    """What every KANLayer receives for the first `max_samples` rows of data: name -> (N, in)."""
+def layer_inputs(model: nn.Module, data: Data, max_samples: int, all_ranks: bool = False) -> dict[str, Tensor]:
+    """What every KANLayer receives for the first `max_samples` rows of data (see first_rows): name -> (N, in)."""
     layers = kan_layers(model)
     seen: dict[KANLayer, list[Tensor]] = {layer: [] for layer in layers.values()}
-    watch_inputs(model, first_rows(data, model, max_samples), seen, lambda layer, x: seen[layer].append(x))
+    watch_inputs(model, first_rows(data, model, max_samples, all_ranks), seen, lambda layer, x: seen[layer].append(x))
     missing = [name for name, layer in layers.items() if not seen[layer]]
     if missing:
         raise ValueError(f"model: its forward never called {', '.join(missing)}")

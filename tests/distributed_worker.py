@@ -1,0 +1,354 @@
+"""What every rank runs under torchrun: each check trains or measures with all ranks, and again as one process would.
+
+Run: torchrun --nproc-per-node N distributed_worker.py FOLDER CHECK...; rank 0 writes FOLDER/CHECK.pt, a list of pairs of
+tensors (by the ranks together, by one process).
+"""
+
+import copy
+import functools
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from samples import OPERATIONS, make_problem
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
+
+from kan_fast import (
+    KAN,
+    activation_regularization,
+    adaptive_grid_refinement,
+    edge_scores,
+    node_scores,
+    ops,
+    prune_kan,
+    train_kan,
+    update_grid,
+)
+from kan_fast.parallel import ShardInputs, ShardOutputs, parallelize_kan
+from kan_fast.ranks import on_this_rank, rows_of_all_ranks
+
+ROWS = 12
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def network(*dims, **options):
+    torch.manual_seed(0)
+    return KAN(dims or (5, 7, 2), dtype=torch.float64, **options)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(ROWS, 5, generator=generator).double(), torch.randn(ROWS, 2, generator=generator).double()
+
+
+def mine(tensor):
+    """This rank's rows, as many as the others'."""
+    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def train(model, x, y, penalty=None):
+    """Losses of five steps, and the parameters after them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        if penalty is None:
+            total = loss = (model(x) - y).square().mean()
+        else:
+            output, size = activation_regularization(model, x, *penalty, return_output=True)
+            loss = (output - y).square().mean()
+            total = loss + size
+        total.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), *map(whole, model.parameters())
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def mean_of_ranks(losses):
+    dist.all_reduce(losses)
+    return losses / dist.get_world_size()
+
+
+def data_parallel(wrap, penalty=None, **options):
+    """Each rank has its rows; the mean of the ranks' losses is the loss of all rows."""
+    x, y = data()
+    model = network(**options)
+    with on_this_rank():
+        want = train(copy.deepcopy(model), x, y, penalty)
+    losses, *parameters = train(wrap(model), mine(x), mine(y), penalty)
+    return list(zip((mean_of_ranks(losses), *parameters), want, strict=True))
+
+
+def by_layer(model):
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@check
+def ddp():
+    return data_parallel(DistributedDataParallel, bias=True)
+
+
+@check
+def fsdp():
+    return data_parallel(by_layer, bias=True)
+
+
+@check
+def fsdp_of_the_whole_model():
+    return data_parallel(fully_shard, outside="linear")
+
+
+@check
+def penalty_of_all_rows():
+    return data_parallel(DistributedDataParallel, penalty=(0.1, 0.3))
+
+
+def tensor_parallel(*dims, **options):
+    """Every rank has all rows; losses, parameters, and the first two derivatives by x are those of one process."""
+    model = network(*dims, **options)
+    x, y = data()
+    y = y[:, : model.layer_dims[-1]]
+    sharded = parallelize_kan(copy.deepcopy(model), init_device_mesh("cpu", (dist.get_world_size(),)))
+    return list(
+        zip((*derivatives(sharded, x), *train(sharded, x, y)), (*derivatives(model, x), *train(model, x, y)), strict=True)
+    )
+
+
+def derivatives(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    return y.detach(), first.detach(), second
+
+
+@check
+def every_sharding_of_every_contraction():
+    """Whatever way the arguments lie, the result is right."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    pairs = []
+    for operation in OPERATIONS:
+        problem = make_problem(shape=(6, 5, 4), outside="linear")
+        contraction = getattr(ops, operation)
+        for with_scale, n in ((True, 1), (False, 0)):
+            args = problem.args(operation, n, with_scale)
+            want = as_tuple(contraction(*args, "reference"))
+            *splittable, last = [place for place, value in enumerate(args) if isinstance(value, torch.Tensor)]
+            assert args[last] is problem.grid
+            for placements in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=len(splittable)):
+                split = list(args)
+                for place, placement in zip((*splittable, last), (*placements, Replicate()), strict=True):
+                    split[place] = distribute_tensor(args[place], mesh, [placement])
+                got = as_tuple(contraction(*split, "reference"))
+                pairs += zip(map(whole, got), want, strict=True)
+    return pairs
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@check
+def tensor_parallel_pair():
+    return tensor_parallel(5, 7, 2, bias=True)
+
+
+@check
+def tensor_parallel_odd():
+    return tensor_parallel(5, 7, 6, 2, outside="linear")
+
+
+@check
+def tensor_parallel_of_one_layer():
+    return tensor_parallel(5, 2)
+
+
+@check
+def tensor_parallel_refuses_narrow_layers():
+    ranks = dist.get_world_size()
+    with pytest.raises(ValueError, match=rf"^model: expected widths of at least the {ranks} ranks .* got 5 -> 1 in layer 0"):
+        tensor_parallel(5, 1, 2)
+    return [(torch.tensor(ranks), torch.tensor(ranks))]
+
+
+@check
+def tensor_parallel_without_base():
+    return tensor_parallel(5, 7, 2, base_activation=None)
+
+
+@check
+def tensor_parallel_of_any_activation():
+    return tensor_parallel(5, 7, 2, base_activation=torch.sin)
+
+
+@check
+def tensor_parallel_pruned():
+    model = network(bias=True)
+    for layer in model.layers:
+        layer.edge_mask = torch.rand(layer.in_features, layer.out_features) > 0.3
+    x, y = data()
+    sharded = parallelize_kan(copy.deepcopy(model), init_device_mesh("cpu", (dist.get_world_size(),)))
+    return list(zip(train(sharded, x, y), train(model, x, y), strict=True))
+
+
+@check
+def what_tensor_parallelism_costs():
+    """A pair of layers: one sum forward, one backward, and every rank holds its share of the weights."""
+    ranks = dist.get_world_size()
+    model = network(ranks * 2, ranks * 3, 2)
+    total = sum(p.numel() for p in model.parameters())
+    parallelize_kan(model, init_device_mesh("cpu", (ranks,)))
+    x = torch.randn(ROWS, ranks * 2).double().requires_grad_()
+    with CommDebugMode() as counts:
+        model(x).sum().backward()
+    here = sum(p.to_local().numel() for p in model.parameters())
+    calls = {str(name): calls for name, calls in counts.get_comm_counts().items()}
+    assert calls == {"c10d_functional.all_reduce": 2}, calls
+    return [(torch.tensor(here * ranks), torch.tensor(total))]
+
+
+@check
+def styles_gather_what_is_asked_for():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, _ = data()
+    pairs = []
+    for style in (ShardOutputs, ShardInputs):
+        layer = network(5, 6, bias=True).layers[0]
+        want = layer(x)
+        sharded = torch.distributed.tensor.parallel.parallelize_module(
+            copy.deepcopy(layer), mesh, style(use_local_output=False)
+        )
+        rows = x if style is ShardOutputs else distribute_tensor(x, mesh, [Shard(1)])
+        got = sharded(rows)
+        assert isinstance(got, DTensor)
+        pairs.append((whole(got), want.detach()))
+    return pairs
+
+
+@check
+def data_and_tensor_parallel():
+    """A mesh of two dimensions; needs four ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = network(bias=True)
+    x, y = data()
+    want = train(copy.deepcopy(model), x, y)
+    parallelize_kan(model, mesh["tensor"])
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    part = mesh.get_local_rank("data")
+    losses, *parameters = train(model, x.chunk(2)[part], y.chunk(2)[part])
+    return list(zip((mean_of_ranks(losses), *parameters), want, strict=True))
+
+
+def with_tool(tool):
+    """A tool on this rank's rows of data that are not spread evenly, against the tool on all rows."""
+    x, _ = data()
+    sizes = [ROWS - 3 * (dist.get_world_size() - 1)] + [3] * (dist.get_world_size() - 1)
+    rows = x.split(sizes)[dist.get_rank()]
+    assert torch.equal(rows_of_all_ranks(rows), x)
+    model = network(bias=True)
+    alone = copy.deepcopy(model)
+    got = tool(model, [rows[:2], rows[2:]])
+    with on_this_rank():
+        want = tool(alone, x)
+    pairs = list(zip(got, want, strict=True))
+    return pairs + list(zip(model.state_dict().values(), alone.state_dict().values(), strict=True))
+
+
+@check
+def update_grid_on_all_rows():
+    return with_tool(lambda model, x: [torch.tensor(update_grid(model, x, grid_eps=0.3), dtype=torch.float64)])
+
+
+@check
+def refinement_on_all_rows():
+    return with_tool(lambda model, x: [torch.tensor(adaptive_grid_refinement(model, x))])
+
+
+@check
+def scores_on_all_rows():
+    return with_tool(
+        lambda model, x: [
+            *edge_scores(model, x).values(),
+            *edge_scores(model, x, "attribution").values(),
+            *node_scores(model, x),
+        ]
+    )
+
+
+@check
+def pruning_on_all_rows():
+    return with_tool(lambda model, x: list(prune_kan(model, 0.3, data=x, relative=True).removed.values()))
+
+
+@check
+def failure_of_one_rank():
+    """NaN in the data of one rank ends the training of all, with the best weights back."""
+    x, y = (mine(tensor).clone() for tensor in data())
+    if dist.get_rank() == 1:
+        x[0, 0] = torch.nan
+    model = network()
+    message = "the batch's data hold NaN" if dist.get_rank() == 1 else "on another rank"
+    with pytest.raises(FloatingPointError, match=message):
+        train_kan(DistributedDataParallel(model), [(x, y)], epochs=2, progress=False)
+    return list(zip(model.state_dict().values(), network().state_dict().values(), strict=True))
+
+
+@check
+def training_loop():
+    """train_kan with a penalty, grid updates and a plateau: every rank sees the losses of all rows."""
+    x, y = data()
+    options = {"epochs": 6, "lr": 2e-2, "activation_l1": 0.01, "activation_entropy": 0.02, "progress": False}
+    options |= {"grid_update_every": 2, "grid_update_until": 4, "scheduler": functools.partial(ReduceLROnPlateau, patience=0)}
+    model = network()
+    with on_this_rank():
+        want = copy.deepcopy(model)
+        alone = train_kan(want, [(x, y)], [(x, y)], **options)
+    loader = DataLoader(TensorDataset(mine(x), mine(y)), batch_size=ROWS)
+    together = train_kan(DistributedDataParallel(model), loader, [(mine(x), mine(y))], **options)
+    pairs = [
+        (torch.tensor(getattr(together, name)), torch.tensor(getattr(alone, name)))
+        for name in ("train_losses", "val_losses", "penalties", "learning_rates")
+    ]
+    return pairs + list(zip(model.state_dict().values(), want.state_dict().values(), strict=True))
+
+
+def main():
+    folder, *names = sys.argv[1:]
+    dist.init_process_group("gloo")
+    for name in names:
+        pairs = CHECKS[name]()
+        # Ranks agree to the last bit, so each of them may be asked.
+        for got, _ in pairs:
+            others = [torch.empty_like(got) for _ in range(dist.get_world_size())]
+            dist.all_gather(others, got.contiguous())
+            assert all(torch.equal(other, got) for other in others), f"{name}: ranks differ"
+        if dist.get_rank() == 0:
+            torch.save(pairs, Path(folder) / f"{name}.pt")
+    dist.barrier()  # a rank that leaves early takes gloo's threads from the others
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
