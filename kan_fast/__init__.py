@@ -8,6 +8,7 @@ from kan_fast.backends import available_backends
 from kan_fast.nn import KAN, KANLayer, KolmogorovArnoldNetwork
 
 if TYPE_CHECKING:
+    from kan_fast.estimators import KANClassifier, KANRegressor
     from kan_fast.export import export_aoti, export_onnx, export_program
     from kan_fast.grid import adaptive_grid_refinement, tune_grid_size, update_grid
     from kan_fast.history import History
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # Where the tools live. They load when they are asked for: some need matplotlib or SymPy, the layers need torch alone.
 _TOOLS = {
     "History": "history",
+    "KANClassifier": "estimators",
+    "KANRegressor": "estimators",
     "ShardInputs": "parallel",
     "ShardOutputs": "parallel",
     "activation_regularization": "regularization",
@@ -66,7 +69,9 @@ def __dir__() -> list[str]:
 __all__ = [
     "KAN",
     "History",
+    "KANClassifier",
     "KANLayer",
+    "KANRegressor",
     "KolmogorovArnoldNetwork",
     "ShardInputs",
     "ShardOutputs",
