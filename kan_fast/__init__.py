@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kan_fast import functional
 from kan_fast.backends import available_backends
-from kan_fast.nn import KAN, KANLayer, KolmogorovArnoldNetwork
+from kan_fast.nn import KAN, KANConv2d, KANFeedForward, KANLayer, KolmogorovArnoldNetwork
 
 if TYPE_CHECKING:
     from kan_fast.estimators import KANClassifier, KANRegressor
@@ -70,6 +70,8 @@ __all__ = [
     "KAN",
     "History",
     "KANClassifier",
+    "KANConv2d",
+    "KANFeedForward",
     "KANLayer",
     "KANRegressor",
     "KolmogorovArnoldNetwork",
