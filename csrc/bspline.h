@@ -81,16 +81,23 @@ KAN_INLINE T difference_factor(const T* knots, int p, int m) {
 
 // Knots that differ from an even spacing by rounding alone take the closed form. Tolerance: a stored knot carries half
 // an ulp of max|t|, the computed even knot t_0 + j h two more.
+template <class T> struct EvenSpacing {
+  T first, h, tolerance;
+  KAN_INLINE EvenSpacing(const T* knots, int count, T epsilon) : first(knots[0]) {
+    const T last = knots[count - 1];
+    const T a = first < 0 ? -first : first, b = last < 0 ? -last : last;
+    h = (last - first) / T(count - 1);
+    tolerance = 4 * epsilon * (a > b ? a : b);
+  }
+  template <class V> KAN_INLINE V deviation(V knot, V j) const { return knot - (j * h + first); }
+};
 template <class T>
 KAN_INLINE bool is_uniform(const T* knots, int count, T epsilon) {
-  T first = knots[0], last = knots[count - 1];
-  T h = (last - first) / T(count - 1);
-  T a = first < 0 ? -first : first, b = last < 0 ? -last : last;
-  T tolerance = 4 * epsilon * (a > b ? a : b);
-  bool uniform = h > tolerance;
+  const EvenSpacing<T> even(knots, count, epsilon);
+  bool uniform = even.h > even.tolerance;
   for (int j = 1; j < count - 1; ++j) {
-    T off = knots[j] - (first + T(j) * h);
-    uniform = uniform && off <= tolerance && off >= -tolerance;
+    T off = even.deviation(knots[j], T(j));
+    uniform = uniform && off <= even.tolerance && off >= -even.tolerance;
   }
   return uniform;
 }

@@ -181,71 +181,60 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
   const int window_for_tile = widest_tile(for_x.window) < widest_tile(for_w.window) ? for_x.window : for_w.window;
   const int width = narrowest * N;
   const int shift = (p.outside == kZero ? 0 : k) - k;
-  auto slopeless = [&](const Order<T>& order) { return !order.spline || (p.outside == kClamp ? order.n >= 1 : order.n >= 2); };
   // Both orders sort alike except where only one of them still has a spline outside the range.
   const bool one_sorting = need_x && need_w && for_x.spline == for_w.spline &&
-                           (p.outside == kZero || slopeless(for_x) == slopeless(for_w));
+                           vanishes(p, for_x) == vanishes(p, for_w);
+  const int smallest_window = need_x && need_w ? smaller(for_x.window, for_w.window) : need_x ? for_x.window : for_w.window;
 
   // One exponential serves the value and the slope of the first backward.
   const bool both_silu = need_x && need_w && p.activation == kSilu && for_x.n == 1 && for_w.n == 0 && !p.scale;
 
   Arena arena(runtime);
-  const size_t knots_scratch = Knots<T>::scratch(p.knots(), k);
+  KnotsOfBlock<T>::reserve(p, arena);
   arena.reserve<Tile<T>>(2 * kBlockInputs);
   arena.reserve<Sorting>(2 * kBlockInputs);
   arena.reserve<uint16_t>(2 * kBlockInputs * (buckets + 2));
-  arena.reserve<T>(knots_scratch + 3 * kBlockInputs * kTileRows + kTileRows * width + 2 * size_t(bases + k + 3) * width);
+  arena.reserve<T>(3 * kBlockInputs * kTileStride + kTileRows * width + 2 * size_t(bases + k + 3) * width);
   arena.commit();
   Tile<T>*tile_x = arena.take<Tile<T>>(kBlockInputs), *tile_w = arena.take<Tile<T>>(kBlockInputs);
   Sorting* sorting = arena.take<Sorting>(2 * kBlockInputs);
   uint16_t* starts = arena.take<uint16_t>(2 * kBlockInputs * (buckets + 2));
-  T* column = arena.take<T>(kBlockInputs * kTileRows);
-  T* scale_column = arena.take<T>(kBlockInputs * kTileRows);
-  T* knots_memory = arena.take<T>(knots_scratch);
-  T* dx = arena.take<T>(kBlockInputs * kTileRows);
+  T* column = arena.take<T>(kBlockInputs * kTileStride);
+  T* scale_column = arena.take<T>(kBlockInputs * kTileStride);
+  KnotsOfBlock<T> knots(p, arena);
+  T* dx = arena.take<T>(kBlockInputs * kTileStride);
   T* g_tile = arena.take<T>(kTileRows * width);
   T* packed = arena.take<T>(size_t(bases + k + 1) * width);
   T* packed_base = arena.take<T>(width);
   T* d_packed = arena.take<T>(size_t(bases + k + 1) * width);
   T* d_packed_base = arena.take<T>(width);
-  alignas(64) typename Simd<T>::Int bucket[kTileRows];
+  Located<T> at;
 
   for (int64_t i0 = first; i0 < end; i0 += kBlockInputs) {
     const int inputs = int(smaller<int64_t>(kBlockInputs, end - i0));
+    knots.prepare(p, i0, inputs);
     for (int64_t b0 = 0; b0 < B; b0 += kTileRows) {
       const int rows = int(smaller<int64_t>(kTileRows, B - b0));
       const int64_t b1 = b0 + rows;
-      transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileRows);
-      if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileRows);
+      transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileStride);
+      if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileStride);
       for (int i = 0; i < inputs; ++i) {
-        const T* x = column + i * kTileRows;
-        Knots<T> knots;
-        knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), k, p.outside, knots_memory);
+        const T* x = column + i * kTileStride;
         auto prepare = [&](const Order<T>& order, Tile<T>& tile, int slot, const T* scale, bool sort) {
           uint16_t* start = starts + ptrdiff_t(slot) * (buckets + 2);
-          if (sort) {
-            if (order.spline) find_buckets(knots, p.outside, slopeless(order), buckets, x, rows, bucket);
-            else for (int r = 0; r < rows; ++r) bucket[r] = buckets;
-            sort_rows(bucket, rows, buckets, sorting[slot].rows, start);
-          }
+          if (sort) sort_tile(p, *knots.of[i], order, smallest_window, buckets, x, rows, at, sorting[slot].rows, start);
           tile.rows = sorting[slot].rows;
           tile.start = start;
           tile.buckets = buckets;
-          prepare_tile(p, knots, order, x, scale, rows, bucket, tile, !both_silu);
+          prepare_tile(p, *knots.of[i], order, x, scale, rows, at, tile, !both_silu);
         };
         if (need_x) prepare(for_x, tile_x[i], i, nullptr, true);
         if (need_w)
-          prepare(for_w, tile_w[i], one_sorting ? i : kBlockInputs + i, p.scale ? scale_column + i * kTileRows : nullptr,
+          prepare(for_w, tile_w[i], one_sorting ? i : kBlockInputs + i, p.scale ? scale_column + i * kTileStride : nullptr,
                   !one_sorting);
-        if (both_silu)
-          for (int b = 0; b < rows; b += N) {
-            Vec<T> value, slope;
-            silu<T>(load<T>(x + b), value, slope);
-            store<T>(tile_w[i].base + b, value);
-            store<T>(tile_x[i].base + b, slope);
-          }
+        if (both_silu) prepare_silu(x, rows, tile_w[i].base, tile_x[i].base);
       }
-      if (need_x) memset(dx, 0, sizeof(T) * kBlockInputs * kTileRows);
+      if (need_x) memset(dx, 0, sizeof(T) * kBlockInputs * kTileStride);
       for (int64_t o = 0; o < O;) {
         const OutputTile<T> out = output_tile<T>(o, O, window_for_tile);
         const int w = out.vectors * N;
@@ -263,7 +252,11 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         const InputKernel<T> input_kernel = pick<T>(for_x.window, out.vectors, base_x, for_x.scaled).input;
         const WeightKernel<T> weight_kernel = pick<T>(for_w.window, out.vectors, base_w, for_w.scaled).weight;
         for (int i = 0; i < inputs; ++i) {
-          const T* knots = p.grid + (i0 + i) * p.knots();
+          if (o == 0 && b1 < B) {
+            const int64_t next = smaller<int64_t>(B - b1, kTileRows);
+            prefetch_block(p.x + b1 * I + i0, I, int(next), inputs, i, inputs);
+          }
+          const T* stored = p.grid + (i0 + i) * p.knots();
           const ptrdiff_t at = (i0 + i) * bases * O + o, next = at + bases * O;
           if (i + 1 < inputs) {
             if (need_w) prefetch_rows(p.d_spline + next, O, bases, out.columns);
@@ -284,7 +277,7 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
             if (db && (fresh || db == d_packed_base)) memset(db, 0, sizeof(T) * size_t(w));
             weight_kernel(tile_w[i], g, ld, d, stride, count, shift + n, db);
             if (!direct) {
-              if (for_w.spline) difference_adjoint(knots, k, n, bases, w, d);
+              if (for_w.spline) difference_adjoint(stored, k, n, bases, w, d);
               for (int f = 0; f < bases; ++f) {
                 T* to = p.d_spline + at + f * O;
                 for (int c = 0; c < out.columns; ++c) to[c] = fresh ? d[f * w + c] : to[c] + d[f * w + c];
@@ -303,19 +296,19 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
             if (!for_x.spline) {
               window.count = 0;
             } else if (n > 0 || !out.whole()) {
-              difference(knots, k, n, bases, c, O, out.columns, w, packed);
+              difference(stored, k, n, bases, c, O, out.columns, w, packed);
               window = {packed, w, bases + n, window.offset};
             }
             if (base_x && !out.whole()) {
               copy_padded(b, out.columns, w, packed_base);
               b = packed_base;
             }
-            input_kernel(tile_x[i], window, b, g, ld, dx + i * kTileRows);
+            input_kernel(tile_x[i], window, b, g, ld, dx + i * kTileStride);
           }
         }
         o += out.columns;
       }
-      if (need_x) transpose<T>(dx, kTileRows, inputs, rows, p.dx + b0 * I + i0, I);
+      if (need_x) transpose<T>(dx, kTileStride, inputs, rows, p.dx + b0 * I + i0, I);
     }
   }
 }

@@ -81,10 +81,32 @@ template <class T> OutputKernel<T> pick(int window, int vectors, bool base, bool
   }
 }
 
+// How a call is cut into tasks: by rows, and very small batches by outputs as well, though every task then prepares x for
+// itself. Inputs are not split: adding up the parts moves them from core to core, which at 256 x 64 x 64 on two threads
+// costs more than the longer buckets save.
+template <class T> struct Partition {
+  int64_t rows, outs;  // of a task
+  int64_t row_tasks, out_tasks;
+
+  static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+  Partition(const Problem<T>& p, int64_t threads) : outs(p.out_features), out_tasks(1) {
+    const int64_t work = p.batch * p.in_features * p.out_features;
+    threads = smaller(threads, larger<int64_t>(1, work / kMinimumWork));
+    rows = parts(p.batch, threads);
+    if (threads > 1 && rows < kTileRows / 8 && p.out_features >= 128) {
+      rows = p.batch;
+      outs = parts(parts(p.out_features, smaller(threads, p.out_features / 64)), 64) * 64;
+      out_tasks = parts(p.out_features, outs);
+    }
+    rows = smaller<int64_t>(kTileRows, rows);
+    row_tasks = parts(p.batch, rows);
+  }
+};
+
 template <class T> struct OutputTask {
   const Problem<T>& p;
   const Runtime& runtime;
-  int64_t rows_per_task, outs_per_task, out_tasks;
+  const Partition<T>& cut;
 };
 
 // Rows [b0, b1) x outputs [o0, o1): for each block of inputs, prepare all tiles once, then run every output tile over them.
@@ -96,43 +118,39 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
   const int bases = p.bases(), buckets = bucket_count(p), n = order.n;
   const bool base = p.base_weight != nullptr;
   const int width = widest_tile(order.window) * N;
-  const bool slopeless = !order.spline || (p.outside == kClamp ? n >= 1 : n >= 2);
 
   Arena arena(runtime);
-  const size_t knots_scratch = Knots<T>::scratch(p.knots(), p.spline_order);
+  KnotsOfBlock<T>::reserve(p, arena);
   arena.reserve<Tile<T>>(kBlockInputs);
   arena.reserve<Sorting>(kBlockInputs);
   arena.reserve<uint16_t>(kBlockInputs * (buckets + 2));
-  arena.reserve<T>(2 * kBlockInputs * kTileRows + knots_scratch + size_t(bases + n + 2) * width + kTileRows * width);
+  arena.reserve<T>(2 * kBlockInputs * kTileStride + size_t(bases + n + 2) * width + kTileRows * width);
   arena.commit();
   Tile<T>* tile = arena.take<Tile<T>>(kBlockInputs);
   Sorting* sorting = arena.take<Sorting>(kBlockInputs);
   uint16_t* starts = arena.take<uint16_t>(kBlockInputs * (buckets + 2));
-  T* column = arena.take<T>(kBlockInputs * kTileRows);
-  T* scale_column = arena.take<T>(kBlockInputs * kTileRows);
-  T* knots_memory = arena.take<T>(knots_scratch);
+  T* column = arena.take<T>(kBlockInputs * kTileStride);
+  T* scale_column = arena.take<T>(kBlockInputs * kTileStride);
+  KnotsOfBlock<T> knots(p, arena);
   T* packed = arena.take<T>(size_t(bases + n + 1) * width);
   T* packed_base = arena.take<T>(width);
   T* y = arena.take<T>(kTileRows * width);
-  alignas(64) typename Simd<T>::Int bucket[kTileRows];
+  Located<T> at;
   const int rows = int(b1 - b0);
 
   for (int64_t i0 = 0; i0 < I; i0 += kBlockInputs) {
     const int inputs = int(smaller<int64_t>(kBlockInputs, I - i0));
-    transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileRows);
-    if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileRows);
+    transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileStride);
+    if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileStride);
+    knots.prepare(p, i0, inputs);
     for (int i = 0; i < inputs; ++i) {
-      const T *x = column + i * kTileRows, *scale = p.scale ? scale_column + i * kTileRows : nullptr;
-      Knots<T> knots;
-      knots.prepare(p.grid + (i0 + i) * p.knots(), p.knots(), p.spline_order, p.outside, knots_memory);
+      const T *x = column + i * kTileStride, *scale = p.scale ? scale_column + i * kTileStride : nullptr;
       uint16_t* start = starts + i * (buckets + 2);
-      if (order.spline) find_buckets(knots, p.outside, slopeless, buckets, x, rows, bucket);
-      else for (int r = 0; r < rows; ++r) bucket[r] = buckets;
-      sort_rows(bucket, rows, buckets, sorting[i].rows, start);
+      sort_tile(p, *knots.of[i], order, order.window, buckets, x, rows, at, sorting[i].rows, start);
       tile[i].rows = sorting[i].rows;
       tile[i].start = start;
       tile[i].buckets = buckets;
-      prepare_tile(p, knots, order, x, scale, rows, bucket, tile[i]);
+      prepare_tile(p, *knots.of[i], order, x, scale, rows, at, tile[i]);
     }
     for (int64_t o = o0; o < o1;) {
       const OutputTile<T> out = output_tile<T>(o, o1, order.window);
@@ -154,6 +172,7 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
           if (order.spline) prefetch_rows(c + bases * O, O, bases, out.columns);
           if (base) prefetch_rows(b + O, O, 1, out.columns);
         }
+        if (o == o0 && i0 + inputs < I) prefetch_block(p.x + b0 * I + i0 + inputs, I, rows, I - i0 - inputs, i, inputs);
         if (base && !out.whole()) {
           copy_padded(b, out.columns, w, packed_base);
           b = packed_base;
@@ -186,26 +205,14 @@ template <class T> void contract_output(const Problem<T>& p, const Runtime& runt
     return;
   }
   if (narrow::serves_output(p)) return narrow::contract_output(p, runtime);
-  // A task is one tile of rows; small batches are split over outputs as well.
-  const int64_t work = p.batch * p.in_features * p.out_features;
-  int64_t threads = smaller<int64_t>(runtime.threads, larger<int64_t>(1, work / kMinimumWork));
-  int64_t rows = smaller<int64_t>(kTileRows, (p.batch + threads - 1) / threads);
-  int64_t row_tasks = (p.batch + rows - 1) / rows, out_tasks = 1, outs = p.out_features;
-  if (threads > 1 && rows < kTileRows / 8 && p.out_features >= 128) {
-    rows = smaller<int64_t>(p.batch, kTileRows);
-    row_tasks = (p.batch + rows - 1) / rows;
-    out_tasks = smaller<int64_t>(threads, p.out_features / 64);
-    outs = ((p.out_features + out_tasks - 1) / out_tasks + 63) / 64 * 64;
-    out_tasks = (p.out_features + outs - 1) / outs;
-  }
-  OutputTask<T> task{p, runtime, rows, outs, out_tasks};
+  const Partition<T> cut(p, runtime.threads);
+  OutputTask<T> task{p, runtime, cut};
   auto body = [](void* context, int64_t index) {
     const OutputTask<T>& k = *static_cast<OutputTask<T>*>(context);
-    const int64_t b = index / k.out_tasks * k.rows_per_task, o = index % k.out_tasks * k.outs_per_task;
-    output_range(k.p, k.runtime, b, smaller(k.p.batch, b + k.rows_per_task), o,
-                 smaller(k.p.out_features, o + k.outs_per_task));
+    const int64_t b = index / k.cut.out_tasks * k.cut.rows, o = index % k.cut.out_tasks * k.cut.outs;
+    output_range(k.p, k.runtime, b, smaller(k.p.batch, b + k.cut.rows), o, smaller(k.p.out_features, o + k.cut.outs));
   };
-  runtime.parallel(row_tasks * out_tasks, body, &task);
+  runtime.parallel(cut.row_tasks * cut.out_tasks, body, &task);
 }
 
 template void contract_output<float>(const Problem<float>&, const Runtime&);

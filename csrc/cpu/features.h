@@ -1,10 +1,10 @@
-// From inputs to features: the interval of x, the weights of its window, and the base activation, a SIMD vector at a time.
+// From inputs to features: the interval of x, the weights of its window, and the base activation, some vectors at a time.
 #pragma once
 #include <math.h>
 
 #include "../bspline.h"
 #include "../kernels.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace kan::cpu::KAN_ISA {
 
@@ -20,6 +20,7 @@ template <class T> struct ActivationTable {
   int degree_high = 0, degree_low = 0;  // polynomials of order n and, for silu, n - 1
   T high[kMaxDegree + 1] = {}, low[kMaxDegree + 1] = {};
 
+  bool is_silu(int order) const { return activation == kSilu && n == order; }
   ActivationTable(int activation, int n) : activation(activation), n(n) {
     if (activation == kSilu || activation == kTanh) {
       sigmoid_like(n, high, degree_high);
@@ -59,71 +60,69 @@ template <class T> struct ActivationTable {
   }
 };
 
-template <class T> KAN_INLINE Vec<T> polynomial(const T* c, int degree, Vec<T> x) {
-  Vec<T> p = broadcast<T>(c[degree]);
+template <class T, int Q> KAN_INLINE Lanes<T, Q> polynomial(const T* c, int degree, Lanes<T, Q> x) {
+  Lanes<T, Q> p = all<T, Q>(c[degree]);
   for (int d = degree - 1; d >= 0; --d) p = p * x + c[d];
   return p;
 }
 
-KAN_INLINE Vec<float> normal_cdf(Vec<float> x) {
-  Vec<float> p;
-  for (int lane = 0; lane < Simd<float>::N; ++lane) p[lane] = 0.5f * erfcf(-0.70710678118654752f * x[lane]);
+KAN_INLINE float complementary_error(float x) { return erfcf(x); }
+KAN_INLINE double complementary_error(double x) { return erfc(x); }
+template <class T, int Q> KAN_INLINE Lanes<T, Q> normal_cdf(Lanes<T, Q> x) {
+  Lanes<T, Q> p;
+  for (int q = 0; q < Q; ++q)
+    for (int lane = 0; lane < Simd<T>::N; ++lane)
+      p.v[q][lane] = T(0.5) * complementary_error(T(-0.70710678118654752440) * x.v[q][lane]);
   return p;
-}
-KAN_INLINE Vec<double> normal_cdf(Vec<double> x) {
-  Vec<double> p;
-  for (int lane = 0; lane < Simd<double>::N; ++lane) p[lane] = 0.5 * erfc(-0.70710678118654752440 * x[lane]);
-  return p;
-}
-
-template <class T> inline Vec<T> activate_rare(const ActivationTable<T>& table, Vec<T> x) {
-  using V = Vec<T>;
-  const int n = table.n;
-  V zero{}, one = broadcast<T>(1), value = zero;
-  V magnitude = x > 0 ? x : -x;
-  switch (table.activation) {
-    case kSilu: {
-      V e = exp_clamped(-magnitude);
-      V s = (x > 0 ? one : e) / (1 + e), q = e / ((1 + e) * (1 + e));
-      V lower = n == 1 ? s : q * polynomial<T>(table.low, table.degree_low, s) * T(n);
-      value = x * q * polynomial<T>(table.high, table.degree_high, s) + lower;
-      break;
-    }
-    case kIdentity: value = n == 0 ? x : n == 1 ? one : zero; break;
-    case kRelu: value = n == 0 ? (x > 0 ? x : zero) : n == 1 ? (x > 0 ? one : zero) : zero; break;
-    case kTanh: {
-      V e = exp_clamped(-2 * magnitude);
-      V t = (1 - e) / (1 + e);
-      t = x > 0 ? t : -t;
-      value = n == 0 ? t : 4 * e / ((1 + e) * (1 + e)) * polynomial<T>(table.high, table.degree_high, t);
-      break;
-    }
-    case kGelu: {
-      V density = exp_clamped(x * x * T(-0.5)) * T(0.39894228040143267794);
-      value = n == 0   ? x * normal_cdf(x)
-              : n == 1 ? normal_cdf(x) + x * density
-                       : density * polynomial<T>(table.high, table.degree_high, x);
-      break;
-    }
-  }
-  return x == x ? value : x;
 }
 
 // silu and its first derivative, the two that every training step needs. exp(-x), not exp(-|x|): both the sigmoid
 // 1 / (1 + e) and its complement e / (1 + e) keep their relative accuracy.
-template <class T> KAN_INLINE void silu(Vec<T> x, Vec<T>& value, Vec<T>& slope) {
-  const Vec<T> e = exp_clamped(-x), s = reciprocal<T>(1 + e);
+template <class T, int Q> KAN_INLINE void silu(Lanes<T, Q> x, Lanes<T, Q>& value, Lanes<T, Q>& slope) {
+  const Lanes<T, Q> e = exp_clamped(-x), s = reciprocal(T(1) + e);
   value = x * s;
   slope = s + value * (e * s);
 }
 
-template <class T> KAN_INLINE Vec<T> activate(const ActivationTable<T>& table, Vec<T> x) {
-  if (table.activation == kSilu && table.n <= 1) {
-    Vec<T> value, slope;
-    silu<T>(x, value, slope);
-    return table.n == 0 ? value : slope;
+template <class T, int Q> KAN_INLINE Lanes<T, Q> activate(const ActivationTable<T>& table, Lanes<T, Q> x) {
+  using L = Lanes<T, Q>;
+  const int n = table.n;
+  const L zero = all<T, Q>(0), one = all<T, Q>(1);
+  if (table.is_silu(0) || table.is_silu(1)) {
+    L value, slope;
+    silu(x, value, slope);
+    return n == 0 ? value : slope;
   }
-  return activate_rare<T>(table, x);
+  const L magnitude = select(x > zero, x, -x);
+  L value = zero;
+  switch (table.activation) {
+    case kSilu: {
+      const L e = exp_clamped(-magnitude), r = one / (one + e), s = select(x > zero, one, e) * r, q = e * r * r;
+      const L lower = q * polynomial(table.low, table.degree_low, s) * T(n);
+      value = x * q * polynomial(table.high, table.degree_high, s) + lower;
+      break;
+    }
+    case kIdentity: value = n == 0 ? x : n == 1 ? one : zero; break;
+    case kRelu: value = n == 0 ? select(x > zero, x, zero) : n == 1 ? select(x > zero, one, zero) : zero; break;
+    case kTanh: {
+      const L e = exp_clamped(magnitude * T(-2)), r = one / (one + e);
+      L t = (one - e) * r;
+      t = select(x > zero, t, -t);
+      value = n == 0 ? t : e * r * r * T(4) * polynomial(table.high, table.degree_high, t);
+      break;
+    }
+    case kGelu: {
+      const L density = exp_clamped(x * x * T(-0.5)) * T(0.39894228040143267794);
+      value = n == 0   ? x * normal_cdf(x)
+              : n == 1 ? normal_cdf(x) + x * density
+                       : density * polynomial(table.high, table.degree_high, x);
+      break;
+    }
+  }
+  return select(x == x, value, x);
+}
+template <class T> KAN_INLINE Vec<T> activate(const ActivationTable<T>& table, Vec<T> x) {
+  return activate(table, Lanes<T, 1>{{x}}).v[0];
 }
 
 // The knots of one input, prepared for lane-wise use: `order` more knots on either side (their bases have no
@@ -138,6 +137,7 @@ template <class T> struct Knots {
   T* t;                      // t[order + j] = knot j
   T* recip[kMaxOrder + 1];   // recip[p][order + m] = 1 / (t_{m+p} - t_m), p = 1 .. order
 
+  // Rows of knots and reciprocals, each readable a whole vector beyond its end.
   static size_t scratch(int knots, int order) {
     return size_t(order + 1) * size_t(knots + 2 * order + 2 * Simd<T>::N);
   }
@@ -147,15 +147,24 @@ template <class T> struct Knots {
     padded = knots + 2 * order;
     const int stride = padded + 2 * Simd<T>::N;
     t = memory;
-    uniform = is_uniform(stored, count, Simd<T>::kEpsilon);
-    T h = (stored[count - 1] - stored[0]) / T(count - 1);
-    T step = h > 0 ? h : T(1);
-    for (int j = 0; j < count; ++j) t[order + j] = stored[j];
+    constexpr int N = Simd<T>::N;
+    const EvenSpacing<T> even(stored, count, Simd<T>::kEpsilon);
+    const T step = even.h > 0 ? even.h : T(1);
+    T* real = t + order;
+    memcpy(real, stored, sizeof(T) * size_t(count));
     for (int j = 1; j <= order; ++j) {
       t[order - j] = stored[0] - T(j) * step;
-      t[order + count - 1 + j] = stored[count - 1] + T(j) * step;
+      real[count - 1 + j] = stored[count - 1] + T(j) * step;
     }
-    for (int j = padded; j < stride; ++j) t[j] = t[padded - 1];
+    store<T>(t + padded, broadcast<T>(t[padded - 1]));
+    store<T>(t + padded + N, broadcast<T>(t[padded - 1]));
+    Vec<T> index, worst{};
+    for (int lane = 0; lane < N; ++lane) index[lane] = T(lane);
+    for (int j = 0; j < count; j += N, index += T(N)) {
+      const Vec<T> off = even.deviation(load<T>(real + j), index), size = off < 0 ? -off : off;
+      worst = index < T(count) && size > worst ? size : worst;
+    }
+    uniform = even.h > even.tolerance && !any<T>((VecInt<T>)(worst > even.tolerance));
     inverse_h = 1 / step;
     origin = stored[0];
     low = outside == kZero ? 0 : order;
@@ -176,89 +185,70 @@ template <class T> struct Knots {
   }
 };
 
-// The interval j of every lane (x already within [first, last] or NaN).
-template <class T> KAN_INLINE VecInt<T> find_span(const Knots<T>& k, Vec<T> x) {
-  using I = VecInt<T>;
-  const I low = I{} + k.low, high = I{} + k.high;
-  I j;
-  if (k.uniform) {  // the even spacing guesses, the stored knots decide
-    Vec<T> guess = (x - k.origin) * k.inverse_h;
-    guess = guess > T(k.low) ? guess : broadcast<T>(T(k.low));
-    guess = guess < T(k.high) ? guess : broadcast<T>(T(k.high));
-    j = to_int<T>(guess);
-    I below = (I)(x < lookup<T>(k.t + k.order, k.count, j));
-    I above = (I)(x >= lookup<T>(k.t + k.order, k.count, j + 1));
-    j = j + below - above;
-    j = j < low ? low : j;
-    j = j > high ? high : j;
-  } else {
-    j = low;
-    for (int step = k.steps; step > 0; step >>= 1) {
-      I candidate = j + step;
-      candidate = candidate > high ? high : candidate;
-      j = x >= lookup<T>(k.t + k.order, k.count, candidate) ? candidate : j;
+// x where the window is evaluated: within [first, last], or NaN.
+template <class T, int Q> KAN_INLINE Lanes<T, Q> into_range(const Knots<T>& k, Lanes<T, Q> x) {
+  x = select(x < k.first, all<T, Q>(k.first), x);
+  return select(x > k.last, all<T, Q>(k.last), x);
+}
+template <class T> KAN_INLINE Vec<T> into_range(const Knots<T>& k, Vec<T> x) { return into_range(k, Lanes<T, 1>{{x}}).v[0]; }
+
+// The interval j of every lane (x already within [first, last] or NaN), and on even knots its coordinate u = (x - t_j) / h.
+// There the even spacing guesses. EXACT: the stored knots decide; else x within a rounding of a knot may get the interval
+// beside it, with u that much below 0 or above 1, which costs windows of order P the P-th power of that rounding.
+template <bool EXACT, class T, int Q>
+KAN_INLINE LanesInt<T, Q> find_span(const Knots<T>& k, Lanes<T, Q> x, Lanes<T, Q>& u) {
+  using I = LanesInt<T, Q>;
+  if (k.uniform) {
+    I j = to_int(at_most(at_least((x - k.origin) * k.inverse_h, T(k.low)), T(k.high)));
+    if constexpr (EXACT) {
+      const I below = x < lookup(k.t + k.order, k.count, j), above = x >= lookup(k.t + k.order, k.count, j + 1);
+      j = j + below - above;
+      j = select(j < k.low, all_int<T, Q>(k.low), j);
+      j = select(j > k.high, all_int<T, Q>(k.high), j);
     }
+    u = (x - lookup(k.t + k.order, k.count, j)) * k.inverse_h;
+    return j;
   }
+  I j = all_int<T, Q>(k.low);
+  for (int step = k.steps; step > 0; step >>= 1) {
+    I candidate = j + step;
+    candidate = select(candidate > k.high, all_int<T, Q>(k.high), candidate);
+    j = select(x >= lookup(k.t + k.order, k.count, candidate), candidate, j);
+  }
+  u = x;
   return j;
 }
 
-// Weights w[0 .. P] of the window of order P in interval j at x.
-template <int P, class T> KAN_INLINE void window_weights(const Knots<T>& k, Vec<T> x, VecInt<T> j, Vec<T>* w) {
-  using V = Vec<T>;
-  const VecInt<T> at = j + k.order;
+// Weights w[0 .. P] of the window of order P in interval j at x, or at u on even knots.
+template <int P, class T, int Q>
+KAN_INLINE void window_weights(const Knots<T>& k, Lanes<T, Q> x, Lanes<T, Q> u, LanesInt<T, Q> j, Lanes<T, Q>* w) {
+  const Lanes<T, Q> one = all<T, Q>(1);
   if (k.uniform) {
-    V u = (x - lookup<T>(k.t + k.order, k.count, j)) * k.inverse_h;
-    uniform_basis<P, T>(broadcast<T>(1), u, w);
+    uniform_basis<P, T>(one, u, w);
   } else {
-    basis<P>(broadcast<T>(1), [&](int i) { return x - lookup<T>(k.t, k.padded, at + (1 - i)); },
-             [&](int i) { return lookup<T>(k.t, k.padded, at + i) - x; },
-             [&](int p, int r) { return lookup<T>(k.recip[p], k.padded, at + (1 - p + r)); }, w);
+    const LanesInt<T, Q> at = j + k.order;
+    basis<P>(one, [&](int i) { return x - lookup(k.t, k.padded, at + (1 - i)); },
+             [&](int i) { return lookup(k.t, k.padded, at + i) - x; },
+             [&](int p, int r) { return lookup(k.recip[p], k.padded, at + (1 - p + r)); }, w);
   }
-  if (P == 0) w[0] = x == x ? w[0] : x;
+  if (P == 0) w[0] = select(x == x, w[0], x);
 }
 
 // As window_weights, for d/dx of the window of order P.
-template <int P, class T> KAN_INLINE void window_slopes(const Knots<T>& k, Vec<T> x, VecInt<T> j, Vec<T>* w) {
-  const VecInt<T> at = j + k.order;
+template <int P, class T, int Q>
+KAN_INLINE void window_slopes(const Knots<T>& k, Lanes<T, Q> x, Lanes<T, Q> u, LanesInt<T, Q> j, Lanes<T, Q>* w) {
   if constexpr (P == 0) {
-    w[0] = Vec<T>{};
+    w[0] = all<T, Q>(0);
   } else {
-    Vec<T> v[P];
-    window_weights<P - 1, T>(k, x, j, v);
-    if (k.uniform) differentiate<P>(v, [&](int, int) { return k.inverse_h / T(P); }, w);
-    else differentiate<P>(v, [&](int p, int r) { return lookup<T>(k.recip[p], k.padded, at + (1 - p + r)); }, w);
+    Lanes<T, Q> v[P];
+    window_weights<P - 1>(k, x, u, j, v);
+    if (k.uniform) {
+      differentiate<P>(v, [&](int, int) { return k.inverse_h / T(P); }, w);
+    } else {
+      const LanesInt<T, Q> at = j + k.order;
+      differentiate<P>(v, [&](int p, int r) { return lookup(k.recip[p], k.padded, at + (1 - p + r)); }, w);
+    }
   }
-}
-
-// x where the window is evaluated: within [first, last] except in "zero" mode, where lanes outside have no window at all.
-template <class T> KAN_INLINE Vec<T> into_range(const Knots<T>& k, Vec<T> x) {
-  x = x < k.first ? broadcast<T>(k.first) : x;
-  return x > k.last ? broadcast<T>(k.last) : x;
-}
-
-// Window weights of the n-th derivative, P = order - n >= 0, in interval j, in every `outside` mode.
-template <int P, class T>
-KAN_INLINE void spline_weights(const Knots<T>& k, int outside, int n, Vec<T> x, VecInt<T> j, Vec<T>* w) {
-  using I = VecInt<T>;
-  if (outside == kZero) return window_weights<P, T>(k, x, j, w);
-  const Vec<T> inside = into_range<T>(k, x);
-  window_weights<P, T>(k, inside, j, w);
-  if (outside != kLinear || n != 0) return;
-  I gone = (I)(x < k.first) | (I)(x > k.last);
-  if (!any<T>(gone)) return;
-  Vec<T> slope[P + 1], distance = gone ? x - inside : Vec<T>{};
-  window_slopes<P, T>(k, inside, j, slope);
-  KAN_UNROLL for (int m = 0; m <= P; ++m) w[m] += slope[m] * distance;
-}
-
-// Interval and window weights together. Lanes without any spline get interval high + 1 ("none").
-template <int P, class T>
-KAN_INLINE void spline_features(const Knots<T>& k, int outside, int n, Vec<T> x, VecInt<T>& j, Vec<T>* w) {
-  using I = VecInt<T>;
-  I gone = outside == kZero ? (I)(x < k.first) | (I)(x >= k.last) : (I)(x < k.first) | (I)(x > k.last);
-  j = find_span<T>(k, into_range<T>(k, x));
-  spline_weights<P, T>(k, outside, n, x, j, w);
-  if (outside == kZero || (outside == kClamp ? n >= 1 : n >= 2)) j = gone ? I{} + (k.high + 1) : j;
 }
 
 }  // namespace kan::cpu::KAN_ISA

@@ -98,7 +98,13 @@ void both_gradients(const Pieces<T>& t, const Pieces<T>& w, int64_t input, const
     VecInt<T> piece[U];
     KAN_UNROLL for (int v = 0; v < U; ++v) xs[v] = load<T>(x + b + v * N);
     if (silu_pair) {
-      KAN_UNROLL for (int v = 0; v < U; ++v) silu<T>(xs[v], value[v], slope[v]);
+      Lanes<T, U> in, out, derivative;
+      KAN_UNROLL for (int v = 0; v < U; ++v) in.v[v] = xs[v];
+      silu(in, out, derivative);
+      KAN_UNROLL for (int v = 0; v < U; ++v) {
+        value[v] = out.v[v];
+        slope[v] = derivative.v[v];
+      }
     } else {
       for (int v = 0; v < U; ++v) {
         value[v] = base_feature(w, xs[v]);

@@ -61,6 +61,17 @@ template <> KAN_INLINE bool any<float>(VecInt<float> mask) {
 }
 #endif
 
+// The second operand where the first is NaN, as the instructions have it; GCC does not recognise them.
+template <class T> KAN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+template <class T> KAN_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) { return a < b ? a : b; }
+#if defined(KAN_ISA_AVX512)
+template <> KAN_INLINE Vec<float> maximum<float>(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
+template <> KAN_INLINE Vec<float> minimum<float>(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(KAN_ISA_AVX2)
+template <> KAN_INLINE Vec<float> maximum<float>(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+template <> KAN_INLINE Vec<float> minimum<float>(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
+
 template <class T> KAN_INLINE T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> KAN_INLINE T larger(T a, T b) { return a > b ? a : b; }
 
@@ -125,56 +136,6 @@ template <> KAN_INLINE void sum4<float>(const Vec<float>* a, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 #endif
-
-// 1 / d for d in [1, 1e38], to an ulp or so.
-template <class T> KAN_INLINE Vec<T> reciprocal(Vec<T> d) { return 1 / d; }
-#if defined(KAN_ISA_AVX512)
-template <> KAN_INLINE Vec<float> reciprocal<float>(Vec<float> d) {  // 14 bits and a Newton step: a third of a division
-  Vec<float> r = (Vec<float>)_mm512_rcp14_ps((__m512)d);
-  return r + r * (1.0f - d * r);
-}
-#endif
-
-// exp(x) for x clamped to +-80 (float) or +-700 (double); relative error about 1 ulp (Cephes' argument reduction and, for
-// float, its polynomial). The magic number rounds to an integer and leaves it in the low bits. NaN gives a number: callers
-// multiply by x.
-KAN_INLINE Vec<float> exp_clamped(Vec<float> x) {
-  using V = Vec<float>;
-  x = x > -80.0f ? x : broadcast<float>(-80.0f);
-  x = x < 80.0f ? x : broadcast<float>(80.0f);
-  const V shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
-  V r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  return p * (V)(((VecInt<float>)shifted << 23) + (127 << 23));
-}
-KAN_INLINE Vec<double> exp_clamped(Vec<double> x) {
-  using V = Vec<double>;
-  x = x > -700.0 ? x : broadcast<double>(-700.0);
-  x = x < 700.0 ? x : broadcast<double>(700.0);
-  const V shifted = x * 1.4426950408889634 + 6755399441055744.0, n = shifted - 6755399441055744.0;
-  V r = x - n * 0.693145751953125;
-  r = r - n * 1.42860682030941723212e-6;
-  // Taylor to r^13: |r| <= ln(2)/2 leaves 4e-18.
-  V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * (r * r) + (r + 1.0);
-  return p * (V)(((VecInt<double>)shifted << 52) + (int64_t(1023) << 52));
-}
 
 // out[i * ld_out + b] = in[b * ld_in + i] for b < rows, i < columns; float in blocks of registers.
 template <class T>
