@@ -18,8 +18,10 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools import __version__ as setuptools_version
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -244,7 +246,17 @@ else:
     if TOOLS.kind == "none":
         print(f"\n*** kan_fast: WITHOUT the native backend: {TOOLS.reason} ***\n", file=sys.stderr)
 
+if "--inplace" in sys.argv and int(setuptools_version.partition(".")[0]) < 77:
+    # An older setuptools refuses the licence in pyproject.toml, and a build in place needs nothing from that file but the
+    # version: machines where nothing can be installed may have only the old one.
+    Distribution.parse_config_files = lambda self, filenames=None, ignore_option_errors=False: None
+    text = (ROOT / "pyproject.toml").read_text()
+    METADATA = {"name": "kan_fast", "version": text.partition('\nversion = "')[2].partition('"')[0]}
+else:
+    METADATA = {}
+
 setup(
+    **METADATA,
     ext_modules=[] if TOOLS.kind == "none" else [Extension("kan_fast._native", []), Extension("kan_fast._build_info", [])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

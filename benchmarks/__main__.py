@@ -18,8 +18,8 @@ TOPICS = {
     "sweep": ("benchmarks.sweep", "times along batch, width, grid size and order (--axes)"),
     "network": ("benchmarks.network", "KANs against MLPs, and the published KAN-benchmarking protocol"),
     "training": ("benchmarks.training", "accuracy at equal parameters and equal training time (--tasks)"),
-    "latency": ("benchmarks.latency", "small calls against an MLP"),
-    "kernels": ("benchmarks.kernels", "single kernels on a GPU"),
+    "latency": ("benchmarks.latency", "small calls against an MLP, and what the host needs to plan a launch"),
+    "kernels": ("benchmarks.kernels", "the Triton kernels compiled offline, not run: registers, spills, shared memory"),
     "bars": ("benchmarks.bars", "the CPU speed bars against nn.Linear of equal parameter count"),
 }
 

@@ -7,6 +7,7 @@ needs no GPU: it says what the compiler made of the kernels, and nothing about t
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def compile_configuration(configuration: Configuration) -> list[Resources]:
 def row(resources: Resources) -> dict[str, Any]:
     """One row of the report."""
     return {
-        "what": "kernels", "kernel": resources.name, "arch": str(resources.arch), "registers": resources.registers,
+        "what": "kernels", "measured": "compiled offline, not run", "kernel": resources.name, "arch": str(resources.arch),
+        "registers": resources.registers,
         "spills": resources.spills, "shared": resources.shared, "warps": resources.warps,
         "instructions": resources.instructions, "tensor": resources.tensor, "compile_s": round(resources.seconds, 2),
     }  # fmt: skip
@@ -141,7 +143,10 @@ def row(resources: Resources) -> dict[str, Any]:
 def run(options: Options) -> list[dict[str, Any]]:
     """Compile the default configurations and print what came out; one row for each kernel."""
     found: list[dict[str, Any]] = []
-    options.report("compiled offline: what the compiler made of the kernels, not how fast they run")
+    if importlib.util.find_spec("triton") is None:
+        options.report("not done: the package triton is not installed")
+        return []
+    options.report("compiled offline, not run: what the compiler made of the kernels, and nothing about their speed")
     for configuration in default_configurations():
         options.progress(configuration.name)
         for resources in compile_configuration(configuration):
@@ -152,4 +157,5 @@ def run(options: Options) -> list[dict[str, Any]]:
                 f" {made['warps']:2} warps {made['instructions']:6} instructions  {made['kernel']}"
                 f"  {' '.join(f'{count} {name}' for name, count in made['tensor'].items())}"
             )
+    options.report(f"{len(found)} kernels compiled offline, none of them run")
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kan_fast
-from benchmarks import cases, steps
+from benchmarks import cases, gate, host, steps
 from benchmarks.cases import BAR_LATENCY
 from benchmarks.options import Options
 from benchmarks.timing import time_interleaved
@@ -48,6 +48,10 @@ def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: O
         "mlp": mlp_widths,
         "batch": batch,
     }
+    wrong = gate.judge_network(kan, batch)
+    if wrong is not None:
+        row["failed"] = wrong
+        return row
     for phase, calls in (
         ("forward", {"kan": steps.forward(kan, x), "mlp": steps.forward(dense, x)}),
         ("step", {"kan": steps.step(kan, x, cotangent), "mlp": steps.step(dense, x, cotangent)}),
@@ -76,6 +80,9 @@ def _synchronised(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def print_row(row: Row, report: Callable[[str], None]) -> None:
+    if "failed" in row:
+        report(f"KAN({row['kan']}) on {row['batch']} samples: {row['failed']}")
+        return
     cells = []
     for phase in ("forward", "step"):
         bar = f" <= {row[f'{phase}_bar']:.2f} {row[f'{phase}_verdict']}" if f"{phase}_bar" in row else ""
@@ -93,4 +100,4 @@ def run(options: Options) -> list[Row]:
         rows.append(measure(kan_widths, mlp_widths, batch, options))
         print_row(rows[-1], options.report)
         options.emit(rows[-1:])
-    return rows
+    return rows + host.run(options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kan_fast
-from benchmarks import cases, layer, steps, timing, timing_cuda
+from benchmarks import cases, gate, layer, steps, timing, timing_cuda
 from benchmarks.cases import DTYPES, Shape
 from benchmarks.contestants import Contestant, add_peer_paths, build, contestants
 from benchmarks.latency import mlp
@@ -89,6 +89,9 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
         try:
             models[contestant.name] = chain(contestant, PROTOCOL_WIDTHS, PROTOCOL_BATCH, device, dtype)
             row["parameters"] = sum(p.numel() for p in steps.parameters_of(models[contestant.name]))
+            wrong = gate.judge_network(models[contestant.name], PROTOCOL_BATCH)
+            if wrong is not None:
+                raise ArithmeticError(wrong)
             for _ in range(2):
                 nn.functional.mse_loss(models[contestant.name](x), target).backward()
         except Exception as error:
@@ -158,6 +161,12 @@ def small_networks(options: Options) -> list[Row]:
             "what": "network", "kan": widths, "mlp": dense_widths, "batch": batch, "parameters": parameters,
             "backend": options.one_backend(), "dtype": "float32",
         }
+        wrong = gate.judge_network(kan, batch)
+        if wrong is not None:
+            rows.append({**row, "failed": wrong})
+            options.emit(rows[-1:])
+            options.report(f"KAN({widths}), batch {batch}: {wrong}")
+            continue
         for phase in ("forward", "step", "optimiser"):
             calls = {name: layer.make_call(phase, model, x, cotangent) for name, model in models.items()}
             if device == "cuda":

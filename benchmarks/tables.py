@@ -46,6 +46,18 @@ def circumstances(rows: list[Row]) -> str:
     return "\n\nMeasured on: " + "; ".join(facts) + "."
 
 
+def remarks(rows: list[Row], phase: str) -> str:
+    """Who is not in a table and why, and what those said that fail."""
+    absent = {row["contestant"]: row["absent"] for row in rows if "absent" in row and f"{phase}_ms" not in row}
+    failing: dict[str, str] = {}
+    for row in rows:
+        found = row.get(f"{phase}_failed", row.get("failed"))
+        if found is not None:
+            failing.setdefault(row["contestant"], found)
+    text = "".join(f" {name} is absent: {reason}." for name, reason in absent.items())
+    return text + "".join(f" {name}: {reason.rstrip('.')}." for name, reason in failing.items())
+
+
 def _shapes(rows: list[Row]) -> list[Shape]:
     """Shapes of the rows: those with a bar first and in their order."""
     present = list(dict.fromkeys(Shape.parse(row["shape"]) for row in rows))
@@ -111,6 +123,8 @@ def _rival_cell(row: Row | None, phase: str) -> str:
         return f"{row[f'{phase}_ms']:.3g} ms"
     if str(row.get("failed", "")).startswith("MemoryError"):
         return "too large"
+    if str(row.get(f"{phase}_failed", "")).startswith("wrong"):
+        return "wrong"
     return "fails" if f"{phase}_failed" in row or "failed" in row else "-"
 
 
@@ -126,7 +140,7 @@ def _rivals(rows: list[Row], phase: str, cell: Callable[[Row | None, str], str] 
         mine = {row["shape"]: row for row in chosen if row["contestant"] == name}
         note = next((row["note"] for row in mine.values() if row.get("note")), "")
         body.append([f"{name} ({note})" if note else name, *(cell(mine.get(shape.key()), phase) for shape in shapes)])
-    return markdown(["contestant", *map(str, shapes)], body) + circumstances(measured)
+    return markdown(["contestant", *map(str, shapes)], body) + circumstances(measured) + remarks(chosen, phase)
 
 
 def forward(rows: list[Row]) -> str:
@@ -164,7 +178,7 @@ def accuracy(rows: list[Row]) -> str:
 
 
 def latency(rows: list[Row]) -> str:
-    chosen = latest(rows, what="latency", device="cpu")
+    chosen = [row for row in latest(rows, what="latency", device="cpu") if "forward_us" in row]
     if not chosen:
         return NOT_YET
     body = [
@@ -183,7 +197,7 @@ def latency(rows: list[Row]) -> str:
 
 
 def network(rows: list[Row]) -> str:
-    chosen = latest(rows, what="network", device="cpu")
+    chosen = [row for row in latest(rows, what="network", device="cpu") if "forward_ms" in row]
     if not chosen:
         return NOT_YET
     body = [
@@ -213,7 +227,7 @@ def protocol(rows: list[Row]) -> str:
         elif "failed" in row:
             body.append([name, "fails", "fails", beside])
     head = ["network [1000, 1000, 1], batch 100", "forward, ms", "backward, ms", "published on another device, ms"]
-    return markdown(head, body) + circumstances(chosen) + f" Last column: {PROTOCOL_SOURCE}."
+    return markdown(head, body) + circumstances(chosen) + f" Last column: {PROTOCOL_SOURCE}." + remarks(chosen, "forward")
 
 
 def training(rows: list[Row]) -> str:
@@ -222,7 +236,9 @@ def training(rows: list[Row]) -> str:
         return NOT_YET
     body = [
         [
-            f"{row['task']}: {row['metric']}", f"{row['model'][:3].upper()} {row['widths']}", str(row["parameters"]),
+            f"{row['task']}: {row['metric']}",
+            f"{row['model'][:3].upper()} {row['widths']}" + (f", G={row['grid_size']}" if row["grid_size"] else ""),
+            str(row["parameters"]),
             f"{row['step_ms']:.2g}", f"{row['steps']}",
             f"{row['final']:.3g} ({row['final_min']:.3g} to {row['final_max']:.3g})", f"{row['at_equal_steps']:.3g}",
         ]

@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: what they would print must be true before it is fast."""
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -23,6 +24,8 @@ from benchmarks import (
     contestants,
     environment,
     gate,
+    host,
+    latency,
     layer,
     memory,
     network,
@@ -183,6 +186,95 @@ def test_absent_and_failing_rivals_are_listed(monkeypatch: pytest.MonkeyPatch) -
     assert "no such kernel" in text
 
 
+class Ripple(nn.Module):
+    """Our layer and a ripple of 1e-3, whose second derivative is of order 1000."""
+
+    def __init__(self, ours: kan_fast.KANLayer) -> None:
+        super().__init__()
+        self.ours = gate.with_backend(ours, "reference")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.ours(x) + 1e-3 * torch.sin(1000 * x[:, :1])
+        return y
+
+
+class Square(torch.autograd.Function):
+    """x squared; its derivative has none."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Once(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(SMALL.in_features, SMALL.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = Square.apply(super().forward(x))
+        return y
+
+
+def test_a_rival_with_a_wrong_second_derivative_is_listed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants, "RIVALS", [
+        ("ripple", "json", lambda shape, ours: Ripple(ours), True, None, "", ""),
+        ("honest", "json", lambda shape, ours: Ripple(ours), False, None, "", ""),  # of its own function it is right
+        ("once", "json", lambda shape, ours: Once(), False, None, "", ""),
+    ])  # fmt: skip
+    found = layer.run(
+        quiet(shapes=[SMALL], backend="reference", peers=["ripple", "honest", "once", "cox-de-boor"], seconds=0.01,
+              phases=["second_derivative"])
+    )  # fmt: skip
+    by_name = {row["contestant"]: row for row in found}
+    assert by_name["ripple"]["second_derivative_failed"].startswith("wrong: second derivative")
+    assert "second_derivative_ms" not in by_name["ripple"]
+    for name in ("kan_fast reference", "cox-de-boor", "honest"):
+        assert by_name[name]["second_derivative_ms"] > 0
+        assert by_name[name]["second_derivative_error"] < 1e-3
+    assert "second_derivative_failed" in by_name["once"]
+    text = tables.second_derivative([{**row, "device": "cpu"} for row in found])
+    assert "| ripple | wrong |" in text and "| once | fails |" in text
+    assert "ripple: wrong: second derivative off by" in text
+
+
+def test_no_time_for_a_network_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    kan = kan_fast.KAN([3, 2, 1])
+    assert gate.judge_network(nn.Sequential(kan), 40) is None
+    monkeypatch.setattr(gate, "judge", lambda *_: gate.Verdict(1.0, 1e-7, 1e-6))
+    assert str(gate.judge_network(kan, 40)).startswith("wrong: layers.0: error 1.0e+00")
+    row = latency.measure([3, 2, 1], [3, 4, 1], 8, quiet(seconds=0.01))
+    assert row["failed"].startswith("wrong") and "forward_us" not in row
+    monkeypatch.setattr(network, "NETWORKS", [([3, 2, 1], 8)])
+    monkeypatch.setattr(network, "PROTOCOL_WIDTHS", (5, 4, 1))
+    rows_ = network.run(quiet(seconds=0.01, peers=["linear"], backend="reference"))
+    ours = [row for row in rows_ if row.get("contestant", "kan_fast").startswith("kan_fast")]
+    assert len(ours) == 2 and all("wrong" in row["failed"] and "forward_ms" not in row for row in ours)
+    assert any("forward_ms" in row for row in rows_)
+
+
+def test_absent_rivals_stand_below_the_table() -> None:
+    row = {"what": "layer", "shape": SMALL.key(), "device": "cpu", "dtype": "float32"}
+    found = [{**row, "contestant": "here", "forward_ms": 1.0}, {**row, "contestant": "gone", "absent": "no module (pip)"}]
+    text = tables.forward(found)
+    assert "gone is absent: no module (pip)." in text
+    assert "| gone" not in text
+
+
+def test_what_the_host_needs() -> None:
+    pytest.importorskip("triton")
+    first, second = host.run(quiet())
+    assert first["shape"] != second["shape"]
+    for row in (first, second):
+        for kernel in ("contract_output", "contract_input", "contract_weight"):
+            assert 0 < row[f"plan_{kernel}_us"] < 1e5
+
+
 def test_unknown_peer_is_named() -> None:
     with pytest.raises(ValueError, match="got 'nobody'"):
         contestants.contestants("reference", ["nobody"])
@@ -272,6 +364,32 @@ def test_training_is_the_same_twice() -> None:
         return training.train(kan_fast.KAN([4, 2, 1]), task, 1e-2, 6, task.metric).metric
 
     assert final() == final()
+
+
+@pytest.mark.parametrize("name", list(training.TASKS))
+def test_candidates_are_of_one_size_and_as_many(name: str) -> None:
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    some = training.candidates(training.TASKS[name]("cpu"), quiet())
+    sizes = [sum(p.numel() for p in one.make().parameters()) for one in some]
+    # A hidden unit of the smallest networks costs a twentieth.
+    assert all(abs(size - sizes[0]) <= 0.08 * sizes[0] for size in sizes), sizes
+    assert [one.family for one in some] == ["kan"] * 3 + ["mlp"] * 3
+    assert len({one.name for one in some}) == 6
+
+
+def test_settings_are_chosen_by_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = training.poisson("cpu")
+    looked = []
+    blind = dataclasses.replace(task, metric=lambda model: looked.append(model) or 0.5)
+    monkeypatch.setattr(training, "seconds_per_step", lambda task, models, options: dict.fromkeys(models, 0.01))
+    some = training.candidates(task, quiet())
+    training.choose(blind, "kan", some, {one.name: 6 for one in some}, quiet())
+    assert not looked  # the test metric was not asked
+    found = training.measure(blind, quiet(seconds=0.03))
+    assert [row["model"] for row in found] == ["kan", "mlp"]
+    assert all(row["steps"] == 3 and row["final"] == 0.5 and len(row["candidates"]) == 3 for row in found)
+    assert looked
 
 
 def test_rows_come_back(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from benchmarks.environment import ROOT, cores
 # triton_kernels.py is not collected otherwise: without a GPU it runs in a process of its own, interpreted. Here all of it is
 # marked `gpu`, and the test that would run it a second time is left out.
 ARGUMENTS = [
-    "-q", "-p", "no:cacheprovider", "-m", "gpu", "-o", "python_files=test_*.py triton_kernels.py", "tests",
+    "-q", "-p", "no:cacheprovider", "-m", "gpu", "-o", "python_files=test_*.py triton_*.py", "tests",
     "--deselect", "tests/test_triton.py::test_kernels_on_the_gpu",
 ]  # fmt: skip
 NO_TESTS = 5  # pytest's exit code
