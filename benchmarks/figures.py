@@ -16,6 +16,7 @@ from benchmarks.cases import BARS, DTYPES, Shape
 from benchmarks.tables import latest
 
 Row = dict[str, Any]
+NOTE = "rivals are left out where plain PyTorch would need seconds a call"
 AXES = {"batch": "batch", "width": "width (in = out)", "grid_size": "grid size G", "spline_order": "spline order k"}
 COLOURS = {
     "kan_fast native": "#c0392b", "kan_fast triton": "#e67e22", "kan_fast reference": "#f5b7b1", "linear equal": "#222222",
@@ -51,10 +52,10 @@ def scaling(rows: list[Row], folder: Path) -> list[Path]:
         for panel in grid.flat:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=len(handles), frameon=False,
-                      bbox_to_anchor=(0.5, 0.955), fontsize=9)
+                      bbox_to_anchor=(0.5, 0.94), fontsize=9)
         centre = mine[0]["shape"] if len(axes_present) == 1 else "1024 x 256 x 256, G=5, k=3" if device == "cpu" else ""
-        figure.suptitle(f"Time of one layer around {centre} ({_where(mine)})", fontsize=11)
-        figure.tight_layout(rect=(0, 0, 1, 0.94))
+        figure.suptitle(f"Time of one layer around {centre} ({_where(mine)})\n{NOTE}", fontsize=11)
+        figure.tight_layout(rect=(0, 0, 1, 0.92))
         made.append(folder / f"scaling_{device}.png")
         figure.savefig(made[-1], dpi=110)
         plt.close(figure)
@@ -70,11 +71,23 @@ def _scaling_panel(panel: Axes, rows: list[Row], axis: str, phase: str) -> None:
             panel.plot(*zip(*points, strict=True), label=name, **_style(name))
     if axis != "spline_order":
         panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted({row["value"] for row in rows}))
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set_yscale("log")
+        panel.tick_params(axis="x", labelsize=8)
+    _plain_log(panel)
     panel.set_xlabel(AXES[axis])
     panel.set_ylabel(f"{phase}, ms")
     panel.grid(True, which="major", alpha=0.3)
+
+
+def _plain_log(panel: Axes) -> None:
+    """A logarithmic y axis with plain numbers, also where less than a decade is shown."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    shown = "123456789" if high / low < 4 else "25" if high / low < 30 else ""
+    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else "")
+    panel.tick_params(axis="y", which="both", labelsize=8)
 
 
 def roofline(rows: list[Row], folder: Path) -> list[Path]:
@@ -93,7 +106,7 @@ def roofline(rows: list[Row], folder: Path) -> list[Path]:
             figure, panel = plt.subplots(figsize=(7.5, 5))
             peak = max(row["matmul_tflops"] for row in mine)
             bandwidth = max(row["copy_gbps"] for row in mine) / 1e3
-            intensity = [2.0**power for power in range(-3, 15)]
+            intensity = [2.0**-3, peak / bandwidth, 2.0**14]
             panel.plot(intensity, [min(peak, bandwidth * x) for x in intensity], color="#222222", linewidth=1.2,
                        label=f"matmul {peak:.3g} TFLOP/s, copy {bandwidth * 1e3:.0f} GB/s")
             for phase, marker in (("forward", "o"), ("step", "s")):
@@ -145,7 +158,8 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
                 panel.bar(at, [heights[shape.key()] for shape in shapes if heights.get(shape.key())],
                           width=0.8 / len(names), color=COLOURS.get(name, "#555555"), label=name)
             panel.axhline(1, color="#222222", linewidth=1)
-            panel.set_yscale("log")
+            panel.set_ylim(bottom=0.1)
+            _plain_log(panel)
             panel.set_ylabel(f"{phase}: time / nn.Linear's\nof equal parameters")
             panel.grid(True, axis="y", alpha=0.3)
         panels[1].set_xticks(range(len(shapes)), [str(shape).replace(", ", "\n") for shape in shapes], fontsize=9)
@@ -164,21 +178,22 @@ def training(rows: list[Row], folder: Path) -> list[Path]:
     tasks = list(dict.fromkeys(row["task"] for row in chosen))
     if not tasks:
         return []
-    figure, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.9), squeeze=False)
+    figure, panels = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 4.3), squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
         for row in (row for row in chosen if row["task"] == task):
             times = [point[0] * row["step_ms"] / 1e3 for point in row["curves"][0]]
             values = [[curve[index][1] for curve in row["curves"]] for index in range(len(times))]
             colour = {"kan": "#c0392b", "mlp": "#222222"}.get(row["model"], "#2471a3")
+            grid_size = f", G={row['grid_size']}" if row["grid_size"] else ""
             panel.plot(times, [sum(v) / len(v) for v in values], color=colour, marker="o", markersize=3,
-                       label=f"{row['model'][:3].upper()} {row['widths']}")
+                       label=f"{row['model'][:3].upper()} {row['widths']}{grid_size}, {row['parameters']} parameters")
             panel.fill_between(times, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
-        panel.set_yscale("log")
+        _plain_log(panel)
         panel.set_xlabel("training time, s")
         panel.set_ylabel(row["metric"])
-        panel.set_title(f"{task}, about {row['parameters']} parameters", fontsize=10)
+        panel.set_title(task, fontsize=10)
         panel.grid(True, which="major", alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
     figure.tight_layout()
     path = folder / "training.png"
     figure.savefig(path, dpi=110)

@@ -19,7 +19,7 @@ VALUES = {
 }
 CUDA_VALUES = {"batch": [64, 256, 1024, 4096, 16384, 65536], "width": [16, 64, 256, 512, 1024, 2048, 4096]}
 PEERS = ["cox-de-boor", "efficient-kan", "inkan eager", "fast-kan"]  # no compilation for each of the points
-MOST = 2**31  # batch * parameters of a point, above which plain PyTorch needs more time and memory than it is worth
+MOST = 2**33  # batch * parameters of a point, above which plain PyTorch needs more time and memory than it is worth
 
 
 def points(axis: str, device: str) -> list[tuple[int, Shape]]:

@@ -43,6 +43,7 @@ SAMPLE = [
     Configuration("contract_output", 90, torch.float32, **NARROW),
     Configuration("contract_input", 80, torch.float32, **NARROW, n=1),
     Configuration("contract_weight", 90, torch.float32, **NARROW),
+    Configuration("contract_output", 90, grid_size=1),  # bases_per_step: 4
 ]
 
 

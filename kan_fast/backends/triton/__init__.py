@@ -2,6 +2,7 @@
 
     launch.py            from tensors to launches: tiles, arguments
     tiles.py             which tile each kernel works in, and why
+    tuning.py            optional: tiles chosen by measuring, kept on disk
     kernels/             the kernels, file by file as in csrc/, and kan_fast/spline.py and activations.py in Triton
     interpreter.py       repairs of Triton's interpreter
 
@@ -114,7 +115,7 @@ def contract_input(
     check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
     problem = _problem(x, spline_weight.shape[1], spline_weight.shape[2], grid, activation, outside, n, spline_weight.dtype)
     if 0 in (problem.batch, problem.in_features, problem.out_features) or not (problem.spline or problem.base):
-        return _unknown(x, None)
+        return _unknown(x, None) + (g * 0).sum(1, keepdim=True, dtype=x.dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _run("contract_input", x, spline_weight.contiguous(), _contiguous(base_weight), g, grid.contiguous(), dx, problem)
     return dx
@@ -142,7 +143,8 @@ def contract_weight(
     d_base = g.new_empty((problem.in_features if problem.base else 0, problem.out_features))
     empty = 0 in (problem.batch, problem.in_features, problem.out_features)
     if empty or not problem.spline:
-        d_spline = _unknown(x, scale).sum(0, dtype=g.dtype)[:, None, None].expand(shape).contiguous()
+        unknown = _unknown(x, scale).sum(0, dtype=g.dtype)[:, None, None] + (g * 0).sum(0)  # 0 times NaN or infinity is NaN
+        d_spline = unknown.expand(shape).contiguous()
     else:
         d_spline = g.new_empty(shape)
     if empty:
@@ -183,23 +185,12 @@ def _problem(
 
 
 def _run(name: str, *arguments: object) -> None:
-    """Make the launches of a plan, on the device of its first tensor and that device's current stream."""
+    """Plan and launch, on the device of the first tensor."""
     from kan_fast.backends.triton import launch
 
-    launches = getattr(launch, f"plan_{name}")(*arguments)
     x = arguments[0]
     assert isinstance(x, Tensor)
-    if interpreted():
-        from kan_fast.backends.triton import interpreter
-
-        interpreter.run(launches)
-    elif x.device.index == torch.cuda.current_device():
-        for step in launches:
-            step.run()
-    else:
-        with torch.cuda.device(x.device):
-            for step in launches:
-                step.run()
+    launch.run(getattr(launch, f"plan_{name}")(*arguments), x.device)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

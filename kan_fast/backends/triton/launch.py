@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kan_fast.activations import ACTIVATIONS
-from kan_fast.backends.triton import tiles
+from kan_fast.backends.triton import interpreted, tiles, tuning
 from kan_fast.backends.triton.kernels.contract_input import contract_input_narrow, contract_input_wide
 from kan_fast.backends.triton.kernels.contract_output import contract_output_narrow, contract_output_wide
 from kan_fast.backends.triton.kernels.contract_weight import add_splits, contract_weight_split
@@ -113,6 +113,21 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Make the launches of a plan on a device, on that device's current stream; interpreted if Triton is."""
+    if interpreted():
+        from kan_fast.backends.triton import interpreter
+
+        interpreter.run(launches)
+    elif device.index == torch.cuda.current_device():
+        for step in launches:
+            step.run()
+    else:
+        with torch.cuda.device(device):
+            for step in launches:
+                step.run()
+
+
 def plan_contract_output(
     x: Tensor,
     scale: Tensor | None,
@@ -121,8 +136,12 @@ def plan_contract_output(
     grid: Tensor,
     y: Tensor,
     problem: Problem,
+    tile: Tile | None = None,
 ) -> list[Launch]:
-    """Launches that fill y (B, O). Weights and grid contiguous; x and scale of any strides."""
+    """Launches that fill y (B, O). Weights and grid contiguous; x and scale of any strides.
+
+    tile: of the wide kernel, instead of what tiles.py or tuning.py say.
+    """
     p = problem
     arguments = {
         "x": x, "scale": x if scale is None else scale, "spline_weight": spline_weight,
@@ -131,11 +150,11 @@ def plan_contract_output(
         **_strides("x", x), **_strides("scale", x if scale is None else scale),
         "SCALED": scale is not None, **p.modes(),
     }  # fmt: skip
-    if tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
+    if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
         tile = tiles.narrow_tile(p.batch, p.out_features, p.target)
         arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
         return [_launch(contract_output_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
-    tile = _wide_tile("contract_output", p)
+    tile = tile or tuning.tile("contract_output", p, x.device)
     flags, uniform = _plan_uniform(grid, tile, p)
     arguments.update(p.product_modes(), uniform=uniform, ROWS=tile.rows, COLUMNS=tile.columns)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
@@ -144,33 +163,49 @@ def plan_contract_output(
 
 
 def plan_contract_input(
-    x: Tensor, spline_weight: Tensor, base_weight: Tensor | None, g: Tensor, grid: Tensor, dx: Tensor, problem: Problem
+    x: Tensor,
+    spline_weight: Tensor,
+    base_weight: Tensor | None,
+    g: Tensor,
+    grid: Tensor,
+    dx: Tensor,
+    problem: Problem,
+    tile: Tile | None = None,
 ) -> list[Launch]:
-    """Launches that fill dx (B, I). Weights and grid contiguous; x and g of any strides."""
+    """Launches that fill dx (B, I). Weights and grid contiguous; x and g of any strides. tile: as in the other plans."""
     p = problem
     arguments = {
         "x": x, "spline_weight": spline_weight, "base_weight": spline_weight if base_weight is None else base_weight,
         "g": g, "all_knots": grid, "dx": dx, "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
         **_strides("x", x), **_strides("g", g), **p.modes(),
     }  # fmt: skip
-    if tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
+    if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
         tile = tiles.narrow_tile(p.batch, p.out_features, p.target)
         arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
         return [_launch(contract_input_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
-    tile = _wide_tile("contract_input", p)
-    flags, uniform = _plan_uniform(grid, tile, p)
-    arguments.update(p.product_modes(), uniform=uniform, ROWS=tile.rows)
+    tile = tile or tuning.tile("contract_input", p, x.device)
+    arguments.update(p.product_modes(), ROWS=tile.rows)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
     programs = -(-p.batch // tile.rows) * -(-p.in_features // tile.inputs)
-    return [*flags, _launch(contract_input_wide, (programs,), arguments, tile)]
+    return [_launch(contract_input_wide, (programs,), arguments, tile)]
 
 
 def plan_contract_weight(
-    x: Tensor, scale: Tensor | None, g: Tensor, grid: Tensor, d_spline: Tensor, d_base: Tensor, problem: Problem
+    x: Tensor,
+    scale: Tensor | None,
+    g: Tensor,
+    grid: Tensor,
+    d_spline: Tensor,
+    d_base: Tensor,
+    problem: Problem,
+    tile: Tile | None = None,
 ) -> list[Launch]:
-    """Launches that fill d_spline (I, F, O), unless its derivative is 0, and d_base (I, O), if there is a base branch."""
+    """Launches that fill d_spline (I, F, O), unless its derivative is 0, and d_base (I, O), if there is a base branch.
+
+    tile: instead of what tiles.py or tuning.py say.
+    """
     p = problem
-    tile = _wide_tile("contract_weight", p)
+    tile = tile or tuning.tile("contract_weight", p, x.device)
     parts = -(-p.in_features // tile.inputs) * -(-p.features // tile.bases) if p.spline else 0
     parts += -(-p.in_features // (tile.inputs * tile.bases)) if p.base else 0
     programs = parts * -(-p.out_features // tile.columns)
@@ -182,16 +217,15 @@ def plan_contract_weight(
         dtype = torch.promote_types(g.dtype, torch.float32)
         spline_parts = x.new_empty((count, spline_size), dtype=dtype)
         base_parts = x.new_empty((count, base_size), dtype=dtype)
-    flags, uniform = _plan_uniform(grid, tile, p)
     arguments = {
-        "x": x, "scale": x if scale is None else scale, "g": g, "all_knots": grid, "uniform": uniform,
+        "x": x, "scale": x if scale is None else scale, "g": g, "all_knots": grid,
         "d_spline": spline_parts, "d_base": base_parts,
         "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
         **_strides("x", x), **_strides("scale", x if scale is None else scale), **_strides("g", g),
         "rows_per_split": rows, "SCALED": scale is not None, **p.modes(), **p.product_modes(),
         "COLUMNS": tile.columns, "INPUTS": tile.inputs, "BASES": tile.bases, "DEPTH": tile.depth,
     }  # fmt: skip
-    launches = [*flags, _launch(contract_weight_split, (programs, count), arguments, tile)]
+    launches = [_launch(contract_weight_split, (programs, count), arguments, tile)]
     if count > 1:
         block = 1024  # 8 numbers per thread of 4 warps: two 16-byte loads in flight for each split
         arguments = {
@@ -212,10 +246,6 @@ def _plan_uniform(grid: Tensor, tile: Tile, p: Problem) -> tuple[list[Launch], T
     arguments = {"all_knots": grid, "uniform": uniform, "in_features": p.in_features, "INPUTS": tile.inputs}
     arguments.update({name: modes[name] for name in ("ORDER", "FEATURES", "DTYPE")})
     return [Launch(uniform_blocks, (blocks,), arguments, _options(1, 1))], uniform
-
-
-def _wide_tile(kernel: str, p: Problem) -> Tile:
-    return tiles.wide_tile(kernel, p.products, p.batch, p.in_features, p.features, p.out_features, p.target)
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:

@@ -59,7 +59,8 @@ _TILES = {
     ("contract_input", TF32): (128, 0, 64, 32, 3),
     ("contract_input", TF32X3): (64, 0, 64, 16, 2),
     ("contract_input", IEEE): (64, 0, 64, 32, 2),
-    ("contract_input", DOUBLE): (64, 0, 64, 16, 2),
+    # A width of 64 spills.
+    ("contract_input", DOUBLE): (64, 0, 32, 16, 2),
     # rows is not used: the tile is width x columns, depth counts rows of the batch.
     ("contract_weight", HALF): (0, 128, 128, 32, 3),
     ("contract_weight", TF32): (0, 128, 128, 32, 3),
@@ -116,6 +117,8 @@ def wide_tile(
     """The tile of a product kernel: the table's, cut to the problem, then halved until every multiprocessor has work."""
     rows, columns, width, depth, stages = _sizes(kernel, products, target)
     bases = bases_per_step(features)
+    if bases < 8 and kernel == "contract_output":
+        width = min(width, 8 * bases)  # more than 8 inputs at a time: their local bases do not fit the registers of Hopper
     width = min(width, max(_LEAST, bases * power_of_two(in_features)))
     columns = min(columns, max(_LEAST, power_of_two(out_features)))
     rows = min(rows, max(_LEAST, power_of_two(batch)))

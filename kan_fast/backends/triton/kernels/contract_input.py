@@ -41,16 +41,13 @@ def pull_back(
 
 @triton.jit
 def contract_input_wide(
-    x, spline_weight, base_weight, g, all_knots, uniform, dx,
+    x, spline_weight, base_weight, g, all_knots, dx,
     batch, in_features, out_features, x_row, x_col, g_row, g_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile (ROWS, INPUTS) of dx: the product g W^T, weighed by phi^(n) and summed over the bases in its epilogue.
-
-    uniform (blocks of INPUTS inputs,) as uniform_blocks leaves it.
-    """
+    """One tile (ROWS, INPUTS) of dx: the product g W^T, weighed by phi^(n) and summed over the bases in its epilogue."""
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
     BASE: tl.constexpr = ACTIVATION != 0
     tile = tl.program_id(0)
@@ -75,7 +72,8 @@ def contract_input_wide(
         total += base * base_feature(at, s, False, ACTIVATION, N)
     if SPLINE:
         knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
-        first, values, others = spline_features(at, s, knots, tl.load(uniform + block), False, ORDER, FEATURES, OUTSIDE, N)
+        flag = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
+        first, values, others = spline_features(at, s, knots, flag, False, ORDER, FEATURES, OUTSIDE, N)
         phi = spread(first, values, others, 0, ROWS, INPUTS, BASES, ORDER)
         total += tl.sum(tl.reshape(phi * spline, (ROWS, BASES, INPUTS)), 1)
         for chunk in range(1, CHUNKS):

@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 
 from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, spline_features, spread
+from kan_fast.backends.triton.kernels.spline import uniform_inputs
 
 
 @triton.jit
 def gradient_of_spline(
-    x, scale, g, all_knots, uniform, d_spline, split, begin, end, part, columns,
+    x, scale, g, all_knots, d_spline, split, begin, end, part, columns,
     in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
@@ -22,7 +23,7 @@ def gradient_of_spline(
     inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
     input_ok, column_ok = inputs < in_features, columns < out_features
     knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
-    flag = tl.load(uniform + block)
+    flag = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
     total = tl.zeros((BASES * INPUTS, COLUMNS), DTYPE)
     for start in range(begin, end, DEPTH):
         rows = tl.arange(0, DEPTH).to(tl.int64) + start
@@ -69,7 +70,7 @@ def gradient_of_base(
 
 @triton.jit
 def contract_weight_split(
-    x, scale, g, all_knots, uniform, d_spline, d_base,
+    x, scale, g, all_knots, d_spline, d_base,
     batch, in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col, rows_per_split,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
@@ -92,7 +93,7 @@ def contract_weight_split(
     if SPLINE:
         if part < spline_parts:
             gradient_of_spline(
-                x, scale, g, all_knots, uniform, d_spline, split, begin, end, part, columns,
+                x, scale, g, all_knots, d_spline, split, begin, end, part, columns,
                 in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
                 ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, COLUMNS, INPUTS, BASES, DEPTH,
             )  # fmt: skip

@@ -34,8 +34,9 @@ def uniform_blocks(
 ):  # fmt: skip
     """uniform (blocks,) int32: 1 for every block of INPUTS inputs whose knots are all uniform, else 0.
 
-    A launch of its own, and cheap: the product loops then read one number per block and take a branch that all threads
-    share.
+    For contract_output alone, whose programs walk through all inputs: found in its loop, the answer would cost a reduction
+    across all threads in every step. The other kernels stay with one block of inputs and find it out themselves, which saves
+    this launch.
     """
     block = tl.program_id(0)
     flag = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
