@@ -52,10 +52,10 @@ def scaling(rows: list[Row], folder: Path) -> list[Path]:
         for panel in grid.flat:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=len(handles), frameon=False,
-                      bbox_to_anchor=(0.5, 0.94), fontsize=9)
+                      bbox_to_anchor=(0.5, 0.945), fontsize=9)
         centre = mine[0]["shape"] if len(axes_present) == 1 else "1024 x 256 x 256, G=5, k=3" if device == "cpu" else ""
         figure.suptitle(f"Time of one layer around {centre} ({_where(mine)})\n{NOTE}", fontsize=11)
-        figure.tight_layout(rect=(0, 0, 1, 0.92))
+        figure.tight_layout(rect=(0, 0, 1, 0.93))
         made.append(folder / f"scaling_{device}.png")
         figure.savefig(made[-1], dpi=110)
         plt.close(figure)

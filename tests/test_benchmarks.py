@@ -425,6 +425,15 @@ def test_readme_tables_are_replaced_and_the_rest_is_kept() -> None:
         plot.fill("<!-- table:gpu -->\n", [])
 
 
+@pytest.mark.parametrize("page", plot.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_show_the_committed_rows(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- table:" in text
+    assert plot.fill(text, plot.committed()) == text, "python -m benchmarks.plot makes the tables anew"
+    for picture in re.findall(r"\]\((\S+\.png)\)", text):
+        assert (page.parent / picture).exists()
+
+
 def test_latest_row_wins() -> None:
     row = {"what": "layer", "shape": SMALL.key(), "contestant": "a", "device": "cpu"}
     merged = tables.latest([{**row, "forward_ms": 1, "step_ms": 5}, {**row, "forward_ms": 2}], what="layer")
@@ -433,7 +442,7 @@ def test_latest_row_wins() -> None:
 
 @pytest.mark.parametrize("name", list(tables.TABLES))
 def test_every_table_of_the_committed_rows(name: str) -> None:
-    found = rows.read(sorted(plot.RESULTS.glob("*.jsonl")))
+    found = plot.committed()
     text = tables.TABLES[name](found)
     assert "nan" not in text.lower()
     for line in (line for line in text.splitlines() if line.startswith("|")):
