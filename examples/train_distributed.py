@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,7 +60,7 @@ class Checkpoints:
     def save(self, step: int) -> None:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         partial, whole = self.folder / "partial", self.folder / f"step-{step}"
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
+        state_dict_saver.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
         dist.barrier()
         if dist.get_rank() == 0:
             partial.rename(whole)
@@ -78,7 +78,7 @@ class Checkpoints:
             return 0
         model, optimizer = get_state_dict(self.model, self.optimizer)
         state = {"model": model, "optimizer": optimizer}
-        dcp.load(state, checkpoint_id=self.folder / f"step-{steps[-1]}")
+        state_dict_loader.load(state, checkpoint_id=self.folder / f"step-{steps[-1]}")
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         return steps[-1]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
     from kan_fast.ranks import on_this_rank
     from kan_fast.regularization import activation_regularization, advanced_regularization
+    from kan_fast.sparse import SparseKANLayer, sparsify
     from kan_fast.symbolic import fit_symbolic_function, symbolic_extraction
     from kan_fast.training import train_kan
 
@@ -28,6 +29,7 @@ _TOOLS = {
     "KANRegressor": "estimators",
     "ShardInputs": "parallel",
     "ShardOutputs": "parallel",
+    "SparseKANLayer": "sparse",
     "activation_regularization": "regularization",
     "adaptive_grid_refinement": "grid",
     "advanced_regularization": "regularization",
@@ -48,6 +50,7 @@ _TOOLS = {
     "plot_layer": "plotting",
     "prune_kan": "pruning",
     "replace_layers": "nn.interop",
+    "sparsify": "sparse",
     "symbolic_extraction": "symbolic",
     "to_pykan": "nn.interop",
     "train_kan": "training",
@@ -77,6 +80,7 @@ __all__ = [
     "KolmogorovArnoldNetwork",
     "ShardInputs",
     "ShardOutputs",
+    "SparseKANLayer",
     "activation_regularization",
     "adaptive_grid_refinement",
     "advanced_regularization",
@@ -99,6 +103,7 @@ __all__ = [
     "plot_layer",
     "prune_kan",
     "replace_layers",
+    "sparsify",
     "symbolic_extraction",
     "to_pykan",
     "train_kan",

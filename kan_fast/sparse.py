@@ -1,0 +1,270 @@
+"""Sparse layers: KANs with many inputs, where an output hears a few of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kan_fast import spline
+from kan_fast.activations import activation
+from kan_fast.edges import Edges, Features, edge_list, edge_output
+from kan_fast.functional import BaseActivation
+from kan_fast.nn import KANLayer, init
+
+
+class SparseKANLayer(nn.Module):
+    """A KANLayer that has some of its edges only, and stores and computes no others.
+
+    forward: (..., in_features) -> (..., out_features), the formula of KANLayer summed over the edges there are. Time and
+    memory follow the number of edges E; kan_fast/edges.py says how.
+
+    Either fan_in, the number of distinct inputs that every output hears, drawn at random; or edges, (2, E) int64, pairs of
+    input and output in any order, or (in, out) of bool. The rest as for KANLayer, without `backend`.
+
+    Parameters: spline_weight (E, grid_size + spline_order), base_weight (E,) unless base_activation is None, bias (out)
+    with bias=True. Buffers: edges (2, E) int64, sorted by output, then input; grid (in, grid_size + 2 * spline_order + 1).
+    Differentiable to any order; the results and gradients are the same bits on every run.
+
+    Raises ValueError or TypeError for arguments out of bounds.
+    """
+
+    spline_weight: nn.Parameter
+    base_weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    grid: Tensor
+    edges: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fan_in: int | None = None,
+        *,
+        edges: Tensor | None = None,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1.0, 1.0),
+        base_activation: BaseActivation = "silu",
+        bias: bool = False,
+        outside: str = "zero",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # A layer of one edge checks the arguments that both kinds of layer have, and has the knots.
+        like = KANLayer(
+            1, 1, grid_size, spline_order, grid_range=grid_range, base_activation=base_activation, outside=outside, dtype=dtype
+        )
+        self.in_features, self.out_features = in_features, out_features
+        self.spline_order, self.grid_range, self.outside = like.spline_order, like.grid_range, like.outside
+        self.base_activation = like.base_activation
+        if (fan_in is None) == (edges is None):
+            raise TypeError(f"fan_in: expected either fan_in or edges, got fan_in = {fan_in} and edges {_shown(edges)}")
+        if edges is None:
+            assert fan_in is not None
+            edges = random_edges(in_features, out_features, fan_in)
+        pairs = _sorted_pairs(edges, in_features, out_features).to(device)
+        options: dict[str, Any] = {"device": device, "dtype": like.spline_weight.dtype}
+        num_edges = pairs.shape[1]
+        self.spline_weight = nn.Parameter(torch.empty(num_edges, like.spline_weight.shape[1], **options))
+        base_weight = None if base_activation is None else nn.Parameter(torch.empty(num_edges, **options))
+        self.register_parameter("base_weight", base_weight)
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
+        self.register_buffer("grid", like.grid.to(device).repeat(in_features, 1))
+        self.register_buffer("edges", pairs)
+        self._known: tuple[Tensor, Edges] | None = None
+        self.reset_parameters()
+
+    @property
+    def grid_size(self) -> int:
+        """Number of intervals G on the range of the grid."""
+        return self.spline_weight.shape[1] - self.spline_order
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform knots on `grid_range`, weights that keep the signal's variance, bias zero. The edges stay.
+
+        KANLayer's rule (nn/init.py) with the number of edges that an output has in place of in_features.
+        """
+        k = self.spline_order
+        grid = spline.uniform_grid(1, self.grid_size, k, self.grid_range, self.grid.device, self.grid.dtype)
+        self.grid.copy_(grid.expand_as(self.grid))
+        x = init.nodes(grid, k)
+        name = self.base_activation
+        base = None if name is None else activation(name, x, 0) if isinstance(name, str) else name(x)
+        spline_std, base_std = init.standard_deviations(x, base, grid, k, self.outside)
+        edges = self.edge_list()
+        share = edges.per_output[edges.outputs].to(grid.dtype).rsqrt()
+        self.spline_weight.normal_().mul_(spline_std * share[:, None])
+        if self.base_weight is not None:
+            self.base_weight.normal_().mul_(base_std * share)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def edge_list(self) -> Edges:
+        """The edges with what the contractions need to know of them; made when a new `edges` is first used."""
+        if self._known is None or self._known[0] is not self.edges:
+            self._known = self.edges, edge_list(self.edges, self.in_features, self.out_features)
+        return self._known[1]
+
+    def masked_weights(self) -> tuple[Tensor, Tensor | None]:
+        """spline_weight (E, G + k) and base_weight (E,) or None, as KANLayer has them: no edge is masked."""
+        return self.spline_weight, self.base_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)"""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x: expected shape (..., in_features) with in_features = {self.in_features}, got {tuple(x.shape)}"
+            )
+        if (x.dtype == torch.float64) != (self.spline_weight.dtype == torch.float64):
+            raise TypeError(f"x: float64 goes only with float64, got x of {x.dtype} and weights of {self.spline_weight.dtype}")
+        rows = x.reshape(-1, self.in_features)
+        edges = self.edge_list()
+        function, base = self.base_activation, self.base_weight
+        fused = isinstance(function, str)
+        features = Features(function if isinstance(function, str) else "none", self.grid, self.spline_order, self.outside)
+        weight: Tensor = self.spline_weight
+        if fused and base is not None:
+            weight = torch.cat([base[:, None], weight], 1)
+        y = edge_output(rows, None, weight, edges, features)
+        if not fused and base is not None:
+            assert callable(function)
+            y = y + edge_output(function(rows), None, base[:, None], edges, Features("identity", None, 0, self.outside))
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, layer: KANLayer) -> "SparseKANLayer":
+        """The same function as a KANLayer's, with the edges that its edge_mask leaves (all of them without one)."""
+        mask = layer.edge_mask
+        if mask is None:
+            mask = torch.ones(layer.in_features, layer.out_features, dtype=torch.bool, device=layer.grid.device)
+        sparse = cls(
+            layer.in_features,
+            layer.out_features,
+            edges=mask,
+            grid_size=layer.grid_size,
+            spline_order=layer.spline_order,
+            grid_range=layer.grid_range,
+            base_activation=layer.base_activation,
+            bias=layer.bias is not None,
+            outside=layer.outside,
+            device=layer.grid.device,
+            dtype=layer.spline_weight.dtype,
+        )
+        inputs, outputs = sparse.edges
+        sparse.spline_weight.copy_(layer.spline_weight[inputs, :, outputs])
+        for mine, theirs in ((sparse.base_weight, layer.base_weight), (sparse.bias, layer.bias)):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs[inputs, outputs] if mine is sparse.base_weight else theirs)
+        sparse.grid = layer.grid.clone()
+        return sparse.train(layer.training)
+
+    @torch.no_grad()
+    def to_dense(self) -> KANLayer:
+        """The same function as a KANLayer, whose edge_mask says which edges there are."""
+        layer = KANLayer(
+            self.in_features,
+            self.out_features,
+            self.grid_size,
+            self.spline_order,
+            grid_range=self.grid_range,
+            base_activation=self.base_activation,
+            bias=self.bias is not None,
+            outside=self.outside,
+            device=self.grid.device,
+            dtype=self.spline_weight.dtype,
+        )
+        inputs, outputs = self.edges
+        layer.spline_weight.zero_()
+        layer.spline_weight[inputs, :, outputs] = self.spline_weight
+        if layer.base_weight is not None and self.base_weight is not None:
+            layer.base_weight.zero_()
+            layer.base_weight[inputs, outputs] = self.base_weight
+        if layer.bias is not None and self.bias is not None:
+            layer.bias.copy_(self.bias)
+        layer.grid = self.grid.clone()
+        mask = torch.zeros(self.in_features, self.out_features, dtype=torch.bool, device=self.grid.device)
+        mask[inputs, outputs] = True
+        layer.edge_mask = None if bool(mask.all()) else mask
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """What repr() shows between the parentheses."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, edges={self.edges.shape[1]},"
+            f" grid_size={self.grid_size}, spline_order={self.spline_order}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseKANLayer":
+        """Casts and moves, except that knots never get narrower than float32."""
+        knots = self.grid
+        super()._apply(fn, recurse)
+        if self.grid.dtype not in (torch.float32, torch.float64):
+            self.grid = knots.to(self.grid.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known = None  # `edges` was written in place
+
+
+def sparsify(model: nn.Module, max_density: float = 0.25) -> list[str]:
+    """Put SparseKANLayers, in place, where a KANLayer's edge_mask leaves at most that share of the edges.
+
+    model: any module that holds KANLayers, after prune_kan. Returns the names of the layers; the function stays the same.
+    Parameters are new: make the optimiser afterwards. layer.to_dense() goes back.
+    """
+    if not 0 <= max_density <= 1:
+        raise ValueError(f"max_density: expected a number from 0 to 1, got {max_density}")
+    names = []
+    for name, layer in list(model.named_modules()):
+        if not name or not isinstance(layer, KANLayer) or layer.edge_mask is None:
+            continue
+        if float(layer.edge_mask.double().mean()) <= max_density:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, SparseKANLayer.from_dense(layer))
+            names.append(name)
+    return names
+
+
+def random_edges(in_features: int, out_features: int, fan_in: int) -> Tensor:
+    """`fan_in` distinct inputs for every output, each set as likely as any other: (2, out_features * fan_in) int64.
+
+    Memory out_features * fan_in, whatever in_features is: R. Floyd, in J. Bentley, "Programming Pearls", CACM 30(9), 1987.
+    """
+    if not 1 <= fan_in <= in_features:
+        raise ValueError(f"fan_in: expected 1 to in_features = {in_features}, got {fan_in}")
+    taken = torch.empty(out_features, 0, dtype=torch.long)
+    for last in range(in_features - fan_in, in_features):
+        drawn = torch.randint(0, last + 1, (out_features, 1))
+        repeated = (taken == drawn).any(1, keepdim=True)
+        taken = torch.cat([taken, torch.where(repeated, last, drawn)], 1)
+    outputs = torch.arange(out_features)[:, None].expand_as(taken)
+    return torch.stack([taken.flatten(), outputs.flatten()])
+
+
+def _sorted_pairs(edges: Tensor, in_features: int, out_features: int) -> Tensor:
+    """(2, E) int64 sorted by output, then input; from such pairs in any order, or from (in, out) of bool."""
+    if edges.dtype == torch.bool:
+        if edges.shape != (in_features, out_features):
+            raise ValueError(f"edges: expected bool of shape (in_features, out_features) = {(in_features, out_features)},"
+                             f" got {tuple(edges.shape)}")  # fmt: skip
+        return edges.t().nonzero().t().flip(0).contiguous()
+    if edges.dtype != torch.long or edges.dim() != 2 or edges.shape[0] != 2:
+        raise ValueError(f"edges: expected (2, E) of int64 or (in_features, out_features) of bool, got {_shown(edges)}")
+    inputs, outputs = edges
+    for name, index, size in (("input", inputs, in_features), ("output", outputs, out_features)):
+        if edges.shape[1] and (int(index.min()) < 0 or int(index.max()) >= size):
+            raise ValueError(f"edges: expected {name}s from 0 to {size - 1}, got {int(index.min())} to {int(index.max())}")
+    key = (outputs * in_features + inputs).sort().values
+    if bool((key.diff() == 0).any()):
+        raise ValueError("edges: expected every pair once, got one twice")
+    return torch.stack([key % in_features, key // in_features])
+
+
+def _shown(edges: Tensor | None) -> str:
+    return "None" if edges is None else f"of shape {tuple(edges.shape)} and {edges.dtype}"
