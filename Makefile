@@ -18,7 +18,7 @@ ENV := $(VENV)/.installed-$(subst /,_,$(subst $(empty) $(empty),_,$(TORCH)))
 NATIVE := kan_fast/_native.so
 SOURCES := $(wildcard csrc/* csrc/*/* setup.py build_backend.py)
 
-.PHONY: help env build test test-slow test-kernels-full test-sanitize lint demo bench wheel clean cuda-build
+.PHONY: help env build test test-slow test-kernels-full test-sanitize lint demo bench docs wheel clean cuda-build
 
 help:
 	@echo "make demo           train on handwritten digits, fused and reference side by side"
@@ -29,6 +29,7 @@ help:
 	@echo "                    under the address and thread sanitizers"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks"
+	@echo "make docs           the API pages in build/docs/"
 	@echo "make wheel          sdist and wheel in dist/"
 
 env: $(ENV)
@@ -85,6 +86,9 @@ demo: build
 bench: build
 	$(PY) -m benchmarks
 	$(PY) -m pytest -q benchmarks $(PYTEST_ARGS)
+
+docs: $(ENV)
+	PYTHONPATH=. $(PY) .ci/docs.py build/docs
 
 wheel: $(ENV)
 	rm -rf build/lib* build/bdist* dist
