@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -130,6 +131,13 @@ def gencode(arch: str) -> list[str]:
     return [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
 
 
+def cuda_home(nvcc: Path) -> Path:
+    """The toolkit that nvcc belongs to: what it says itself, since nvcc may be a script or a link from elsewhere."""
+    said = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-E", "/dev/null"], text=True, capture_output=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)
+    return Path(top[1]).resolve() if top else nvcc.resolve().parent.parent
+
+
 def plan(tools: Toolchain, version: str, folder: Path) -> tuple[Ninja, Path, Path]:
     """(steps, the operator library, the build information module)."""
     if tools.torch is None:
@@ -165,11 +173,13 @@ def plan(tools: Toolchain, version: str, folder: Path) -> tuple[Ninja, Path, Pat
     libraries: list[str | Path] = [f"-L{tools.torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     libraries += ["-Wl,--as-needed", "-Wl,--no-undefined"]
     if tools.kind == "cuda" and tools.nvcc is not None:
+        home = cuda_home(tools.nvcc)
         archs = [flag for arch in cuda_archs() for flag in gencode(arch)]
         nvcc: list[str | Path] = [tools.nvcc, "-ccbin", tools.cxx[-1], "-std=c++20", "-O3", f"-I{CSRC}", *archs]
         nvcc += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         objects += [build.compile(nvcc, source) for source in sorted((CSRC / "cuda").glob("*.cu"))]
-        home = tools.nvcc.resolve().parent.parent
+        host = [*cxx, *user_flags, "-isystem", home / "include"]
+        objects += [build.compile(host, source) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
         libraries += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     native = build.link(linker, folder / "_native.so", objects, libraries)
 

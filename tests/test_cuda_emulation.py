@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import truth
 from conftest import Place
 from samples import KINDS, OPERATIONS, assert_close_to_truth, every_activation, every_outside, make_problem
 
@@ -102,24 +103,96 @@ def assert_close_to_reference(problem, operation, n, mine):
     torch.testing.assert_close(mine, want)
 
 
+WIDE = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
+every_product = pytest.mark.parametrize(("dtype", "precision"), WIDE, ids=lambda value: str(value).removeprefix("torch."))
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Forces a kernel, and how float32 is multiplied."""
+
+    def force(kernel, precision="highest"):
+        monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+
+    return force
+
+
+def assert_wide_close(place, problem, operation, n, precision, with_scale=True):
+    """True float32 as everywhere. Else an operand that is rounded errs by half a unit of its last place: 2^-8 of a bfloat16,
+    2^-11 of a float16 or tf32 number. Features always are, weights and g where they are float32; every term errs by at most
+    that, the sum by that of the terms' magnitudes. The result is rounded once more to its dtype."""
+    if problem.spline_weight.dtype == torch.float32 and precision == "highest":
+        assert_close_to_truth(place, problem, operation, n, with_scale)
+        return
+    args = problem.args(operation, n, with_scale)
+    exact = as_tuple(getattr(truth, operation)(*args))
+    size = as_tuple(getattr(truth, operation)(*args, magnitude=True))
+    unit = {torch.float32: 2 * 2.0**-11, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[problem.spline_weight.dtype]
+    for mine, want, total in zip(as_tuple(getattr(backends.get("emulated"), operation)(*args)), exact, size, strict=True):
+        if want.size:
+            assert (
+                abs(truth.doubled(mine) - want) <= 1.01 * unit * total + torch.finfo(mine.dtype).eps * abs(want).max()
+            ).all()
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@every_product
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_wide_output(place, use, kernel, dtype, precision):
+    use(kernel, precision)
+    cases = [
+        # shape, grid_size, k, kind, outside, n: tails in every direction; several slices of inputs; one and more chunks
+        ((130, 5, 33), 5, 3, "uniform", "zero", 0),
+        ((70, 37, 136), 5, 3, "uneven", "linear", 0),
+        ((33, 70, 24), 12, 3, "repeated", "clamp", 1),
+        ((1, 9, 130), 20, 2, "uniform", "linear", 1),
+        ((65, 4, 8), 3, 1, "uneven", "zero", 0),
+        ((40, 3, 9), 4, 3, "uniform", "zero", 1),
+    ]
+    for shape, grid_size, k, kind, outside, n in cases:
+        for activation, x_dtype in (("silu", torch.float32), ("none", dtype)):
+            problem = make_problem(place, dtype, shape, grid_size, k, kind, activation, outside, x_dtype)
+            assert_wide_close(place, problem, "contract_output", n, precision, with_scale=n == 1)
+
+
+# Those that compile all wide kernels again.
+HEAVY = ("copies", "overtaking", "columns", "metadata", "pairs")
 # What a kernel must not survive: file, pattern, replacement.
 PLANTED = {
     "barrier": ("cuda/contract_output.cu", r"barrier\(\);\n      const int64_t inputs", "const int64_t inputs"),
     "bound": ("cuda/contract_output.cu", r"if \(o \+ 32 < outputs\) put", "if (o + 31 < outputs) put"),
     "row": ("cuda/contract_input.cu", r"if \(b0 \+ r >= p\.batch\) break;", ""),
     "slice": ("cuda/contract_weight.cu", r"\(slice \+ 1\) \* rows < p\.batch", "(slice + 1) * rows <= p.batch + rows"),
+    "copies": ("cuda/wide_output.cuh", r"wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
+    "overtaking": ("cuda/wide_output.cuh", r"barrier\(\);\n        if \(s \+", "if (s +"),
+    "columns": (
+        "cuda/wide_output.cuh",
+        r"mma_bfloat16\(c\[m\]\[n\], a\[m\], b\[0\], b\[1\]\)",
+        "mma_bfloat16(c[m][n], a[m], b[1], b[0])",
+    ),
+    "metadata": ("cuda/fragments.cuh", r"e = \(odd_lane \? bits\[1\] : bits\[0\]\)", "e = (odd_lane ? bits[0] : bits[1])"),
+    "pairs": ("cuda/fragments.cuh", r"begin == -1 \? word >> 16", "begin == -1 ? word << 16"),
     "divergence": ("cuda/contract_input.cu", r"if \(i >= inputs\) break;", "if (lane >= inputs) break;\nwarp_barrier();"),
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug in HEAVY)) for bug in PLANTED])
 def test_planted_bugs_are_found(bug, monkeypatch):
     monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=[PLANTED[bug]])))
-    problem = make_problem(None, torch.float32, (1700, 9, 63), kind="uneven")
+    wide = PLANTED[bug][0].startswith("cuda/wide")
+    problem = make_problem(
+        None, torch.bfloat16 if wide else torch.float32, (70, 40, 136) if wide else (1700, 9, 63), kind="uneven"
+    )
 
     def use_all():
-        for operation in OPERATIONS:
-            assert_close_to_truth(Place("emulated", CPU), problem, operation, 0)
+        for kernel in ("dense", "sparse") if wide else ("any",):
+            monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
+            for operation in OPERATIONS:
+                assert_wide_close(Place("emulated", CPU), problem, operation, 0, "high" if wide else "highest")
 
     with pytest.raises((AssertionError, Fault)):
         use_all()

@@ -69,16 +69,18 @@ template <class T, class P> __global__ void add_slices(const P* parts, T* to, in
   put(to[m], total);
 }
 
+template <class T> int launch_add(const void* parts, void* to, int64_t size, int64_t slices, void* stream) {
+  using C = typename ComputeOf<T>::Type;
+  return launch(add_slices<T, C>, Blocks{(size + 255) / 256}, 256, 0, stream, static_cast<const C*>(parts), static_cast<T*>(to), size,
+                slices);
+}
+
 template <class T> int launch_add_slices(const Problem& p, const void* parts, int64_t slices, void* stream) {
   using C = typename ComputeOf<T>::Type;
   const int64_t base_size = p.in_features * p.out_features, size = base_size * p.bases();
-  const C* spline = static_cast<const C*>(parts);
-  int error = launch(add_slices<T, C>, Blocks{(size + 255) / 256}, 256, 0, stream, spline, static_cast<T*>(p.d_spline),
-                     size, slices);
-  if (error == 0 && p.d_base)
-    error = launch(add_slices<T, C>, Blocks{(base_size + 255) / 256}, 256, 0, stream, spline + slices * size,
-                   static_cast<T*>(p.d_base), base_size, slices);
-  return error;
+  const int error = launch_add<T>(parts, p.d_spline, size, slices, stream);
+  if (error != 0 || p.d_base == nullptr) return error;
+  return launch_add<T>(static_cast<const C*>(parts) + slices * size, p.d_base, base_size, slices, stream);
 }
 
 template <class T> int launch_weight_any(const Problem& p, const Slices& slices, void* workspace, void* stream) {
@@ -103,6 +105,7 @@ template <class T> int launch_weight_any(const Problem& p, const Slices& slices,
 
 #define KAN_INSTANTIATE(T)                                                               \
   template int launch_weight_any<T>(const Problem&, const Slices&, void*, void*);        \
+  template int launch_add<T>(const void*, void*, int64_t, int64_t, void*);               \
   template int launch_add_slices<T>(const Problem&, const void*, int64_t, void*);
 KAN_INSTANTIATE(float)
 KAN_INSTANTIATE(double)

@@ -4,6 +4,7 @@
 
 #include "arguments.h"
 #include "instructions.cuh"
+#include "polynomials.h"
 
 namespace kan::cuda {
 
@@ -92,17 +93,6 @@ template <class C> KAN_DEVICE int interval(const C* t, const Described<C>& d, C 
   j += int(x >= t[j + 1]) - int(x < t[j]);
   j = j > d.low ? j : d.low;
   return j < d.high ? j : d.high;
-}
-
-// w: the values of order P - 1 in a window become the derivatives of order P, and so on up to K.
-template <int P, int K, class C, class Inverse> KAN_DEVICE void differentiate_up(Inverse inverse, C* w) {
-  if constexpr (P <= K) {
-    C v[P];
-    KAN_UNROLL_WINDOW
-    for (int r = 0; r < P; ++r) v[r] = w[r];
-    differentiate<P>(v, inverse, w);
-    differentiate_up<P + 1, K>(inverse, w);
-  }
 }
 
 // The N-th derivative of the K + 1 bases of order K in the window of interval j. Bases that do not exist (their knots reach

@@ -1,9 +1,22 @@
 // Which kernel serves which problem: the one place that decides.
+//
+//   any     every dtype, order, derivative and shape, by multiply-add
+//   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
+//   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
+//
+// KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. The choices below follow from counting
+// instructions and bytes: no figure here was measured on a GPU.
 #include "launch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 namespace kan::cuda {
 
 namespace {
+
+enum class Family { any, dense, sparse };
 
 size_t compute_size(const Problem& p) { return p.weight_dtype == kFloat64 ? 8 : 4; }
 
@@ -14,35 +27,63 @@ size_t size_of_described(const Problem& p) {
   return rounded(size_t(p.in_features) * one);
 }
 
-// Slices of the batch for contract_weight, from shapes and device alone: blocks enough for four per multiprocessor, no
-// slice below `least` rows, and at most 64 MiB of partial sums.
-Slices cut_batch(const Problem& p, const Device& device, int64_t tiles, int64_t least) {
-  const int64_t wanted = (4 * device.multiprocessors + tiles - 1) / (tiles > 0 ? tiles : 1);
-  const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
+Products products(const Problem& p) {
+  if (p.weight_dtype == kBFloat16) return Products::bfloat16;
+  if (p.weight_dtype == kFloat16) return Products::float16;
+  return p.precision == kHighest ? Products::tf32x3 : Products::tf32;
+}
+
+const char* why_not_wide(const Problem& p) {
+  if (p.weight_dtype == kFloat64) return "float64";
+  if (p.spline_order > kMaxCubicOrder) return "spline orders above 3";
+  if (p.n > p.spline_order) return "derivatives above the order";
+  // They grow as 1 / h^n, beyond float16.
+  if (p.weight_dtype == kFloat16 && p.n >= 2) return "second derivatives in float16";
+  if (p.batch == 0 || p.in_features == 0 || p.out_features == 0) return "empty tensors";
+  if (size_of_cubics(p) > (size_t(256) << 20)) return "so many knots";
+  return nullptr;
+}
+
+// An instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall.
+Family choose(const Problem& p) {
+  const char* no = why_not_wide(p);
+  const char* wanted = std::getenv("KAN_FAST_CUDA_KERNEL");
+  if (wanted == nullptr || *wanted == '\0')
+    return no == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32 ? Family::dense : Family::any;
+  const std::string name = wanted;
+  if (name == "any") return Family::any;
+  if (name != "dense" && name != "sparse")
+    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, dense or sparse");
+  if (no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
+  return name == "dense" ? Family::dense : Family::sparse;
+}
+
+// Cuts a sum of `length` terms into slices: blocks enough for `per_processor` on every multiprocessor, no slice below
+// `least` terms and all multiples of it, at most 64 MiB of partial sums of `bytes` each.
+Slices cut(int64_t length, int64_t least, int64_t tiles, int64_t bytes, int per_processor, const Device& device, size_t offset) {
+  const int64_t wanted = (int64_t(per_processor) * device.multiprocessors + tiles - 1) / (tiles > 0 ? tiles : 1);
   int64_t most = (int64_t(64) << 20) / (bytes > 0 ? bytes : 1);
-  if (most > p.batch / least) most = p.batch / least;
+  if (most > length / least) most = length / least;
   int64_t count = wanted < most ? wanted : most;
   if (count < 1) count = 1;
-  int64_t rows = (p.batch + count - 1) / count;
-  rows = (rows + least - 1) / least * least;
-  if (rows < 1) rows = least;
-  count = (p.batch + rows - 1) / rows;
-  return {count < 1 ? 1 : count, rows, size_of_described(p)};
+  int64_t each = ((length + count - 1) / count + least - 1) / least * least;
+  if (each < 1) each = least;
+  count = (length + each - 1) / each;
+  return {count < 1 ? 1 : count, each, offset};
+}
+
+Slices slices_of_output(const Problem& p, const Device& device) {
+  const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + 127) / 128);
+  return cut(p.in_features, 32, tiles, p.batch * p.out_features * 4, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
 }
 
 Slices slices_any(const Problem& p, const Device& device) {
-  const int64_t columns = p.out_features < 32 ? 32 : p.out_features;
-  return cut_batch(p, device, p.in_features * ((columns + 31) / 32), 512);
+  const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
+  return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, size_of_described(p));
 }
 
-}  // namespace
-
-size_t workspace_of_output(const Problem& p, const Device&) { return size_of_described(p); }
-size_t workspace_of_input(const Problem& p, const Device&) { return size_of_described(p); }
-size_t workspace_of_weight(const Problem& p, const Device& device) {
-  const Slices slices = slices_any(p, device);
-  const size_t one = size_t(p.in_features) * size_t(p.bases() + 1) * size_t(p.out_features) * compute_size(p);
-  return slices.offset + (slices.count > 1 ? rounded(size_t(slices.count) * one) : 0);
+size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {
+  return slices.count > 1 ? rounded(size_t(slices.count) * size_t(one) * number) : 0;
 }
 
 #define KAN_BY_TYPE(launcher, ...)                                  \
@@ -53,8 +94,45 @@ size_t workspace_of_weight(const Problem& p, const Device& device) {
     default: return launcher<float>(__VA_ARGS__);                   \
   }
 
-int launch_contract_output(const Problem& p, const Device&, void* workspace, void* stream) {
-  KAN_BY_TYPE(launch_output_any, p, workspace, stream)
+#define KAN_BY_PRODUCTS(call)                                       \
+  switch (products(p)) {                                            \
+    case Products::bfloat16: return call(Products::bfloat16);       \
+    case Products::float16: return call(Products::float16);         \
+    case Products::tf32: return call(Products::tf32);               \
+    default: return call(Products::tf32x3);                         \
+  }
+
+template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
+#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, parts, slices, stream)
+  KAN_BY_PRODUCTS(KAN_CALL)
+#undef KAN_CALL
+}
+
+}  // namespace
+
+size_t workspace_of_output(const Problem& p, const Device& device) {
+  if (choose(p) == Family::any) return size_of_described(p);
+  const Slices slices = slices_of_output(p, device);
+  return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
+}
+
+size_t workspace_of_input(const Problem& p, const Device&) { return size_of_described(p); }
+
+size_t workspace_of_weight(const Problem& p, const Device& device) {
+  const Slices slices = slices_any(p, device);
+  return slices.offset + size_of_parts(slices, p.in_features * (p.bases() + 1) * p.out_features, compute_size(p));
+}
+
+int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
+  const Family family = choose(p);
+  if (family == Family::any) KAN_BY_TYPE(launch_output_any, p, workspace, stream)
+  const Slices slices = slices_of_output(p, device);
+  const WideArguments a = make_wide(p, workspace, size_of_described(p));
+  float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
+  const int error = family == Family::sparse ? output_wide<true>(p, a, parts, slices, stream)
+                                             : output_wide<false>(p, a, parts, slices, stream);
+  if (error != 0 || parts == nullptr) return error;
+  KAN_BY_TYPE(launch_add, parts, p.y, p.batch * p.out_features, slices.count, stream)
 }
 
 int launch_contract_input(const Problem& p, const Device&, void* workspace, void* stream) {

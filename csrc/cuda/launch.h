@@ -1,10 +1,13 @@
 // The kernels' launchers, as launch.cpp calls them.
 #pragma once
-#include "arguments.h"
+#include "polynomials.h"
 
 namespace kan::cuda {
 
-// How contract_weight cuts the batch: `count` slices of `rows`, whose sums lie `offset` bytes into the workspace.
+// How a wide kernel multiplies. tf32x3: float32 numbers as sums of two tf32 ones, three products for true float32.
+enum class Products { bfloat16, float16, tf32, tf32x3 };
+
+// How a long sum is cut: `count` slices of `rows` (of the batch, or inputs), whose sums lie `offset` bytes into the workspace.
 struct Slices {
   int64_t count, rows;
   size_t offset;
@@ -14,6 +17,11 @@ template <class T> int launch_output_any(const Problem&, void* workspace, void* 
 template <class T> int launch_input_any(const Problem&, void* workspace, void* stream);
 template <class T> int launch_weight_any(const Problem&, const Slices&, void* workspace, void* stream);
 
+// y on tensor cores, dense or sparse; parts (slices, batch, out) where inputs are cut into slices, else null.
+template <Products P, bool kSparse> int launch_output_wide(const WideArguments&, float* parts, Slices, void* stream);
+
+// to (size,) of type T = sums over `slices` of parts (slices, size).
+template <class T> int launch_add(const void* parts, void* to, int64_t size, int64_t slices, void* stream);
 // d_spline and d_base from the slices' sums: (count, in, bases, out) and behind them (count, in, out).
 template <class T> int launch_add_slices(const Problem&, const void* parts, int64_t slices, void* stream);
 

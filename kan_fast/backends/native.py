@@ -50,13 +50,16 @@ _outside_code = _Codes("outside", OUTSIDE)
 
 def _bind(name: str) -> Any:
     """An operator of the library, which fake tensors and compilers understand too."""
+    operator = getattr(torch.ops.kan_fast_native, name).default
+    # Behind n comes the precision, which a result's shape does not depend on.
+    last = [argument.name for argument in operator._schema.arguments].index("n") + 1
 
     def without_values(*args: Any) -> Any:
-        *rest, activation, outside, n = args
+        *rest, activation, outside, n = args[:last]
         return getattr(fake, name)(*rest, ACTIVATIONS[activation], OUTSIDE[outside], n)
 
     torch.library.register_fake(f"kan_fast_native::{name}", without_values)
-    return getattr(torch.ops.kan_fast_native, name).default
+    return operator
 
 
 _not_loaded = _load()
@@ -78,6 +81,11 @@ def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _precision(x: Tensor) -> tuple[int, ...]:
+    """The last argument of an operator: how a GPU multiplies float32 numbers; nothing for the CPU."""
+    return (int(torch.get_float32_matmul_precision() != "highest"),) if x.is_cuda else ()
+
+
 def contract_output(
     x: Tensor,
     scale: Tensor | None,
@@ -91,7 +99,7 @@ def contract_output(
     """sum_{i, f} scale * phi_f^(n)(x) * weight -> (B, O)"""
     codes = _activation_code[activation], _outside_code[outside]
     try:
-        return _contract_output(x, scale, spline_weight, base_weight, grid, *codes, n)  # type: ignore[no-any-return]
+        return _contract_output(x, scale, spline_weight, base_weight, grid, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
         check_problem(x, scale, spline_weight, base_weight, None, grid, None, activation, outside, n)
         raise
@@ -110,7 +118,7 @@ def contract_input(
     """sum_{f, o} phi_f^(n)(x) * weight * g -> (B, I)"""
     codes = _activation_code[activation], _outside_code[outside]
     try:
-        return _contract_input(x, spline_weight, base_weight, g, grid, *codes, n)  # type: ignore[no-any-return]
+        return _contract_input(x, spline_weight, base_weight, g, grid, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
         check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise
@@ -129,7 +137,7 @@ def contract_weight(
     """sum_b scale * phi_f^(n)(x) * g -> (I, G + k, O) and (I, O)"""
     codes = _activation_code[activation], _outside_code[outside]
     try:
-        return _contract_weight(x, scale, g, grid, spline_order, *codes, n)  # type: ignore[no-any-return]
+        return _contract_weight(x, scale, g, grid, spline_order, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
         check_problem(x, scale, None, None, g, grid, spline_order, activation, outside, n)
         raise
@@ -148,7 +156,7 @@ def contract_backward(
     """(contract_input of order n + 1, *contract_weight of order n)"""
     codes = _activation_code[activation], _outside_code[outside]
     try:
-        return _contract_backward(x, spline_weight, base_weight, g, grid, *codes, n)  # type: ignore[no-any-return]
+        return _contract_backward(x, spline_weight, base_weight, g, grid, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
         check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise

@@ -68,8 +68,9 @@ def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Chan
     optimize = ["-O1", "-g", f"-fsanitize={sanitizer}"] if sanitizer else ["-O1"]
     emulated = [f"-I{csrc}", *optimize, "-include", str(HERE / "emulation.h")]
     switches = [f"-DKAN_EMULATE_{'ASAN' if sanitizer == 'address' else 'TSAN'}"] if sanitizer else []
+    hosted = sorted(path for path in (csrc / "cuda").glob("*.cpp") if path.name != "device.cpp")  # which asks the CUDA runtime
     jobs = [(path, emulated) for path in sorted((csrc / "cuda").glob("*.cu"))]
-    jobs += [(path, [f"-I{csrc}", *optimize]) for path in [*sorted((csrc / "cuda").glob("*.cpp")), HERE / main]]
+    jobs += [(path, [f"-I{csrc}", *optimize]) for path in [*hosted, HERE / main]]
     jobs.append((HERE / "runtime.cpp", [f"-I{csrc}", "-O2", *switches]))
     workers = int(os.environ.get("MAX_JOBS") or min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:

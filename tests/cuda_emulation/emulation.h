@@ -16,6 +16,7 @@
 #define __global__
 #define __launch_bounds__(...)
 #define KAN_DEVICE inline
+#define KAN_UNROLL_ALL
 #define threadIdx (kan::emulation::self->thread)
 #define blockIdx (kan::emulation::block)
 #define gridDim (kan::emulation::grid)
@@ -104,5 +105,24 @@ inline uint16_t to_bfloat16(float value) {
 }
 inline float from_float16(uint16_t bits) { return float(std::bit_cast<_Float16>(bits)); }
 inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(_Float16(value)); }
+inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
+inline uint32_t pack_float16(float low, float high) { return to_float16(low) | uint32_t(to_float16(high)) << 16; }
+inline uint32_t to_tf32(float value) { return (emulation::to_bits(value) + 0x1000u) & 0xffffe000u; }
+inline float as_float(uint32_t bits) { return emulation::from_bits(bits); }
+inline uint32_t as_bits(float value) { return emulation::to_bits(value); }
+
+// The copy itself is instrumented code, and happens when it is waited for.
+inline void copy_16_bytes(void* shared, const void* global, bool zeros) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (!zeros && reinterpret_cast<uintptr_t>(global) % 16 != 0))
+    emulation::fail("a misaligned asynchronous copy");
+  emulation::copy_later([=] {
+    for (int i = 0; i < 4; ++i)
+      static_cast<uint32_t*>(shared)[i] = zeros ? 0u : static_cast<const uint32_t*>(global)[i];
+  });
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int kGroupsLeft> void wait_for_copies() { emulation::wait_for_copies(kGroupsLeft); }
 
 }  // namespace kan::cuda
+
+#include "tensor_cores.h"

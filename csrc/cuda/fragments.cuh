@@ -1,0 +1,154 @@
+// The left operand of the wide kernels: from the window of four bases that a lane has evaluated to the registers that a
+// tensor-core instruction wants. Nothing of it is ever stored.
+//
+// A tile of 16 rows and a step of 4 inputs x 8 bases has 64 windows, two for each lane of a warp: lane (g, q) = (lane / 4,
+// lane % 4) evaluates, for half h of the inputs, row g + 8 (q & 1) of input 2h + (q >> 1), its "item". A quad thus holds all
+// that its four lanes need, and what a lane lacks comes by shuffles within the quad.
+//
+// Why the operand is exactly structured-sparse (orders 1, 2, 3; also 0). Take eight bases 8c .. 8c + 7 of one input. The
+// non-zero ones are among `shift` .. shift + 3, shift = first - 8c, four neighbours, wherever x lies.
+// - 16-bit types, 2 of 4: of four neighbours two are even and two are odd. So of the four even bases (0, 2, 4, 6) at most two
+//   are non-zero, neighbours in that list, and so of the odd ones. With the bases reordered to 0 2 4 6 1 3 5 7 each group of
+//   four holds at most two non-zero numbers, which is what the instruction asks for. In the list of parity p they stand at
+//   (shift + 1 - p) >> 1 and the next place; kept at the list's ends, the pair holds whichever of the two exist.
+// - tf32, 1 of 2: j and j + 4 are never both among four neighbours. With the bases in the order 0 4 1 5 2 6 3 7 each pair
+//   holds at most one non-zero number: the upper one if j < shift, else the lower one (or none, then 0 is stored).
+// No number is dropped and none is rounded otherwise than in the dense form: the products are the same. A test goes through
+// all shifts, and through every cell of longer grids.
+#pragma once
+#include "features.cuh"
+#include "launch.h"
+
+namespace kan::cuda {
+
+template <Products P> constexpr bool kIsHalf = P == Products::bfloat16 || P == Products::float16;
+
+template <Products P> KAN_DEVICE uint32_t pack(float low, float high) {
+  return P == Products::bfloat16 ? pack_bfloat16(low, high) : pack_float16(low, high);
+}
+
+// Four windowed weights of bases first .. first + 3.
+struct Item {
+  float w[4];
+  int first;
+};
+
+// The row of a stage of weights that basis f (0 .. 7) of an input goes to: the order of the operand's columns.
+template <bool kSparse, bool kHalf> KAN_INLINE int place_of_basis(int f) {
+  if (!kSparse) return f;
+  return kHalf ? (f & 1) * 4 + (f >> 1) : (f & 3) * 2 + (f >> 2);
+}
+template <bool kSparse, bool kHalf> KAN_INLINE int basis_of_place(int place) {
+  if (!kSparse) return place;
+  return kHalf ? (place & 3) * 2 + (place >> 2) : (place & 1) * 4 + (place >> 1);
+}
+
+// Transposes a 4 x 4 matrix held by a quad: lane q has row q before and after.
+KAN_DEVICE void transpose_quad(uint32_t (&r)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+  uint32_t a = shuffle_xor(odd ? r[0] : r[1], 1), b = shuffle_xor(odd ? r[2] : r[3], 1);
+  if (odd) r[0] = a, r[2] = b;
+  else r[1] = a, r[3] = b;
+  a = shuffle_xor(upper ? r[0] : r[2], 2), b = shuffle_xor(upper ? r[1] : r[3], 2);
+  if (upper) r[0] = a, r[1] = b;
+  else r[2] = a, r[3] = b;
+}
+
+// 16-bit, dense: words of two neighbouring bases; r[j] = bases 2j, 2j + 1.
+template <Products P> KAN_DEVICE void spread_words(const uint32_t (&window)[2], int shift, uint32_t (&r)[4]) {
+  // At an odd shift the window begins in the upper half of a word.
+  const bool odd = shift & 1;
+  const uint32_t v0 = odd ? window[0] << 16 : window[0];
+  const uint32_t v1 = odd ? window[0] >> 16 | window[1] << 16 : window[1];
+  const uint32_t v2 = odd ? window[1] >> 16 : 0u;
+  const int begin = shift >> 1;
+  KAN_UNROLL_WINDOW
+  for (int j = 0; j < 4; ++j) r[j] = j == begin ? v0 : j == begin + 1 ? v1 : j == begin + 2 ? v2 : 0u;
+}
+
+// 16-bit, sparse: where the pair of one parity stands before it is kept within the list, and the word that is stored then.
+KAN_INLINE int pair_begin(int shift, int parity) { return (shift + 1 - parity) >> 1; }
+KAN_INLINE int kept(int begin) { return begin < 0 ? 0 : begin > 2 ? 2 : begin; }
+KAN_INLINE uint32_t kept_word(uint32_t word, int begin) {
+  return begin >= 0 && begin <= 2 ? word : begin == -1 ? word >> 16 : begin == 3 ? word << 16 : 0u;
+}
+// Metadata of both parities of one input: four bits each, places `begin` and the next.
+KAN_INLINE uint32_t pair_metadata(int shift) {
+  return uint32_t(5 * kept(pair_begin(shift, 0)) + 4) | uint32_t(5 * kept(pair_begin(shift, 1)) + 4) << 4;
+}
+
+// tf32: r[j] = the one number among bases j and j + 4 that may be other than zero.
+KAN_INLINE void fold_pairs(const float (&w)[4], int shift, float (&r)[4]) {
+  const bool one = shift & 1, two = shift & 2;
+  const float a0 = one ? w[3] : w[0], a1 = one ? w[0] : w[1], a2 = one ? w[1] : w[2], a3 = one ? w[2] : w[3];
+  const float b[4] = {two ? a2 : a0, two ? a3 : a1, two ? a0 : a2, two ? a1 : a3};
+  KAN_UNROLL_WINDOW
+  for (int j = 0; j < 4; ++j) r[j] = j + 4 >= shift && j - 3 <= shift ? b[j] : 0.0f;
+}
+KAN_INLINE bool upper_of_pair(int j, int shift) { return j < shift; }
+// Metadata of the four pairs of one input: 0b1110 where the upper number is stored, else 0b0100.
+KAN_INLINE uint32_t fold_metadata(int shift) {
+  const int uppers = shift < 0 ? 0 : shift > 4 ? 4 : shift;
+  return 0x4444u | (0xaaaau & ((1u << (4 * uppers)) - 1));
+}
+
+// Ors over a quad: every lane gets it.
+KAN_DEVICE uint32_t or_quad(uint32_t value) {
+  value |= shuffle_xor(value, 1);
+  return value | shuffle_xor(value, 2);
+}
+
+// The operand of one half of a step (2 inputs), 16-bit dense: one m16 x k16 fragment.
+template <Products P> KAN_DEVICE void half_dense(const uint32_t (&window)[2], int shift, int lane, uint32_t (&a)[4]) {
+  spread_words<P>(window, shift, a);
+  transpose_quad(a, lane);
+}
+
+// Of a whole step (4 inputs), 16-bit sparse: one m16 x k32 fragment and its metadata. windows[h]: words (w0, w2), (w1, w3).
+KAN_DEVICE void half_sparse(const uint32_t (&windows)[2][2], const int (&shifts)[2], int lane, uint32_t (&a)[4], uint32_t& e) {
+  const bool odd_lane = lane & 1;
+  uint32_t bits[2];
+  KAN_UNROLL_WINDOW
+  for (int h = 0; h < 2; ++h) {
+    const int shift = shifts[h];
+    const bool odd = shift & 1;
+    const uint32_t even_word = kept_word(windows[h][odd ? 1 : 0], pair_begin(shift, 0));
+    const uint32_t odd_word = kept_word(windows[h][odd ? 0 : 1], pair_begin(shift, 1));
+    // A lane's columns are of the parity of its number, its item of the row of its number: half stays, half is exchanged.
+    const uint32_t mine = odd_lane ? odd_word : even_word;
+    const uint32_t got = shuffle_xor(odd_lane ? even_word : odd_word, 1);
+    a[2 * h] = odd_lane ? got : mine;
+    a[2 * h + 1] = odd_lane ? mine : got;
+    bits[h] = pair_metadata(shift) << (16 * (lane & 1) + 4 * (lane & 2));
+  }
+  // Even lanes gather the first half's bits, odd lanes the second's.
+  e = (odd_lane ? bits[1] : bits[0]) | shuffle_xor(odd_lane ? bits[0] : bits[1], 1);
+  e |= shuffle_xor(e, 2);
+}
+
+// tf32: r[p] = this lane's pair of the quad's item p (row g + 8 (p & 1), input p >> 1 of the half).
+KAN_DEVICE void tf32_pairs(const float (&w)[4], int shift, int lane, float (&r)[4]) {
+  float folded[4];
+  fold_pairs(w, shift, folded);
+  uint32_t bits[4];
+  KAN_UNROLL_WINDOW
+  for (int j = 0; j < 4; ++j) bits[j] = as_bits(folded[j]);
+  transpose_quad(bits, lane);
+  KAN_UNROLL_WINDOW
+  for (int j = 0; j < 4; ++j) r[j] = as_float(bits[j]);
+}
+// Dense: which of the quad's items have their upper number in this lane, bit p for item p.
+KAN_DEVICE uint32_t tf32_uppers(int shift, int lane) {
+  const int q = lane & 3;
+  uint32_t all = uint32_t(fold_metadata(shift) & 0x2222u) >> 1;  // bit 4 j: pair j is an upper one
+  all = (all & 1u) | (all >> 3 & 2u) | (all >> 6 & 4u) | (all >> 9 & 8u);
+  return or_quad(all << (4 * q)) >> q & 0x1111u;
+}
+// Sparse: metadata of one m16 x k16 fragment.
+KAN_DEVICE uint32_t tf32_metadata(int shift, int lane) {
+  uint32_t bits = fold_metadata(shift) << (16 * (lane & 1));
+  bits |= shuffle_xor(bits, 1);
+  return shuffle(bits, (lane & ~3) | (lane & 1) << 1);
+}
+
+}  // namespace kan::cuda

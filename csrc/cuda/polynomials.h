@@ -1,0 +1,85 @@
+// The window of a spline of order up to 3 as four cubics in u = (x - t_j) / (t_{j+1} - t_j), the place within the interval:
+// the formulas of bspline.h, run on polynomials in place of numbers. 12 multiply-adds then evaluate any order and derivative.
+#pragma once
+#include "arguments.h"
+
+namespace kan::cuda {
+
+constexpr int kMaxCubicOrder = 3;
+
+struct Cubic {
+  float c[4];  // c[0] + c[1] u + c[2] u^2 + c[3] u^3
+};
+KAN_INLINE Cubic operator+(const Cubic& a, const Cubic& b) {
+  return {{a.c[0] + b.c[0], a.c[1] + b.c[1], a.c[2] + b.c[2], a.c[3] + b.c[3]}};
+}
+KAN_INLINE Cubic operator-(const Cubic& a, const Cubic& b) {
+  return {{a.c[0] - b.c[0], a.c[1] - b.c[1], a.c[2] - b.c[2], a.c[3] - b.c[3]}};
+}
+KAN_INLINE Cubic operator*(const Cubic& a, float s) { return {{a.c[0] * s, a.c[1] * s, a.c[2] * s, a.c[3] * s}}; }
+KAN_INLINE Cubic& operator+=(Cubic& a, const Cubic& b) { return a = a + b; }
+KAN_INLINE Cubic& operator-=(Cubic& a, const Cubic& b) { return a = a - b; }
+// Of degree 3 or less, as all products here are.
+KAN_INLINE Cubic operator*(const Cubic& a, const Cubic& b) {
+  return {{a.c[0] * b.c[0], a.c[0] * b.c[1] + a.c[1] * b.c[0], a.c[0] * b.c[2] + a.c[1] * b.c[1] + a.c[2] * b.c[0],
+           a.c[0] * b.c[3] + a.c[1] * b.c[2] + a.c[2] * b.c[1] + a.c[3] * b.c[0]}};
+}
+
+// w: the values of order P - 1 in a window become the derivatives of order P, and so on up to K.
+template <int P, int K, class V, class Inverse> KAN_INLINE void differentiate_up(Inverse inverse, V* w) {
+  if constexpr (P <= K) {
+    V v[P];
+    KAN_UNROLL_WINDOW
+    for (int r = 0; r < P; ++r) v[r] = w[r];
+    differentiate<P>(v, inverse, w);
+    differentiate_up<P + 1, K>(inverse, w);
+  }
+}
+
+// n-th derivative of the window of order K in interval j; knots beyond the stored ones are of no consequence.
+template <int K, int N> KAN_INLINE void cubics_of_order(const float* t, int count, int j, int n, Cubic* w) {
+  if constexpr (N <= K) {
+    if (n != N) return cubics_of_order<K, N + 1>(t, count, j, n, w);
+    float near[2 * K + 1];  // knots j + 1 - K .. j + K
+    KAN_UNROLL_WINDOW
+    for (int m = 0; m < 2 * K; ++m) {
+      int at = j + 1 - K + m;
+      at = at > 0 ? at : 0;
+      near[m] = t[at < count ? at : count - 1];
+    }
+    const float here = t[j], width = t[j + 1] - here;
+    auto inverse = [&](int p, int r) {
+      const float support = near[K + r] - near[K - p + r];
+      return support > 0 ? 1 / support : 0.0f;
+    };
+    basis<K - N>(Cubic{{1, 0, 0, 0}}, [&](int i) { return Cubic{{here - near[K - i], width, 0, 0}}; },
+                 [&](int i) { return Cubic{{near[K - 1 + i] - here, -width, 0, 0}}; }, inverse, w);
+    differentiate_up<K - N + 1, K>(inverse, w);
+  }
+}
+
+// w[0 .. 3]; what an order below 3 lacks is zero, and so is a derivative above the order.
+KAN_INLINE void make_cubics(const float* t, int count, int order, int j, int n, Cubic* w) {
+  for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = Cubic{};
+  if (order == 0) cubics_of_order<0, 0>(t, count, j, n, w);
+  else if (order == 1) cubics_of_order<1, 0>(t, count, j, n, w);
+  else if (order == 2) cubics_of_order<2, 0>(t, count, j, n, w);
+  else cubics_of_order<3, 0>(t, count, j, n, w);
+}
+
+// What the wide kernels are given. `uniform`: the cubics of knots 1 apart; `uneven` (in_features, knots - 1, 4): of all others.
+struct WideArguments {
+  Problem p;
+  Activation<float> activation;
+  const Described<float>* described;
+  const Cubic* uneven;
+  Cubic uniform[kMaxCubicOrder + 1];
+  bool aligned;  // rows of weights and of g begin at multiples of 16 bytes
+};
+
+// Bytes of `uneven` behind `described`, and the arguments themselves.
+inline size_t size_of_cubics(const Problem& p) { return size_t(p.in_features) * size_t(p.knots() - 1) * 4 * sizeof(Cubic); }
+WideArguments make_wide(const Problem& p, void* workspace, size_t offset_of_cubics);  // activation.cpp
+int launch_cubics(const WideArguments&, void* stream);                              // polynomials.cu
+
+}  // namespace kan::cuda

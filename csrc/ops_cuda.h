@@ -1,0 +1,144 @@
+// The CUDA side of ops.cpp, which includes it among its own functions: the same checks, then device, stream, memory, launch.
+
+namespace on_cuda {
+
+int dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return kan::cuda::kFloat64;
+    case ScalarType::BFloat16: return kan::cuda::kBFloat16;
+    case ScalarType::Half: return kan::cuda::kFloat16;
+    default: return kan::cuda::kFloat32;
+  }
+}
+
+// A problem and the tensors that its pointers lead into.
+struct Call {
+  kan::cuda::Problem p{};
+  std::vector<Tensor> held;
+
+  const void* keep(const Tensor& t, ScalarType type) {
+    held.push_back(prepared(t, type));
+    return held.back().const_data_ptr();
+  }
+};
+
+void expect_device(const char* name, const Tensor& x, const Tensor& t) {
+  require(t.is_cuda() && t.get_device_index() == x.get_device_index(),
+          std::string(name) + " must be on the device of x, cuda:" + std::to_string(x.get_device_index()));
+}
+
+Call prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base, const MaybeTensor& g,
+             const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside, int64_t n, int64_t precision) {
+  Call call;
+  auto& p = call.p;
+  const Tensor& weights = spline ? *spline : *g;
+  const ScalarType type = weights.scalar_type(), wide = compute_type(x, weights);
+  expect_device("grid", x, grid);
+  p.batch = x.size(0);
+  p.in_features = x.size(1);
+  p.out_features = spline ? spline->size(2) : g->size(1);
+  p.spline_order = int(spline_order);
+  p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
+  p.activation = int(activation);
+  p.outside = int(outside);
+  p.n = int(n);
+  p.precision = precision == 0 ? kan::cuda::kHighest : kan::cuda::kTf32;
+  p.weight_dtype = dtype_of(type);
+  // One dtype for x and scale; the wider one where they differ.
+  const ScalarType x_type = scale && scale->scalar_type() != x.scalar_type() ? wide : x.scalar_type();
+  p.x_dtype = dtype_of(x_type);
+  p.x = call.keep(x, x_type);
+  p.grid = call.keep(grid, wide);
+  if (scale) {
+    expect_device("scale", x, *scale);
+    expect_shape("scale", *scale, {p.batch, p.in_features});
+    p.scale = call.keep(*scale, x_type);
+  }
+  if (spline) {
+    expect_device("spline_weight", x, *spline);
+    p.spline_weight = call.keep(*spline, type);
+  }
+  if (g) {
+    require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
+    expect_device("g", x, *g);
+    expect_shape("g", *g, {p.batch, p.out_features});
+    require(g->scalar_type() == type, "g must have the dtype of spline_weight");
+    p.g = call.keep(*g, type);
+  }
+  if (base) {
+    expect_device("base_weight", x, *base);
+    expect_shape("base_weight", *base, {p.in_features, p.out_features});
+    require(base->scalar_type() == type, "base_weight must have the dtype of spline_weight");
+    p.base_weight = call.keep(*base, type);
+  }
+  return call;
+}
+
+// Queues a launch on the current stream of x's device, with scratch memory that the stream keeps until the kernels are done.
+void run(const Tensor& x, const kan::cuda::Problem& p, size_t (*workspace)(const kan::cuda::Problem&, const kan::cuda::Device&),
+         int (*launch)(const kan::cuda::Problem&, const kan::cuda::Device&, void*, void*)) {
+  require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  const int32_t index = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const kan::cuda::Device& device = kan::cuda::device(index);
+  Tensor scratch = torch::stable::new_empty(x, {int64_t(workspace(p, device))}, ScalarType::Byte);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  if (int error = launch(p, device, scratch.mutable_data_ptr(), stream))
+    throw std::runtime_error(std::string("kan_fast: CUDA: ") + kan::cuda::error_text(error));
+}
+
+Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base,
+                       const Tensor& grid, int64_t activation, int64_t outside, int64_t n, int64_t precision) {
+  const int64_t order = order_of(x, spline, grid);
+  check_order(order, grid);
+  check_codes(activation, outside, n);
+  check_base(base, activation);
+  Call call = prepare(x, scale, spline, base, std::nullopt, grid, order, activation, outside, n, precision);
+  Tensor y = empty(x, {call.p.batch, call.p.out_features}, spline.scalar_type());
+  call.p.y = y.mutable_data_ptr();
+  run(x, call.p, kan::cuda::workspace_of_output, kan::cuda::launch_contract_output);
+  return y;
+}
+
+Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& g, const Tensor& grid,
+                      int64_t activation, int64_t outside, int64_t n, int64_t precision) {
+  const int64_t order = order_of(x, spline, grid);
+  check_order(order, grid);
+  check_codes(activation, outside, n);
+  check_base(base, activation);
+  Call call = prepare(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, precision);
+  Tensor dx = empty(x, {call.p.batch, call.p.in_features}, x.scalar_type());
+  call.p.dx = dx.mutable_data_ptr();
+  run(x, call.p, kan::cuda::workspace_of_input, kan::cuda::launch_contract_input);
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& scale, const Tensor& g, const Tensor& grid,
+                                           int64_t spline_order, int64_t activation, int64_t outside, int64_t n,
+                                           int64_t precision) {
+  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
+  require(grid.dim() == 2 && grid.size(0) == x.size(1), "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
+  check_order(spline_order, grid);
+  check_codes(activation, outside, n);
+  Call call = prepare(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, n, precision);
+  auto& p = call.p;
+  const bool base = activation != kan::kNone;
+  Tensor d_spline = empty(x, {p.in_features, p.bases(), p.out_features}, g.scalar_type());
+  Tensor d_base = empty(x, {base ? p.in_features : 0, p.out_features}, g.scalar_type());
+  p.d_spline = d_spline.mutable_data_ptr();
+  if (base) p.d_base = d_base.mutable_data_ptr();
+  run(x, p, kan::cuda::workspace_of_weight, kan::cuda::launch_contract_weight);
+  return {d_spline, d_base};
+}
+
+std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tensor& spline, const MaybeTensor& base,
+                                                     const Tensor& g, const Tensor& grid, int64_t activation,
+                                                     int64_t outside, int64_t n, int64_t precision) {
+  Tensor dx = contract_input(x, spline, base, g, grid, activation, outside, n + 1, precision);
+  auto [d_spline, d_base] =
+      contract_weight(x, std::nullopt, g, grid, order_of(x, spline, grid), activation, outside, n, precision);
+  return {dx, d_spline, d_base};
+}
+
+}  // namespace on_cuda
