@@ -85,6 +85,7 @@ def describe(device: str, allocator: str) -> dict[str, object]:
         "kan_fast": version("kan_fast") or "in place",
         "triton": version("triton"),
         "allocator": allocator,
+        "tuned": os.environ.get("KAN_FAST_TUNE", "0"),
     }
     if device == "cuda":
         found["cuda"] = torch.version.cuda

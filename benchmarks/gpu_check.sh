@@ -31,7 +31,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 summary=$out/summary.txt rows=$out/rows.jsonl
 : > "$summary"
-rm -f "$rows" "$out"/*.log
+rm -f "$rows" "$out/rows-tuned.jsonl" "$out"/*.log
 failed=0
 
 say() { echo "$*" | tee -a "$summary"; }
@@ -181,9 +181,15 @@ if [ $gpu = 1 ]; then
   bench bench-layer-more 120 --device cuda --dtype float32 --seconds 0.4 --phases optimiser second_derivative \
     --peers cox-de-boor efficient-kan
   bench bench-sweep 240 --device cuda --what sweep --dtype bfloat16 --seconds 0.3 --peers
-  if module triton; then bench bench-kernels 240 --device cuda --what kernels; fi
+  if module triton; then
+    # What measured tiles gain over those of tiles.py; the tiles themselves stay in OUT_DIR/tiles.
+    stage bench-tuned 420 env KAN_FAST_TUNE=1 KAN_FAST_CACHE="$out/tiles" "$PYTHON" -m benchmarks --out "$out/rows-tuned.jsonl" \
+      --device cuda --backend triton --shapes 16384,1024,1024,5 4096,256,256,5 --dtype bfloat16 float32 --seconds 0.4 \
+      --phases forward step --peers
+    bench bench-kernels 240 --device cuda --what kernels
+  fi
 else
-  missing bench-network,bench-layer-more,bench-sweep,bench-kernels "no GPU"
+  missing bench-network,bench-layer-more,bench-sweep,bench-tuned,bench-kernels "no GPU"
 fi
 
 # 7. Pictures and tables of these rows.
