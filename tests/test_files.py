@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from kan_fast import KAN, KANLayer, adaptive_grid_refinement, compact, prune_kan
 from kan_fast.nn.tensor_file import read_tensors, write_tensors
+
+ROOT = str(Path(__file__).parents[1])
 
 
 def assert_same(ours, theirs):
@@ -248,6 +251,10 @@ def test_state_dict_through_safetensors(tmp_path):
     assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == tensors[name].dtype for name in tensors)
 
 
+class Sharded(torch.Tensor):
+    pass
+
+
 def test_large_and_strided_tensors(tmp_path):
     tensors = {"a": torch.rand(300, 1000).t(), "b": torch.arange(7)[::2], "c": torch.zeros(0), "d": torch.tensor(True)}
     write_tensors(tmp_path / "m", tensors, {})
@@ -255,6 +262,8 @@ def test_large_and_strided_tensors(tmp_path):
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     with pytest.raises(TypeError, match="z: expected one of .*complex64"):
         write_tensors(tmp_path / "m", {"z": torch.zeros(2, dtype=torch.complex64)}, {})
+    with pytest.raises(TypeError, match="z: expected a plain tensor, got Sharded"):
+        write_tensors(tmp_path / "m", {"z": torch.zeros(2).as_subclass(Sharded)}, {})
 
 
 def test_interruption_during_a_save(tmp_path):
@@ -262,6 +271,6 @@ def test_interruption_during_a_save(tmp_path):
     KAN([2, 3, 1]).save(tmp_path / "m")
     before = (tmp_path / "m").read_bytes()
     code = "import os; from kan_fast import KAN; os.fsync = lambda fd: os.kill(os.getpid(), 9); KAN([9, 9]).save('m')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
     assert done.returncode == -9
     assert (tmp_path / "m").read_bytes() == before

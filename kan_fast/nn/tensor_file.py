@@ -48,7 +48,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors of any shape and device, and strings beside them; replaces what was there, or leaves it whole."""
+    """Write tensors of any shape and device, and strings beside them; replaces what was there, or leaves it whole.
+
+    Raises TypeError for a dtype that the format does not have, and for subclasses of Tensor such as DTensor.
+    """
     _check_byte_order()
     # Widest first, then by name, as the safetensors package does: every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -56,6 +59,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     end = 0
     for name in names:
         tensor = tensors[name]
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise TypeError(f"{name}: expected a plain tensor, got {type(tensor).__name__}; gather a sharded state first")
         if tensor.dtype not in _NAMES:
             raise TypeError(f"{name}: expected one of {', '.join(map(str, _NAMES))}, got {tensor.dtype}")
         start, end = end, end + tensor.numel() * tensor.element_size()
