@@ -91,3 +91,15 @@ def test_every_engine_trains_alike(tmp_path):
     for final in finals[1:]:
         for name, value in finals[0].items():
             torch.testing.assert_close(final[name], value, rtol=1e-2, atol=1e-2)
+
+
+def test_the_page_on_scaling_is_what_the_script_calculates():
+    page = (HERE.parent / "examples" / "SCALING.md").read_text()
+    run = subprocess.run(
+        [sys.executable, EXAMPLE.with_name("scaling.py")],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"<!-- table -->\n{run.stdout.strip()}\n<!-- /table -->" in page

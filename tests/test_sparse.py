@@ -9,6 +9,7 @@ import truth
 from samples import every_outside, make_grid
 from torch.autograd import gradcheck, gradgradcheck
 
+import benchmarks.sparse
 import kan_fast.traverse
 from kan_fast import KAN, KANLayer, SparseKANLayer, prune_kan, sparsify
 from kan_fast.sparse import random_edges
@@ -247,3 +248,9 @@ def test_inputs_are_checked():
         SparseKANLayer(6, 5, 2)(torch.rand(4, 5))
     with pytest.raises(TypeError, match="^x: float64 goes only with float64"):
         SparseKANLayer(6, 5, 2)(torch.rand(4, 6).double())
+
+
+def test_benchmark_runs(capsys):
+    rows = benchmarks.sparse.main(shapes=((20, 8), (40, 16)), batch=8)
+    assert [edges for edges, _ in rows] == [8 * 16, 16 * 16]
+    assert capsys.readouterr().out.count("\n| ") == 3
