@@ -51,6 +51,11 @@ struct Runtime {
 namespace cpu {
 template <class T> void contract_output(const Problem<T>&, const Runtime&);
 template <class T> void contract_backward(const Problem<T>&, const Runtime&);  // dx, d_spline, d_base: any subset
+
+// The 16-bit types, which the kernels compute in float32.
+enum class Narrow { bfloat16, half };
+void widen(Narrow, const uint16_t* from, float* to, int64_t count);
+void narrow_down(Narrow, const float* from, uint16_t* to, int64_t count);
 }  // namespace cpu
 
 namespace cuda {

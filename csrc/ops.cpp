@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -12,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -48,14 +50,14 @@ bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-// The compute type: float64 for float64 weights, float32 for all others. x may be narrower or wider than the weights, but
-// float64 goes with float64 only.
-ScalarType compute_type(const Tensor& x, const Tensor& weights) {
+// Whether to compute in float64 (as float64 weights ask for) or in float32. x may be narrower or wider than the weights,
+// but float64 goes with float64 only.
+bool is_double(const Tensor& x, const Tensor& weights) {
   require(is_floating(x.scalar_type()), "x must be floating point");
   require(is_floating(weights.scalar_type()), "weights must be floating point");
   const bool wide = weights.scalar_type() == ScalarType::Double;
   require(wide == (x.scalar_type() == ScalarType::Double), "x and the weights must both be float64 or both narrower");
-  return wide ? ScalarType::Double : ScalarType::Float;
+  return wide;
 }
 
 // Contiguous and of the compute type; the tensor itself where it is so already.
@@ -63,7 +65,6 @@ Tensor prepared(const Tensor& t, ScalarType type) {
   if (t.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(t, type));
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
-Tensor as_type(Tensor t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 
 struct AlignedBuffer {
   char* memory = nullptr;
@@ -95,14 +96,99 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 
 kan::Runtime runtime() { return {int(torch::stable::get_num_threads()), parallel, workspace}; }
 
-// Shapes and codes shared by all operators; tensors that an operator lacks are null.
-template <class T> struct Call {
+// Shapes and codes shared by all operators. Tensors that an operator lacks are null; those of 16 bits stand in as float32
+// copies in one block of memory, filled before the launch and written back after it.
+template <class T> class Call {
+ public:
   Problem<T> p{};
-  Tensor x, grid;
-  MaybeTensor scale, spline, base, g;
 
-  static const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-  static T* out(Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+  explicit Call(const Tensor& like) : like_(like) {}
+  Call(const Call&) = delete;  // the copies remember where in p their pointers stand
+
+  void input(const Tensor& t, const T*& pointer) {
+    if (is_narrow(t)) {
+      held_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+      copies_.push_back({const_cast<void*>(held_.back().const_data_ptr()), &pointer, nullptr, t.numel(), kind(t)});
+    } else {
+      held_.push_back(prepared(t, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float));
+      pointer = static_cast<const T*>(held_.back().const_data_ptr());
+    }
+  }
+  Tensor output(std::initializer_list<int64_t> sizes, ScalarType type, T*& pointer) {
+    Tensor t = torch::stable::new_empty(like_, sizes, type);
+    if (is_narrow(t)) copies_.push_back({t.mutable_data_ptr(), nullptr, &pointer, t.numel(), kind(t)});
+    else pointer = static_cast<T*>(t.mutable_data_ptr());
+    return t;
+  }
+  template <class Kernel> void launch(Kernel kernel) {
+    if constexpr (sizeof(T) == 4) {
+      int64_t total = 0;
+      for (const Copy& copy : copies_) total += padded(copy.count);
+      if (total > 0) {
+        held_.push_back(torch::stable::new_empty(like_, {total}, ScalarType::Float));
+        float* next = static_cast<float*>(held_.back().mutable_data_ptr());
+        for (Copy& copy : copies_) {
+          copy.wide = next;
+          if (copy.in) *copy.in = next;
+          else *copy.out = next;
+          next += padded(copy.count);
+        }
+      }
+    }
+    convert(true);
+    kernel(p, runtime());
+    convert(false);
+  }
+
+ private:
+  struct Copy {
+    void* narrow;
+    const T** in;  // one of the two is null
+    T** out;
+    int64_t count;
+    kan::cpu::Narrow type;
+    float* wide = nullptr;
+  };
+  static constexpr int64_t kChunk = 1 << 15;  // elements a task converts: about 5 us
+
+  static bool is_narrow(const Tensor& t) {
+    return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+  }
+  static kan::cpu::Narrow kind(const Tensor& t) {
+    return t.scalar_type() == ScalarType::BFloat16 ? kan::cpu::Narrow::bfloat16 : kan::cpu::Narrow::half;
+  }
+  static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+  void convert(bool inputs) {
+    int64_t chunks = 0;
+    for (const Copy& copy : copies_)
+      if ((copy.in != nullptr) == inputs) chunks += (copy.count + kChunk - 1) / kChunk;
+    if (chunks == 0) return;
+    struct Context {
+      const std::vector<Copy>& copies;
+      bool inputs;
+    } context{copies_, inputs};
+    parallel(chunks, [](void* data, int64_t index) {
+      const Context& c = *static_cast<const Context*>(data);
+      for (const Copy& copy : c.copies) {
+        if ((copy.in != nullptr) != c.inputs) continue;
+        const int64_t here = (copy.count + kChunk - 1) / kChunk;
+        if (index >= here) {
+          index -= here;
+          continue;
+        }
+        const int64_t first = index * kChunk, count = std::min(kChunk, copy.count - first);
+        uint16_t* narrow = static_cast<uint16_t*>(copy.narrow) + first;
+        if (c.inputs) kan::cpu::widen(copy.type, narrow, copy.wide + first, count);
+        else kan::cpu::narrow_down(copy.type, copy.wide + first, narrow, count);
+        return;
+      }
+    }, &context);
+  }
+
+  const Tensor& like_;
+  std::vector<Tensor> held_;
+  std::vector<Copy> copies_;
 };
 
 void check_codes(int64_t activation, int64_t outside, int64_t n) {
@@ -112,10 +198,8 @@ void check_codes(int64_t activation, int64_t outside, int64_t n) {
 }
 
 template <class T>
-Call<T> prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
-                const MaybeTensor& g, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside,
-                ScalarType type) {
-  Call<T> call;
+void prepare(Call<T>& call, const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
+             const MaybeTensor& g, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside) {
   Problem<T>& p = call.p;
   p.batch = x.size(0);
   p.in_features = x.size(1);
@@ -123,35 +207,28 @@ Call<T> prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& sp
   p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
   p.activation = int(activation);
   p.outside = int(outside);
-  call.x = prepared(x, type);
-  call.grid = prepared(grid, type);
-  p.x = Call<T>::data(call.x);
-  p.grid = Call<T>::data(call.grid);
+  call.input(x, p.x);
+  call.input(grid, p.grid);
   if (scale) {
     expect_shape("scale", *scale, {p.batch, p.in_features});
-    call.scale = prepared(*scale, type);
-    p.scale = Call<T>::data(*call.scale);
+    call.input(*scale, p.scale);
   }
   if (spline) {
     p.out_features = spline->size(2);
-    call.spline = prepared(*spline, type);
-    p.spline_weight = Call<T>::data(*call.spline);
+    call.input(*spline, p.spline_weight);
   }
   if (g) {
     require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
     if (!spline) p.out_features = g->size(1);
     expect_shape("g", *g, {p.batch, p.out_features});
     require(!spline || g->scalar_type() == spline->scalar_type(), "g must have the dtype of spline_weight");
-    call.g = prepared(*g, type);
-    p.g = Call<T>::data(*call.g);
+    call.input(*g, p.g);
   }
   if (base) {
     expect_shape("base_weight", *base, {p.in_features, p.out_features});
     require(base->scalar_type() == spline->scalar_type(), "base_weight must have the dtype of spline_weight");
-    call.base = prepared(*base, type);
-    p.base_weight = Call<T>::data(*call.base);
+    call.input(*base, p.base_weight);
   }
-  return call;
 }
 
 int64_t order_of(const Tensor& x, const Tensor& spline, const Tensor& grid) {
@@ -175,19 +252,15 @@ void check_base(const MaybeTensor& base, int64_t activation) {
   require((activation == kan::kNone) == !base, "base_weight must be given exactly when activation is not none");
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
 template <class T>
 Tensor output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base, const Tensor& grid,
-              int64_t order, int64_t activation, int64_t outside, int64_t n, ScalarType type) {
-  Call<T> call = prepare<T>(x, scale, spline, base, std::nullopt, grid, order, activation, outside, type);
-  Tensor y = empty(x, {call.p.batch, call.p.out_features}, type);
+              int64_t order, int64_t activation, int64_t outside, int64_t n) {
+  Call<T> call(x);
+  prepare(call, x, scale, spline, base, std::nullopt, grid, order, activation, outside);
   call.p.n_output = int(n);
-  call.p.y = Call<T>::out(y);
-  kan::cpu::contract_output<T>(call.p, runtime());
-  return as_type(y, spline.scalar_type());
+  Tensor y = call.output({call.p.batch, call.p.out_features}, spline.scalar_type(), call.p.y);
+  call.launch(kan::cpu::contract_output<T>);
+  return y;
 }
 
 Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base,
@@ -196,9 +269,8 @@ Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& 
   check_order(order, grid);
   check_codes(activation, outside, n);
   check_base(base, activation);
-  const ScalarType type = compute_type(x, spline);
-  return type == ScalarType::Double ? output<double>(x, scale, spline, base, grid, order, activation, outside, n, type)
-                                    : output<float>(x, scale, spline, base, grid, order, activation, outside, n, type);
+  auto run = is_double(x, spline) ? output<double> : output<float>;
+  return run(x, scale, spline, base, grid, order, activation, outside, n);
 }
 
 struct Gradients {
@@ -209,28 +281,21 @@ struct Gradients {
 template <class T>
 Gradients gradients(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
                     const Tensor& g, const Tensor& grid, int64_t order, int64_t activation, int64_t outside,
-                    int64_t n_input, int64_t n_weight, bool want_weight, ScalarType type) {
-  Call<T> call = prepare<T>(x, scale, spline, base, g, grid, order, activation, outside, type);
+                    int64_t n_input, int64_t n_weight, bool want_weight) {
+  Call<T> call(x);
+  prepare(call, x, scale, spline, base, g, grid, order, activation, outside);
   Problem<T>& p = call.p;
   p.n_input = int(n_input);
   p.n_weight = int(n_weight);
   Gradients out;
-  if (spline) {
-    out.dx = empty(x, {p.batch, p.in_features}, type);
-    p.dx = Call<T>::out(out.dx);
-  }
+  if (spline) out.dx = call.output({p.batch, p.in_features}, x.scalar_type(), p.dx);
   if (want_weight) {
-    out.d_spline = empty(x, {p.in_features, p.bases(), p.out_features}, type);
-    out.d_base = empty(x, {activation == kan::kNone ? 0 : p.in_features, p.out_features}, type);
-    p.d_spline = Call<T>::out(out.d_spline);
-    if (activation != kan::kNone) p.d_base = Call<T>::out(out.d_base);
+    out.d_spline = call.output({p.in_features, p.bases(), p.out_features}, g.scalar_type(), p.d_spline);
+    const int64_t base_rows = activation == kan::kNone ? 0 : p.in_features;
+    out.d_base = call.output({base_rows, p.out_features}, g.scalar_type(), p.d_base);
+    if (activation == kan::kNone) p.d_base = nullptr;
   }
-  kan::cpu::contract_backward<T>(p, runtime());
-  if (spline) out.dx = as_type(out.dx, x.scalar_type());
-  if (want_weight) {
-    out.d_spline = as_type(out.d_spline, g.scalar_type());
-    out.d_base = as_type(out.d_base, g.scalar_type());
-  }
+  call.launch(kan::cpu::contract_backward<T>);
   return out;
 }
 
@@ -240,9 +305,8 @@ Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& 
   check_order(order, grid);
   check_codes(activation, outside, n);
   check_base(base, activation);
-  const ScalarType type = compute_type(x, spline);
-  auto run = type == ScalarType::Double ? gradients<double> : gradients<float>;
-  return run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, 0, false, type).dx;
+  auto run = is_double(x, spline) ? gradients<double> : gradients<float>;
+  return run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, 0, false).dx;
 }
 
 std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& scale, const Tensor& g, const Tensor& grid,
@@ -251,9 +315,8 @@ std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& s
   require(grid.dim() == 2 && grid.size(0) == x.size(1), "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
   check_order(spline_order, grid);
   check_codes(activation, outside, n);
-  const ScalarType type = compute_type(x, g);
-  auto run = type == ScalarType::Double ? gradients<double> : gradients<float>;
-  Gradients d = run(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, 0, n, true, type);
+  auto run = is_double(x, g) ? gradients<double> : gradients<float>;
+  Gradients d = run(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, 0, n, true);
   return {d.d_spline, d.d_base};
 }
 
@@ -264,9 +327,8 @@ std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tens
   check_order(order, grid);
   check_codes(activation, outside, n);
   check_base(base, activation);
-  const ScalarType type = compute_type(x, spline);
-  auto run = type == ScalarType::Double ? gradients<double> : gradients<float>;
-  Gradients d = run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n + 1, n, true, type);
+  auto run = is_double(x, spline) ? gradients<double> : gradients<float>;
+  Gradients d = run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n + 1, n, true);
   return {d.dx, d.d_spline, d.d_base};
 }
 
