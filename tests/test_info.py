@@ -66,3 +66,19 @@ def test_missing_native_code_has_its_reason(without_native):
 def test_source_folder_without_a_build_says_so(without_native, monkeypatch, tmp_path):
     (tmp_path / "_build_record.json").unlink()
     assert "make build" in info.info()["native"]["missing"]
+
+
+def test_plain_pytorch_chosen_for_want_of_kernels_is_said_once():
+    program = (
+        "import torch, warnings\n"
+        "from kan_fast import KANLayer\n"
+        "layer, x = KANLayer(2, 3), torch.zeros(4, 2)\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    layer(x), layer(x), KANLayer(2, 3, backend='reference')(x)\n"
+        "print(len(seen), seen[0].filename, seen[0].message)\n"
+    )
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "KAN_FAST_NATIVE_LIBRARY": "absent.so"}
+    said = subprocess.run(command, text=True, capture_output=True, check=True, env=environment).stdout
+    assert said.startswith("1 ") and "plain PyTorch" in said and "absent.so, which does not exist" in said

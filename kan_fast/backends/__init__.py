@@ -5,6 +5,7 @@ backends/reference.py) and `reason_not(device, dtype)`, which says why it cannot
 """
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -40,6 +41,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of `dtype` on `device`: `name` itself, or the first fit for "auto".
 
     Raises ValueError for an unknown name, RuntimeError with the reason where a backend that was asked for cannot serve.
+    Warns once per device and dtype where "auto" finds no kernels.
     """
     key = (name, device, dtype)
     choice = _choices.get(key)
@@ -50,13 +52,28 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
-        # Interpreted on the CPU, Triton's kernels are there to be checked, never a choice.
-        candidates = [candidate for candidate in NAMES if (candidate, device.type) != ("triton", "cpu")]
-        return next(candidate for candidate in candidates if reason_not(candidate, device, dtype) is None)
+        return _first_fit(device, dtype)
     reason = reason_not(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend: {name!r} cannot serve {dtype} tensors on {device}: {reason}")
     return name
+
+
+def _first_fit(device: torch.device, dtype: torch.dtype) -> str:
+    """The preferred backend of a device, and a warning where there is nothing but plain PyTorch."""
+    reasons = []
+    for candidate in NAMES:
+        if (candidate, device.type) == ("triton", "cpu"):
+            continue  # interpreted there, its kernels can be checked but are never a choice
+        reason = reason_not(candidate, device, dtype)
+        if reason is None:
+            break
+        reasons.append(f"{candidate}: {reason}")
+    if candidate == "reference" and device.type in ("cpu", "cuda"):
+        why = "; ".join(reasons)
+        text = f"kan_fast computes on {device} by plain PyTorch, many times slower than its kernels. {why}"
+        warnings.warn(text, stacklevel=5)
+    return candidate
 
 
 def available_backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
