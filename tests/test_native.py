@@ -176,9 +176,12 @@ def test_same_bits_on_every_run(place, operation):
 @every_outside
 @every_activation
 def test_nan_in_x(place, activation, outside):
-    """The row is NaN, its gradient at that input is NaN, the weights' gradients are NaN; everything else is untouched."""
+    """The row is NaN, its gradient at that input is NaN, the weights' gradients are NaN; everything else is untouched.
+
+    Beyond the spline's order (n = 4) its derivative is 0 whatever the weights, and so are their gradients.
+    """
     for shape in ((9, 3, 4), (40, 20, 33)):
-        for n in (0, 1):
+        for n in (0, 1, 4):
             problem = make_problem(place, torch.float32, shape, activation=activation, outside=outside)
             problem.g.data[0] = 1.0
             clean = {op: results(place.backend, op, problem.args(op, n, False)) for op in OPERATIONS}
@@ -193,7 +196,7 @@ def test_nan_in_x(place, activation, outside):
             assert dx[spot].isnan().all()
             torch.testing.assert_close(dx[~spot], clean["contract_input"][0][~spot])
             d_spline, d_base = results(place.backend, "contract_weight", problem.args("contract_weight", n, False))
-            assert d_spline[1].isnan().any(0).all()
+            assert d_spline[1].isnan().any(0).all() or n > 3
             torch.testing.assert_close(d_spline[0], clean["contract_weight"][0][0])
             if activation != "none":
                 assert d_base[1].isnan().all()
