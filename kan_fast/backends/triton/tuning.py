@@ -77,10 +77,13 @@ def tile(kernel: str, problem: "Problem", device: torch.device) -> Tile:
     if asked not in _known:
         path = cache_folder() / f"{_digest(key(kernel, problem, device))}.json"
         found = _read(path, key(kernel, problem, device))
-        if found is None and mode() == "tune":
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if found is None and mode() == "tune" and device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
                 return _default(kernel, problem)  # nothing can be measured now; a later call may
-            found = tune(kernel, problem, device)
+            try:
+                found = tune(kernel, problem, device)
+            except torch.OutOfMemoryError as error:
+                warnings.warn(f"{kernel}: no memory for the tensors of a trial, not tuned: {error}", stacklevel=2)
         _known[asked] = found or _default(kernel, problem)
     return _known[asked]
 
