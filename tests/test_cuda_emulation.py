@@ -159,6 +159,51 @@ def test_wide_output(place, use, kernel, dtype, precision):
             assert_wide_close(place, problem, "contract_output", n, precision, with_scale=n == 1)
 
 
+@every_product
+def test_wide_gradients(place, use, dtype, precision):
+    use("dense", precision)
+    cases = [
+        ((130, 9, 33), 5, 3, "uniform", "zero", 0),
+        ((300, 17, 136), 5, 3, "uneven", "linear", 0),  # several slices of the batch
+        ((33, 130, 24), 12, 3, "repeated", "clamp", 1),
+        ((1, 20, 130), 20, 2, "uniform", "linear", 0),
+        ((65, 3, 8), 3, 1, "uneven", "zero", 0),
+    ]
+    for shape, grid_size, k, kind, outside, n in cases:
+        for activation, x_dtype in (("silu", torch.float32), ("none", dtype)):
+            problem = make_problem(place, dtype, shape, grid_size, k, kind, activation, outside, x_dtype)
+            assert_wide_close(place, problem, "contract_weight", n, precision, with_scale=n == 1)
+            assert_wide_close(place, problem, "contract_input", 1, precision)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_wide_kernels_carry_nan(place, use, kernel):
+    use(kernel, "high")
+    problem = make_problem(place, torch.float32, (40, 20, 33), outside="clamp")
+    problem.x[7, 3], problem.x[4, 1] = torch.inf, torch.nan
+    problem = problem._replace(activation="none", base_weight=None)
+    backend, row = backends.get("emulated"), torch.arange(40) == 4
+    y = backend.contract_output(*problem.args("contract_output", 0, False))
+    assert y[row].isnan().all()
+    assert y[~row].isfinite().all()
+    dx = backend.contract_input(*problem.args("contract_input", 1))
+    assert torch.equal(dx.isnan().nonzero(), torch.tensor([[4, 1]]))
+    d_spline, _ = backend.contract_weight(*problem.args("contract_weight", 0, False))
+    assert d_spline[1].isnan().any(0).all()
+    assert d_spline[[0, *range(2, 20)]].isfinite().all()
+
+
+def test_a_kernel_that_cannot_serve_is_refused(place, use):
+    use("dense")
+    for change in ({"k": 4}, {"dtype": torch.float64}, {"shape": (0, 3, 4)}):
+        problem = make_problem(place, **{"dtype": torch.float32, **change})
+        with pytest.raises(Fault, match="does not serve"):
+            backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+    use("fastest")
+    with pytest.raises(Fault, match="expected any, dense or sparse"):
+        backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+
+
 # Those that compile all wide kernels again.
 HEAVY = ("copies", "overtaking", "columns", "metadata", "pairs")
 # What a kernel must not survive: file, pattern, replacement.

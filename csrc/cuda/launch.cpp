@@ -77,6 +77,12 @@ Slices slices_of_output(const Problem& p, const Device& device) {
   return cut(p.in_features, 32, tiles, p.batch * p.out_features * 4, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
 }
 
+Slices slices_of_weight(const Problem& p, const Device& device) {
+  const int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + 127) / 128);
+  const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * 4;
+  return cut(p.batch, 128, tiles, bytes, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
+}
+
 Slices slices_any(const Problem& p, const Device& device) {
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
   return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, size_of_described(p));
@@ -108,6 +114,18 @@ template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a
 #undef KAN_CALL
 }
 
+int input_wide(const Problem& p, const WideArguments& a, void* stream) {
+#define KAN_CALL(products) launch_input_wide<products>(a, stream)
+  KAN_BY_PRODUCTS(KAN_CALL)
+#undef KAN_CALL
+}
+
+int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
+#define KAN_CALL(products) launch_weight_wide<products>(a, parts, slices, stream)
+  KAN_BY_PRODUCTS(KAN_CALL)
+#undef KAN_CALL
+}
+
 }  // namespace
 
 size_t workspace_of_output(const Problem& p, const Device& device) {
@@ -116,10 +134,12 @@ size_t workspace_of_output(const Problem& p, const Device& device) {
   return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
 }
 
-size_t workspace_of_input(const Problem& p, const Device&) { return size_of_described(p); }
+size_t workspace_of_input(const Problem& p, const Device&) {
+  return size_of_described(p) + (choose(p) == Family::any ? 0 : rounded(size_of_cubics(p)));
+}
 
 size_t workspace_of_weight(const Problem& p, const Device& device) {
-  const Slices slices = slices_any(p, device);
+  const Slices slices = choose(p) == Family::any ? slices_any(p, device) : slices_of_weight(p, device);
   return slices.offset + size_of_parts(slices, p.in_features * (p.bases() + 1) * p.out_features, compute_size(p));
 }
 
@@ -136,11 +156,17 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
 }
 
 int launch_contract_input(const Problem& p, const Device&, void* workspace, void* stream) {
+  if (choose(p) != Family::any) return input_wide(p, make_wide(p, workspace, size_of_described(p)), stream);
   KAN_BY_TYPE(launch_input_any, p, workspace, stream)
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {
-  KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
+  if (choose(p) == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
+  const Slices slices = slices_of_weight(p, device);
+  float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
+  const int error = weight_wide(p, make_wide(p, workspace, size_of_described(p)), parts, slices, stream);
+  if (error != 0 || parts == nullptr) return error;
+  KAN_BY_TYPE(launch_add_slices, p, parts, slices.count, stream)
 }
 
 }  // namespace kan::cuda

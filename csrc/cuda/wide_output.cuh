@@ -1,97 +1,15 @@
 // contract_output of wide layers on tensor cores: y = Phi W, where Phi (batch, in * bases) is made in registers.
 #pragma once
 #include "launch.h"
-#include "wide.cuh"
+#include "products.cuh"
 
 namespace kan::cuda {
 
 // Stages of weights in flight; with fewer bytes to a number there is room for more.
 template <Products P> constexpr int kOutputStages = kIsHalf<P> ? 4 : 3;
-// A pitch of 16 bytes beyond a multiple of 128 (16-bit: ldmatrix) or 32 (tf32: lanes 4g + q read row q, column g) meets no
-// bank twice.
-template <Products P> constexpr int kOutputPitch = kWideColumns + 8;
-template <Products P> constexpr size_t kStageBytes = kStepDepth * kOutputPitch<P> * sizeof(typename StorageOf<P>::Type);
 constexpr int kBasePitch = 40;  // base activations of a warp's 32 rows and 32 inputs
 template <Products P>
 constexpr size_t kOutputShared = kOutputStages<P> * kStageBytes<P> + kWideRows * kBasePitch * sizeof(typename StorageOf<P>::Type);
-
-// Row tile m, column tile n of a warp; sums of float32.
-using Sums = float[2][kWideColumns / 8][4];
-
-// 16-bit dense: depth 16 from row k of the stage.
-template <Products P, class T> KAN_DEVICE void multiply_half(Sums& c, const uint32_t (&a)[2][4], const T* stage, int k, int live, int lane) {
-  KAN_UNROLL_ALL
-  for (int n = 0; n < kWideColumns / 8; n += 2) {
-    if (n * 8 >= live) break;
-    uint32_t b[4];
-    load_matrices_transposed(b, stage + (k + (lane & 15)) * kOutputPitch<P> + n * 8 + (lane >> 4) * 8);
-    KAN_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
-      if constexpr (P == Products::bfloat16) {
-        mma_bfloat16(c[m][n], a[m], b[0], b[1]);
-        mma_bfloat16(c[m][n + 1], a[m], b[2], b[3]);
-      } else {
-        mma_float16(c[m][n], a[m], b[0], b[1]);
-        mma_float16(c[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// 16-bit sparse: the whole stage, depth 32.
-template <Products P, class T>
-KAN_DEVICE void multiply_half_sparse(Sums& c, const uint32_t (&a)[2][4], const uint32_t (&e)[2], const T* stage, int live, int lane) {
-  KAN_UNROLL_ALL
-  for (int n = 0; n < kWideColumns / 8; ++n) {
-    if (n * 8 >= live) break;
-    uint32_t b[4];
-    load_matrices_transposed(b, stage + lane * kOutputPitch<P> + n * 8);
-    KAN_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
-      if constexpr (P == Products::bfloat16) mma_sparse_bfloat16(c[m][n], a[m], b, e[m]);
-      else mma_sparse_float16(c[m][n], a[m], b, e[m]);
-    }
-  }
-}
-
-// tf32, a as float32 numbers: one product, or three of numbers split in two (the fourth is below float32's rounding).
-template <Products P, bool kSparse>
-KAN_DEVICE void multiply_tf32(Sums& c, const float (&a)[2][4], const uint32_t (&e)[2], const float* stage, int k, int live, int lane) {
-  constexpr int kRows = kSparse ? 4 : 2;
-  constexpr bool kSplit = P == Products::tf32x3;
-  uint32_t high[2][4], low[2][4];
-  KAN_UNROLL_ALL
-  for (int m = 0; m < 2; ++m)
-    KAN_UNROLL_ALL
-    for (int r = 0; r < 4; ++r) {
-      high[m][r] = to_tf32(a[m][r]);
-      low[m][r] = kSplit ? to_tf32(a[m][r] - as_float(high[m][r])) : 0u;
-    }
-  const float* column = stage + (k + (lane & 3)) * kOutputPitch<P> + (lane >> 2);
-  auto product = [&](float(&to)[4], const uint32_t(&left)[4], const uint32_t(&right)[4], uint32_t metadata) {
-    if constexpr (kSparse) mma_sparse_tf32(to, left, right, metadata);
-    else mma_tf32(to, left, right[0], right[1]);
-  };
-  KAN_UNROLL_ALL
-  for (int n = 0; n < kWideColumns / 8; ++n) {
-    if (n * 8 >= live) break;
-    uint32_t b[4] = {}, b_low[4] = {};
-    KAN_UNROLL_ALL
-    for (int r = 0; r < kRows; ++r) {
-      const float value = column[4 * r * kOutputPitch<P> + n * 8];
-      b[r] = to_tf32(value);
-      b_low[r] = kSplit ? to_tf32(value - as_float(b[r])) : 0u;
-    }
-    KAN_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
-      if constexpr (kSplit) {
-        product(c[m][n], low[m], b, e[m]);
-        product(c[m][n], high[m], b_low, e[m]);
-      }
-      product(c[m][n], high[m], b, e[m]);
-    }
-  }
-}
 
 // The steps of a slice: groups of 4 inputs, each with all its chunks of 8 bases; then the base branch, 32 inputs a step.
 struct Step {
@@ -121,7 +39,7 @@ KAN_DEVICE void stage_weights(const WideArguments& a, const Step& step, int64_t 
     const T* from = is_base ? static_cast<const T*>(p.base_weight) + i * p.out_features
                             : static_cast<const T*>(p.spline_weight) + (i * p.bases() + f) * p.out_features;
     const bool exists = i < end && (is_base || f < p.bases());
-    stage_16_bytes(stage + row * kOutputPitch<P> + column, from + o0 + column, exists ? p.out_features - o0 - column : 0, a.aligned);
+    stage_16_bytes(stage + row * kStagePitch + column, from + o0 + column, exists ? p.out_features - o0 - column : 0, a.aligned);
   }
 }
 
@@ -131,7 +49,7 @@ __global__ void __launch_bounds__(kWideThreads) output_wide(WideArguments a, flo
   constexpr int kStages = kOutputStages<P>;
   const Problem& p = a.p;
   T* stages = shared_memory<T>();
-  constexpr int kStageNumbers = kStepDepth * kOutputPitch<P>;
+  constexpr int kStageNumbers = kStepDepth * kStagePitch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, q = lane & 3;
   T* base_values = stages + kStages * kStageNumbers + warp * 32 * kBasePitch;  // (32 rows, 32 inputs) of this warp
   const int64_t b0 = int64_t(blockIdx.x) * kWideRows + warp * 32;

@@ -1,0 +1,9 @@
+#include "wide_input.cuh"
+#include "wide_weight.cuh"
+
+namespace kan::cuda {
+
+template int launch_input_wide<Products::tf32>(const WideArguments&, void*);
+template int launch_weight_wide<Products::tf32>(const WideArguments&, float*, Slices, void*);
+
+}  // namespace kan::cuda
