@@ -24,7 +24,7 @@ help:
 	@echo "make demo           train on handwritten digits, fused and reference side by side"
 	@echo "make test           build and run the tests"
 	@echo "make test-slow      the heavier tests"
-	@echo "make test-kernels-full  every configuration of the Triton kernels, compiled for four architectures"
+	@echo "make test-kernels-full  every configuration of the Triton and CUDA kernels, compiled for all architectures"
 	@echo "make test-sanitize  the native tests under the address and undefined-behaviour sanitizers, the emulated CUDA kernels"
 	@echo "                    under the address and thread sanitizers"
 	@echo "make lint           ruff and mypy"
@@ -61,9 +61,9 @@ test: build
 test-slow: build
 	KAN_FAST_REQUIRE_NATIVE=1 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
-# Every configuration of the Triton kernels, compiled for four architectures: no GPU needed, but patience.
+# Every configuration of the Triton and CUDA kernels, compiled for all architectures: no GPU needed, but patience.
 test-kernels-full: build
-	$(PY) -m pytest -q -m "slow or not slow" tests/test_triton.py tests/test_triton_offline.py tests/test_triton_ptx.py $(PYTEST_ARGS)
+	$(PY) -m pytest -q -m "slow or not slow" tests/test_triton.py tests/test_triton_offline.py tests/test_triton_ptx.py tests/test_cuda_compile.py $(PYTEST_ARGS)
 
 # The interpreter is not instrumented, so the runtime of the sanitizer and the C++ library that it hooks are preloaded; leaks
 # are not looked for, since Python and torch keep theirs until the process ends. The reference has no code of its own to check.

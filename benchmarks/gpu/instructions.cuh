@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+// The instructions of the kernels are probed as the kernels have them.
+#include "../../csrc/cuda/instructions.cuh"
+
 namespace probe {
 
 // a, b: packed fragments of one lane, c: four sums of one lane, e: metadata of a sparse A (selector 0).
@@ -10,10 +13,7 @@ struct MmaTf32 {
   static constexpr const char* name = "mma m16n8k8 tf32";
   static constexpr int k = 8, a_registers = 4, b_registers = 2;
   static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    kan::cuda::mma_tf32(c, a, b[0], b[1]);
   }
 };
 
@@ -21,10 +21,7 @@ struct MmaBf16 {
   static constexpr const char* name = "mma m16n8k16 bf16";
   static constexpr int k = 16, a_registers = 4, b_registers = 2;
   static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    kan::cuda::mma_bfloat16(c, a, b[0], b[1]);
   }
 };
 
@@ -32,10 +29,7 @@ struct MmaFp16 {
   static constexpr const char* name = "mma m16n8k16 fp16";
   static constexpr int k = 16, a_registers = 4, b_registers = 2;
   static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    kan::cuda::mma_float16(c, a, b[0], b[1]);
   }
 };
 
@@ -43,11 +37,7 @@ struct MmaSparseBf16 {
   static constexpr const char* name = "mma.sp m16n8k32 bf16";
   static constexpr int k = 32, a_registers = 4, b_registers = 4;
   static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
-    asm volatile(
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+    kan::cuda::mma_sparse_bfloat16(c, a, b, e);
   }
 };
 
@@ -55,11 +45,7 @@ struct MmaSparseTf32 {
   static constexpr const char* name = "mma.sp m16n8k16 tf32";
   static constexpr int k = 16, a_registers = 4, b_registers = 4;
   static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
-    asm volatile(
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k16.row.col.f32.tf32.tf32.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0x0;"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+    kan::cuda::mma_sparse_tf32(c, a, b, e);
   }
 };
 

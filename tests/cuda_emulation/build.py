@@ -64,7 +64,8 @@ def _compile(source: Path, flags: list[str], headers: str) -> Path:
 def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Change] = ()) -> Path:
     """A shared library of `main`, kernels and runtime; with a sanitizer ("address", "thread") a program."""
     csrc = _sources(changes)
-    headers = "".join(p.read_text() for p in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h")]))
+    own = [path for path in csrc.rglob("*.h") if path.name != "ops_cuda.h"]  # which is torch's side
+    headers = "".join(p.read_text() for p in sorted([*own, *csrc.rglob("*.cuh"), *HERE.glob("*.h")]))
     optimize = ["-O1", "-g", f"-fsanitize={sanitizer}"] if sanitizer else ["-O1"]
     emulated = [f"-I{csrc}", *optimize, "-include", str(HERE / "emulation.h")]
     switches = [f"-DKAN_EMULATE_{'ASAN' if sanitizer == 'address' else 'TSAN'}"] if sanitizer else []

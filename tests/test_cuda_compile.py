@@ -1,0 +1,73 @@
+"""What nvcc makes of the kernels: registers that do not spill, and the tensor instructions that each is written for."""
+
+import re
+import subprocess
+
+import pytest
+
+from build_backend import find_nvcc
+from tests.cuda_emulation.build import ROOT
+
+offline = pytest.importorskip("benchmarks.offline", reason="disassembly needs the tools in the Triton wheel")
+
+NVCC = find_nvcc()
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
+
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
+SAMPLE = [("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80")]
+# Bytes that one kernel may keep in local memory: none, but for the kernels of every order, whose slow paths are calls.
+SPILLS = {"contract_input": 256, "contract_weight": 128}
+
+
+def compiled(source, architecture, folder):
+    """{kernel: (bytes of spills, registers)}, and the disassembly, kernel by kernel."""
+    cubin = folder / f"{source}.cubin"
+    command = [NVCC, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+    said = subprocess.run(
+        [*command, ROOT / f"csrc/cuda/{source}.cu", "-o", cubin], capture_output=True, text=True, check=True
+    ).stderr
+    assert "warning" not in said
+    facts = {}
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    for match in re.finditer(pattern, said, re.S):
+        facts[match[1]] = int(match[2]) + int(match[3]), int(match[4])
+    code = subprocess.run([offline.TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"\.section\s+\.text\.(\w+)", code)
+    return facts, dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def expected(kernel):
+    """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
+    if "_wide" not in kernel:
+        return None
+    half = re.search(r"ProductsE[01]E", kernel)
+    sparse = "output_wide" in kernel and "Lb1E" in kernel
+    shape = {(True, False): "16816", (True, True): "16832", (False, False): "1688", (False, True): "16816"}[bool(half), sparse]
+    return rf"HMMA{'.SP' if sparse else ''}\.{shape}\.F32"
+
+
+def check(source, architecture, folder):
+    facts, code = compiled(source, architecture, folder)
+    assert facts
+    assert facts.keys() == code.keys()
+    for kernel, (spilled, registers) in facts.items():
+        assert spilled <= SPILLS.get(source, 0), kernel
+        assert registers <= 255
+        wanted = expected(kernel)
+        assert (wanted is None) == ("HMMA" not in code[kernel])
+        if wanted is not None:
+            assert re.search(wanted, code[kernel]), kernel
+            assert "LDGSTS" in code[kernel]  # asynchronous copies
+
+
+@pytest.mark.parametrize(("source", "architecture"), SAMPLE)
+def test_sample(source, architecture, tmp_path):
+    check(source, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_kernel_on_every_architecture(source, architecture, tmp_path):
+    check(source, architecture, tmp_path)

@@ -1,0 +1,38 @@
+"""Each CUDA kernel by name, on a GPU: the results that the emulation checks elsewhere, and the same bits on every run."""
+
+import pytest
+import torch
+from conftest import Place
+from samples import OPERATIONS, make_problem
+
+from kan_fast.backends import get, native
+from tests.test_cuda_emulation import assert_wide_close
+
+CUDA = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(native.reason_not(CUDA, torch.float32) is not None, reason="no native backend for CUDA here"),
+]
+
+
+@pytest.mark.parametrize("kernel", ["any", "dense", "sparse"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")],
+)
+def test_each_kernel(monkeypatch, kernel, dtype, precision):
+    monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    place = Place("native", CUDA)
+    for shape, grid_size, kind, outside in (
+        ((300, 70, 136), 5, "uniform", "zero"),
+        ((129, 33, 65), 20, "uneven", "linear"),
+        ((1000, 256, 256), 5, "uniform", "clamp"),
+    ):
+        problem = make_problem(place, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=torch.float32)
+        for operation in OPERATIONS:
+            for n in (0, 1):
+                assert_wide_close(place, problem, operation, n, precision, with_scale=n == 1)
+        args = problem.args("contract_output", 0)
+        first = get("native").contract_output(*args)
+        assert all(torch.equal(first, get("native").contract_output(*args)) for _ in range(100))
