@@ -10,7 +10,7 @@ int main() {
   } cases[] = {
       {"m16n8k8 tf32", {twin::Type::tf32, 8, false}},       {"m16n8k16 bf16", {twin::Type::bf16, 16, false}},
       {"m16n8k16 fp16", {twin::Type::fp16, 16, false}},     {"sparse m16n8k32 bf16", {twin::Type::bf16, 32, true}},
-      {"sparse m16n8k16 tf32", {twin::Type::tf32, 16, true}},
+      {"sparse m16n8k32 fp16", {twin::Type::fp16, 32, true}}, {"sparse m16n8k16 tf32", {twin::Type::tf32, 16, true}},
   };
   twin::Random random{1};
   int wrong = 0;

@@ -41,6 +41,14 @@ struct MmaSparseBf16 {
   }
 };
 
+struct MmaSparseFp16 {
+  static constexpr const char* name = "mma.sp m16n8k32 fp16";
+  static constexpr int k = 32, a_registers = 4, b_registers = 4;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+    kan::cuda::mma_sparse_float16(c, a, b, e);
+  }
+};
+
 struct MmaSparseTf32 {
   static constexpr const char* name = "mma.sp m16n8k16 tf32";
   static constexpr int k = 16, a_registers = 4, b_registers = 4;
@@ -74,6 +82,17 @@ struct WgmmaBf16 {
   static __device__ void run(float (&c)[4], const uint32_t (&a)[4], uint64_t b, uint32_t) {
     PROBE_WGMMA(
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+struct WgmmaFp16 {
+  static constexpr const char* name = "wgmma m64n8k16 fp16";
+  static constexpr int k = 16;
+  static __device__ void run(float (&c)[4], const uint32_t (&a)[4], uint64_t b, uint32_t) {
+    PROBE_WGMMA(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }

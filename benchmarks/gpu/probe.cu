@@ -21,6 +21,23 @@ __global__ void run_mma(const uint32_t* a, const uint32_t* b, const uint32_t* e,
   for (int i = 0; i < 4; ++i) c[lane * 4 + i] = sums[i];
 }
 
+// found (lane, 9): four registers of ldmatrix, four of its transposing form, and movmatrix of the first. matrices: four of
+// 8 x 8 16-bit numbers.
+__global__ void run_matrix_moves(const uint32_t* matrices, uint32_t* found) {
+  __shared__ __align__(16) uint32_t tile[4 * 8 * 4];
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 4 * 8 * 4; i += 32) tile[i] = matrices[i];
+  __syncwarp();
+  uint32_t plain[4], transposed[4];
+  kan::cuda::load_matrices(plain, tile + lane * 4);  // lane 8 m + r names row r of matrix m: the rows follow each other
+  kan::cuda::load_matrices_transposed(transposed, tile + lane * 4);
+  for (int i = 0; i < 4; ++i) {
+    found[lane * 9 + i] = plain[i];
+    found[lane * 9 + 4 + i] = transposed[i];
+  }
+  found[lane * 9 + 8] = kan::cuda::transpose_matrix(plain[0]);
+}
+
 // a, e, c: four warps one after the other. b: the words of the shared tile, core matrices along K.
 template <class Instruction>
 __global__ void run_wgmma(const uint32_t* a, const uint32_t* b, const uint32_t* e, float* c, int b_words) {
@@ -66,6 +83,30 @@ int report(const char* name, int differing) {
   }
   std::printf("%-24s %s\n", name, differing ? "DIFFERS from its twin" : "agrees with its twin, bit for bit");
   return differing != 0;
+}
+
+// Where the PTX ISA puts the numbers of ldmatrix and movmatrix.
+int probe_matrix_moves() {
+  uint16_t matrices[4][8][8];
+  for (int i = 0; i < 4 * 64; ++i) matrices[i / 64][i / 8 % 8][i % 8] = static_cast<uint16_t>(1000 + i);
+  uint32_t words[4 * 8 * 4], found[32][9] = {};
+  std::memcpy(words, matrices, sizeof words);
+  OnDevice<uint32_t> source(words, 4 * 8 * 4), target(&found[0][0], 32 * 9);
+  run_matrix_moves<<<1, 32>>>(source.data, target.data);
+  target.read(&found[0][0]);
+  int differing[3] = {};
+  for (int lane = 0; lane < 32; ++lane)
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4, column = 2 * (lane % 4) + half;
+      const auto is = [&](int index, uint16_t value) { return (found[lane][index] >> 16 * half & 0xffff) == value; };
+      for (int m = 0; m < 4; ++m) {
+        differing[0] += !is(m, matrices[m][row][column]);
+        differing[1] += !is(4 + m, matrices[m][column][row]);
+      }
+      differing[2] += !is(8, matrices[0][column][row]);
+    }
+  return report("ldmatrix x4", differing[0]) + report("ldmatrix x4 trans", differing[1]) +
+         report("movmatrix trans", differing[2]);
 }
 
 template <class Instruction>
@@ -136,9 +177,12 @@ int main() {
   wrong += probe_mma<probe::MmaBf16>({Type::bf16, 16, false});
   wrong += probe_mma<probe::MmaFp16>({Type::fp16, 16, false});
   wrong += probe_mma<probe::MmaSparseBf16>({Type::bf16, 32, true});
+  wrong += probe_mma<probe::MmaSparseFp16>({Type::fp16, 32, true});
   wrong += probe_mma<probe::MmaSparseTf32>({Type::tf32, 16, true});
+  wrong += probe_matrix_moves();
   if (device.major == 9) {
     wrong += probe_wgmma<probe::WgmmaBf16>({Type::bf16, 16, false});
+    wrong += probe_wgmma<probe::WgmmaFp16>({Type::fp16, 16, false});
     wrong += probe_wgmma<probe::WgmmaTf32>({Type::tf32, 8, false});
     wrong += probe_wgmma<probe::WgmmaSparseBf16>({Type::bf16, 32, true});
   } else {
