@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_fast.nn import KANLayer
+from kan_fast.ranks import laid_out_as, whole
 from kan_fast.spline import bases
 from kan_fast.traverse import Data, chunks, kan_layers, layer_inputs
 
@@ -283,18 +284,23 @@ def _resize(
 ) -> None:
     """Give a layer a new grid and converted coefficients, its optimiser the matching state."""
     weight = layer.spline_weight
-    converted = convert(weight.detach())
+    old = whole(weight.detach())
+    converted = convert(old)
+    if converted.shape != old.shape and hasattr(weight, "full_tensor"):
+        raise ValueError("model: expected plain weights, whose shape can change, got sharded ones: refine before sharding")
     if optimizer is not None:
         state = optimizer.state.get(weight, {})
         if optimizer_state == "reset":
             state.clear()
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                state[key] = convert_squares(value) if bool((value >= 0).all()) else convert(value)
+                full = whole(value)
+                changed = convert_squares(full) if bool((full >= 0).all()) else convert(full)
+                state[key] = laid_out_as(changed, value)
         if isinstance(optimizer, torch.optim.LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
-    set_knots_in_place(layer, grid, converted)
+    set_knots_in_place(layer, grid, laid_out_as(converted, weight))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.ranks import sum_over_ranks
 from kan_fast.spline import bases
-from kan_fast.traverse import Data, chunks, kan_layers, network_layers, watch_inputs
+from kan_fast.traverse import Data, chunks, kan_layers, network_layers, watch_inputs, whole_weights
 
 METHODS = ("coefficient", "activation", "attribution")
 
@@ -131,6 +131,8 @@ def prune_kan(
         removed[name] = (weak[name] & alive).nonzero()
     for name, layer in layers.items():
         if branch == "spline":
+            if hasattr(layer.spline_weight, "full_tensor"):
+                raise ValueError("branch: expected 'both' for sharded weights, got 'spline'")
             layer.spline_weight.masked_fill_(weak[name][:, None, :], 0)
         elif len(removed[name]) or layer.edge_mask is not None:
             mask = torch.ones_like(weak[name]) if layer.edge_mask is None else layer.edge_mask
@@ -187,7 +189,7 @@ def compact(model: KAN, drop_inputs: bool = False) -> KAN:
 
 
 def _coefficient_norm(layer: KANLayer, include_base: bool) -> Tensor:
-    spline, base = layer.masked_weights()
+    spline, base = whole_weights(layer)
     square = spline.double().square().mean(1)
     if include_base and base is not None:
         square = square + base.double().square()
@@ -241,7 +243,7 @@ class _Moments:
         count = self.count[layer]
         if not count:
             raise ValueError("data: expected at least one sample for every layer, got none")
-        spline, base = layer.masked_weights()
+        spline, base = whole_weights(layer)
         if base is None or not include_base:
             base = torch.zeros_like(spline[:, 0])
         weight = torch.cat([base[:, None], spline], 1).double()
@@ -275,7 +277,7 @@ def _bias(layer: KANLayer) -> Tensor:
 
 def _alive(layer: KANLayer) -> Tensor:
     """(in, out) of bool: edges that are not identically zero."""
-    spline, base = layer.masked_weights()
+    spline, base = whole_weights(layer)
     alive = (spline != 0).any(1)
     return alive if base is None else alive | (base != 0)
 

@@ -4,6 +4,9 @@ update_grid, adaptive_grid_refinement, edge_scores, node_scores, prune_kan, acti
 the data of all ranks together, once torch.distributed has a process group: every rank must call them, with data of its own,
 and each gets the same result. Inside `with on_this_rank():` they look at this rank's data alone, and wait for nobody.
 Plots and symbolic extraction never look at other ranks.
+
+They work on models under fully_shard if every layer is a group of its own, except that a sharded weight keeps its shape
+(refine before) and pruning masks edges (branch="both"). Tensor-parallel layers, whose knots are sharded, are refused.
 """
 
 from collections.abc import Iterator
@@ -71,6 +74,24 @@ def states_of_all_ranks(state: Any) -> list[Any]:
     if len(states) > 1:
         dist.all_gather_object(states, state)
     return states
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over ranks in full on each of them; a plain one as it is."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    full: Tensor = tensor.full_tensor()
+    return full
+
+
+def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has in full, sharded as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class _Sum(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_fast.nn import KAN, KANLayer
-from kan_fast.ranks import rows_of_all_ranks, world_size
+from kan_fast.ranks import rows_of_all_ranks, whole, world_size
 
 # No tool holds more than this many numbers of a (samples, in, out) or (samples, in, bases) tensor at once:
 # 32 MiB in float64, enough to keep a GPU busy and small beside any model.
@@ -60,6 +60,16 @@ def first_rows(data: Data, model: nn.Module, max_samples: int, all_ranks: bool =
     return torch.cat(taken)
 
 
+def whole_weights(layer: KANLayer) -> tuple[Tensor, Tensor | None]:
+    """layer.masked_weights(), in full on every rank where they are sharded."""
+    weights = [None if weight is None else whole(weight) for weight in (layer.spline_weight, layer.base_weight)]
+    if layer.edge_mask is not None:
+        pruned = ~layer.edge_mask
+        weights = [None if w is None else w.masked_fill(pruned[:, None] if w.dim() == 3 else pruned, 0) for w in weights]
+    assert weights[0] is not None
+    return weights[0], weights[1]
+
+
 @torch.no_grad()
 def watch_inputs(model: nn.Module, data: Data, layers: Iterable[KANLayer], visit: Callable[[KANLayer, Tensor], None]) -> None:
     """Run the model in eval mode over the data and call visit(layer, x (n, in)) on what each layer receives."""
@@ -67,6 +77,9 @@ def watch_inputs(model: nn.Module, data: Data, layers: Iterable[KANLayer], visit
     def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
         visit(cast(KANLayer, layer), args[0].detach().flatten(0, -2))
 
+    layers = list(layers)
+    if any(hasattr(layer.grid, "full_tensor") for layer in layers):
+        raise ValueError("model: expected layers with all of their inputs and outputs, got tensor-parallel ones")
     training = {module: module.training for module in model.modules()}
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:

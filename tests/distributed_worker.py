@@ -123,6 +123,68 @@ def penalty_of_all_rows():
     return data_parallel(DistributedDataParallel, penalty=(0.1, 0.3))
 
 
+@check
+def penalty_of_all_rows_under_fsdp():
+    return data_parallel(by_layer, penalty=(0.1, 0.3))
+
+
+def with_sharded_weights(tool):
+    """A tool on a model under fully_shard, after some training, against the same on a plain one; then more training."""
+    x, y = data()
+    pairs = []
+    model, alone = by_layer(network(bias=True)), network(bias=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, alone)]
+
+    def step(m, optimizer, x, y):
+        optimizer.zero_grad()
+        (m(x) - y).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(2):
+        for _ in range(3):
+            step(model, optimizers[0], mine(x), mine(y))
+            step(alone, optimizers[1], x, y)
+        got = tool(model, mine(x), optimizers[0])
+        with on_this_rank():
+            want = tool(alone, x, optimizers[1])
+        pairs += zip(got, want, strict=True)
+    step(model, optimizers[0], mine(x), mine(y))
+    step(alone, optimizers[1], x, y)
+    state = {name: whole(value) for name, value in model.state_dict().items() if value is not None}
+    return pairs + [(state[name], value) for name, value in alone.state_dict().items()]
+
+
+@check
+def update_grid_under_fsdp():
+    return with_sharded_weights(lambda m, x, optimizer: [torch.tensor(update_grid(m, x, grid_eps=0.3, optimizer=optimizer))])
+
+
+@check
+def pruning_under_fsdp():
+    return with_sharded_weights(
+        lambda m, x, _: [
+            *edge_scores(m, x).values(),
+            *edge_scores(m).values(),
+            *prune_kan(m, 0.3, data=x, relative=True).scores.values(),
+        ]
+    )
+
+
+@check
+def what_sharded_models_refuse():
+    model = by_layer(network())
+    x, _ = data()
+    with pytest.raises(ValueError, match="^model: expected plain weights, whose shape can change"):
+        adaptive_grid_refinement(model, x)
+    with pytest.raises(ValueError, match="^branch: expected 'both' for sharded weights"):
+        prune_kan(model, 0.3, data=x, branch="spline")
+    parallel = parallelize_kan(network(), init_device_mesh("cpu", (dist.get_world_size(),)))
+    for tool in (update_grid, edge_scores):
+        with pytest.raises(ValueError, match="^model: expected layers with all of their inputs and outputs"):
+            tool(parallel, x)
+    return [(torch.tensor(0), torch.tensor(0))]
+
+
 def tensor_parallel(*dims, **options):
     """Every rank has all rows; losses, parameters, and the first two derivatives by x are those of one process."""
     model = network(*dims, **options)
