@@ -16,6 +16,15 @@
 #include <vector>
 
 #include "kernels.h"
+#ifdef KAN_BUILT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/device.h"
+
+// Hidden behind USE_CUDA in the headers of CPU builds of torch, one of which may be the one that compiles this; weak,
+// because libraries of CPU builds lack it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace {
 
@@ -264,7 +273,7 @@ Tensor output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, c
 }
 
 Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base,
-                       const Tensor& grid, int64_t activation, int64_t outside, int64_t n) {
+                       const Tensor& grid, int64_t activation, int64_t outside, int64_t n, int64_t) {
   const int64_t order = order_of(x, spline, grid);
   check_order(order, grid);
   check_codes(activation, outside, n);
@@ -300,7 +309,7 @@ Gradients gradients(const Tensor& x, const MaybeTensor& scale, const MaybeTensor
 }
 
 Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& g, const Tensor& grid,
-                      int64_t activation, int64_t outside, int64_t n) {
+                      int64_t activation, int64_t outside, int64_t n, int64_t) {
   const int64_t order = order_of(x, spline, grid);
   check_order(order, grid);
   check_codes(activation, outside, n);
@@ -310,7 +319,7 @@ Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& 
 }
 
 std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& scale, const Tensor& g, const Tensor& grid,
-                                           int64_t spline_order, int64_t activation, int64_t outside, int64_t n) {
+                                           int64_t spline_order, int64_t activation, int64_t outside, int64_t n, int64_t) {
   require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
   require(grid.dim() == 2 && grid.size(0) == x.size(1), "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
   check_order(spline_order, grid);
@@ -322,7 +331,7 @@ std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& s
 
 std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tensor& spline, const MaybeTensor& base,
                                                      const Tensor& g, const Tensor& grid, int64_t activation,
-                                                     int64_t outside, int64_t n) {
+                                                     int64_t outside, int64_t n, int64_t) {
   const int64_t order = order_of(x, spline, grid);
   check_order(order, grid);
   check_codes(activation, outside, n);
@@ -332,17 +341,22 @@ std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tens
   return {d.dx, d.d_spline, d.d_base};
 }
 
+#ifdef KAN_BUILT_CUDA
+#include "ops_cuda.h"
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(kan_fast_native, m) {
+  // precision: how a GPU multiplies float32 numbers, 0 for torch.get_float32_matmul_precision() 'highest', 1 for less.
   m.def("contract_output(Tensor x, Tensor? scale, Tensor spline_weight, Tensor? base_weight, Tensor grid, int activation, "
-        "int outside, int n) -> Tensor");
+        "int outside, int n, int precision=0) -> Tensor");
   m.def("contract_input(Tensor x, Tensor spline_weight, Tensor? base_weight, Tensor g, Tensor grid, int activation, "
-        "int outside, int n) -> Tensor");
+        "int outside, int n, int precision=0) -> Tensor");
   m.def("contract_weight(Tensor x, Tensor? scale, Tensor g, Tensor grid, int spline_order, int activation, int outside, "
-        "int n) -> (Tensor, Tensor)");
+        "int n, int precision=0) -> (Tensor, Tensor)");
   m.def("contract_backward(Tensor x, Tensor spline_weight, Tensor? base_weight, Tensor g, Tensor grid, int activation, "
-        "int outside, int n) -> (Tensor, Tensor, Tensor)");
+        "int outside, int n, int precision=0) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CPU, m) {
@@ -351,3 +365,12 @@ STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CPU, m) {
   m.impl("contract_weight", TORCH_BOX(&contract_weight));
   m.impl("contract_backward", TORCH_BOX(&contract_backward));
 }
+
+#ifdef KAN_BUILT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CUDA, m) {
+  m.impl("contract_output", TORCH_BOX(&on_cuda::contract_output));
+  m.impl("contract_input", TORCH_BOX(&on_cuda::contract_input));
+  m.impl("contract_weight", TORCH_BOX(&on_cuda::contract_weight));
+  m.impl("contract_backward", TORCH_BOX(&on_cuda::contract_backward));
+}
+#endif

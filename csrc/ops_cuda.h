@@ -32,7 +32,7 @@ Call prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& splin
   Call call;
   auto& p = call.p;
   const Tensor& weights = spline ? *spline : *g;
-  const ScalarType type = weights.scalar_type(), wide = compute_type(x, weights);
+  const ScalarType type = weights.scalar_type(), wide = is_double(x, weights) ? ScalarType::Double : ScalarType::Float;
   expect_device("grid", x, grid);
   p.batch = x.size(0);
   p.in_features = x.size(1);
@@ -95,7 +95,7 @@ Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& 
   check_codes(activation, outside, n);
   check_base(base, activation);
   Call call = prepare(x, scale, spline, base, std::nullopt, grid, order, activation, outside, n, precision);
-  Tensor y = empty(x, {call.p.batch, call.p.out_features}, spline.scalar_type());
+  Tensor y = torch::stable::new_empty(x, {call.p.batch, call.p.out_features}, spline.scalar_type());
   call.p.y = y.mutable_data_ptr();
   run(x, call.p, kan::cuda::workspace_of_output, kan::cuda::launch_contract_output);
   return y;
@@ -108,7 +108,7 @@ Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& 
   check_codes(activation, outside, n);
   check_base(base, activation);
   Call call = prepare(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, precision);
-  Tensor dx = empty(x, {call.p.batch, call.p.in_features}, x.scalar_type());
+  Tensor dx = torch::stable::new_empty(x, {call.p.batch, call.p.in_features}, x.scalar_type());
   call.p.dx = dx.mutable_data_ptr();
   run(x, call.p, kan::cuda::workspace_of_input, kan::cuda::launch_contract_input);
   return dx;
@@ -124,8 +124,8 @@ std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& s
   Call call = prepare(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, n, precision);
   auto& p = call.p;
   const bool base = activation != kan::kNone;
-  Tensor d_spline = empty(x, {p.in_features, p.bases(), p.out_features}, g.scalar_type());
-  Tensor d_base = empty(x, {base ? p.in_features : 0, p.out_features}, g.scalar_type());
+  Tensor d_spline = torch::stable::new_empty(x, {p.in_features, p.bases(), p.out_features}, g.scalar_type());
+  Tensor d_base = torch::stable::new_empty(x, {base ? p.in_features : 0, p.out_features}, g.scalar_type());
   p.d_spline = d_spline.mutable_data_ptr();
   if (base) p.d_base = d_base.mutable_data_ptr();
   run(x, p, kan::cuda::workspace_of_weight, kan::cuda::launch_contract_weight);
