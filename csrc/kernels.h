@@ -16,8 +16,12 @@ enum Outside : int { kZero = 0, kLinear = 1, kClamp = 2 };
 
 constexpr int kMaxOrder = 5;
 
+// What stands behind a pointer to float: floats, or 16 bits that the kernels widen where they read a tile and round where
+// they write one.
+enum class Storage : int { same, bfloat16, half };
+
 // One of the three contractions of T_n = sum s phi^(n)(x) W g, or the fused first backward. All tensors contiguous, of one
-// type T (float or double). A null output is not computed.
+// type T (float or double), but for those that x_storage and w_storage speak of. A null output is not computed.
 template <class T>
 struct Problem {
   int64_t batch, in_features, out_features;
@@ -34,6 +38,8 @@ struct Problem {
   T* dx;                   // (batch, in):   contract_input
   T* d_spline;             // as spline_weight: contract_weight
   T* d_base;               // as base_weight or null
+  Storage x_storage = Storage::same;  // of x and dx
+  Storage w_storage = Storage::same;  // of spline_weight, base_weight, g and y
 
   int bases() const { return grid_size + spline_order; }
   int knots() const { return grid_size + 2 * spline_order + 1; }
@@ -52,10 +58,8 @@ namespace cpu {
 template <class T> void contract_output(const Problem<T>&, const Runtime&);
 template <class T> void contract_backward(const Problem<T>&, const Runtime&);  // dx, d_spline, d_base: any subset
 
-// The 16-bit types, which the kernels compute in float32.
-enum class Narrow { bfloat16, half };
-void widen(Narrow, const uint16_t* from, float* to, int64_t count);
-void narrow_down(Narrow, const float* from, uint16_t* to, int64_t count);
+void widen(Storage, const uint16_t* from, float* to, int64_t count);
+void narrow(Storage, const float* from, uint16_t* to, int64_t count);
 }  // namespace cpu
 
 namespace cuda {

@@ -105,8 +105,9 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 
 kan::Runtime runtime() { return {int(torch::stable::get_num_threads()), parallel, workspace}; }
 
-// Shapes and codes shared by all operators. Tensors that an operator lacks are null; those of 16 bits stand in as float32
-// copies in one block of memory, filled before the launch and written back after it.
+// Shapes and codes shared by all operators. Tensors that an operator lacks are null. The kernels read and write most tensors
+// of 16 bits themselves; scale and the weights' gradients, which are summed in place, stand in as float32 copies in one block
+// of memory, filled before the launch and written back after it.
 template <class T> class Call {
  public:
   Problem<T> p{};
@@ -114,8 +115,13 @@ template <class T> class Call {
   explicit Call(const Tensor& like) : like_(like) {}
   Call(const Call&) = delete;  // the copies remember where in p their pointers stand
 
-  void input(const Tensor& t, const T*& pointer) {
-    if (is_narrow(t)) {
+  // `storage`: where the kernels read 16 bits themselves, what is to tell them so.
+  void input(const Tensor& t, const T*& pointer, kan::Storage* storage = nullptr) {
+    if (is_narrow(t) && storage) {
+      held_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+      pointer = static_cast<const T*>(held_.back().const_data_ptr());
+      *storage = kind(t);
+    } else if (is_narrow(t)) {
       held_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
       copies_.push_back({const_cast<void*>(held_.back().const_data_ptr()), &pointer, nullptr, t.numel(), kind(t)});
     } else {
@@ -123,9 +129,9 @@ template <class T> class Call {
       pointer = static_cast<const T*>(held_.back().const_data_ptr());
     }
   }
-  Tensor output(std::initializer_list<int64_t> sizes, ScalarType type, T*& pointer) {
+  Tensor output(std::initializer_list<int64_t> sizes, ScalarType type, T*& pointer, bool by_kernels = false) {
     Tensor t = torch::stable::new_empty(like_, sizes, type);
-    if (is_narrow(t)) copies_.push_back({t.mutable_data_ptr(), nullptr, &pointer, t.numel(), kind(t)});
+    if (is_narrow(t) && !by_kernels) copies_.push_back({t.mutable_data_ptr(), nullptr, &pointer, t.numel(), kind(t)});
     else pointer = static_cast<T*>(t.mutable_data_ptr());
     return t;
   }
@@ -155,7 +161,7 @@ template <class T> class Call {
     const T** in;  // one of the two is null
     T** out;
     int64_t count;
-    kan::cpu::Narrow type;
+    kan::Storage type;
     float* wide = nullptr;
   };
   static constexpr int64_t kChunk = 1 << 15;  // elements a task converts: about 5 us
@@ -163,8 +169,8 @@ template <class T> class Call {
   static bool is_narrow(const Tensor& t) {
     return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
   }
-  static kan::cpu::Narrow kind(const Tensor& t) {
-    return t.scalar_type() == ScalarType::BFloat16 ? kan::cpu::Narrow::bfloat16 : kan::cpu::Narrow::half;
+  static kan::Storage kind(const Tensor& t) {
+    return t.scalar_type() == ScalarType::BFloat16 ? kan::Storage::bfloat16 : kan::Storage::half;
   }
   static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
@@ -189,7 +195,7 @@ template <class T> class Call {
         const int64_t first = index * kChunk, count = std::min(kChunk, copy.count - first);
         uint16_t* narrow = static_cast<uint16_t*>(copy.narrow) + first;
         if (c.inputs) kan::cpu::widen(copy.type, narrow, copy.wide + first, count);
-        else kan::cpu::narrow_down(copy.type, copy.wide + first, narrow, count);
+        else kan::cpu::narrow(copy.type, copy.wide + first, narrow, count);
         return;
       }
     }, &context);
@@ -216,7 +222,7 @@ void prepare(Call<T>& call, const Tensor& x, const MaybeTensor& scale, const May
   p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
   p.activation = int(activation);
   p.outside = int(outside);
-  call.input(x, p.x);
+  call.input(x, p.x, &p.x_storage);
   call.input(grid, p.grid);
   if (scale) {
     expect_shape("scale", *scale, {p.batch, p.in_features});
@@ -224,19 +230,19 @@ void prepare(Call<T>& call, const Tensor& x, const MaybeTensor& scale, const May
   }
   if (spline) {
     p.out_features = spline->size(2);
-    call.input(*spline, p.spline_weight);
+    call.input(*spline, p.spline_weight, &p.w_storage);
   }
   if (g) {
     require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
     if (!spline) p.out_features = g->size(1);
     expect_shape("g", *g, {p.batch, p.out_features});
     require(!spline || g->scalar_type() == spline->scalar_type(), "g must have the dtype of spline_weight");
-    call.input(*g, p.g);
+    call.input(*g, p.g, &p.w_storage);
   }
   if (base) {
     expect_shape("base_weight", *base, {p.in_features, p.out_features});
     require(base->scalar_type() == spline->scalar_type(), "base_weight must have the dtype of spline_weight");
-    call.input(*base, p.base_weight);
+    call.input(*base, p.base_weight, &p.w_storage);
   }
 }
 
@@ -267,7 +273,7 @@ Tensor output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, c
   Call<T> call(x);
   prepare(call, x, scale, spline, base, std::nullopt, grid, order, activation, outside);
   call.p.n_output = int(n);
-  Tensor y = call.output({call.p.batch, call.p.out_features}, spline.scalar_type(), call.p.y);
+  Tensor y = call.output({call.p.batch, call.p.out_features}, spline.scalar_type(), call.p.y, true);
   call.launch(kan::cpu::contract_output<T>);
   return y;
 }
@@ -297,7 +303,7 @@ Gradients gradients(const Tensor& x, const MaybeTensor& scale, const MaybeTensor
   p.n_input = int(n_input);
   p.n_weight = int(n_weight);
   Gradients out;
-  if (spline) out.dx = call.output({p.batch, p.in_features}, x.scalar_type(), p.dx);
+  if (spline) out.dx = call.output({p.batch, p.in_features}, x.scalar_type(), p.dx, true);
   if (want_weight) {
     out.d_spline = call.output({p.in_features, p.bases(), p.out_features}, g.scalar_type(), p.d_spline);
     const int64_t base_rows = activation == kan::kNone ? 0 : p.in_features;

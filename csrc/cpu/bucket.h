@@ -5,6 +5,7 @@
 //   sum_m w_m c_m = c_p + sum_{m<p} w_m (c_m - c_p).
 #pragma once
 #include "arena.h"
+#include "convert.h"
 #include "features.h"
 
 namespace kan::cpu::KAN_ISA {
@@ -306,11 +307,11 @@ KAN_INLINE void prefetch_block(const T* in, ptrdiff_t ld, int rows, int64_t colu
     for (int c = 0; c < width; c += int(64 / sizeof(T))) __builtin_prefetch(in + r * ld + c, 0, 2);
 }
 
-// The n-th difference of the coefficients of one input, `columns` of them: rows 0 .. bases + n - 1 of out.
+// The n-th difference of the coefficients c[index ..] of one input, `columns` of them: rows 0 .. bases + n - 1 of out.
 template <class T>
-inline void difference(const T* knots, int order, int n, int bases, const T* c, ptrdiff_t stride, int columns, int width,
-                       T* out) {
-  for (int m = 0; m < bases; ++m) copy_padded(c + m * stride, columns, width, out + m * width);
+inline void difference(const T* knots, int order, int n, int bases, Storage type, const T* c, ptrdiff_t index, ptrdiff_t stride,
+                       int columns, int width, T* out) {
+  for (int m = 0; m < bases; ++m) read_padded(type, c, index + m * stride, columns, width, out + m * width);
   if (n > 0) memset(out + ptrdiff_t(bases) * width, 0, sizeof(T) * size_t(n) * size_t(width));
   for (int s = 1; s <= n; ++s)
     for (int m = bases + s - 1; m >= 0; --m) {

@@ -173,7 +173,7 @@ template <class T> struct BackwardTask {
 template <class T> void backward_range(const Problem<T>& p, const Runtime& runtime, int64_t first, int64_t end) {
   constexpr int N = Simd<T>::N;
   const int64_t B = p.batch, O = p.out_features, I = p.in_features;
-  const bool need_x = p.dx != nullptr, need_w = p.d_spline != nullptr;
+  const bool need_x = p.dx != nullptr, need_w = p.d_spline != nullptr, typed = p.w_storage != Storage::same;
   const Order<T> for_x(p, p.n_input, nullptr), for_w(p, p.n_weight, p.scale);
   const int bases = p.bases(), buckets = bucket_count(p), k = p.spline_order;
   const bool base_x = p.base_weight != nullptr, base_w = p.d_base != nullptr;
@@ -216,7 +216,7 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
     for (int64_t b0 = 0; b0 < B; b0 += kTileRows) {
       const int rows = int(smaller<int64_t>(kTileRows, B - b0));
       const int64_t b1 = b0 + rows;
-      transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileStride);
+      transpose_from<T>(p.x_storage, p.x, b0 * I + i0, I, rows, inputs, column, kTileStride);
       if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileStride);
       for (int i = 0; i < inputs; ++i) {
         const T* x = column + i * kTileStride;
@@ -241,10 +241,10 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         // Rows of g side by side: a stride of a page would map them all to the same few cache sets.
         const T* g = p.g + b0 * O + o;
         ptrdiff_t ld = O;
-        if (!(out.whole() && O == w)) {
+        if (!(out.whole() && O == w) || typed) {
           for (int64_t r = b0; r < b1; ++r) {
-            if (r + kRowsAhead < b1) prefetch_rows(p.g + (r + kRowsAhead) * O + o, O, 1, out.columns);
-            copy_padded(p.g + r * O + o, out.columns, w, g_tile + (r - b0) * w);
+            if (r + kRowsAhead < b1 && !typed) prefetch_rows(p.g + (r + kRowsAhead) * O + o, O, 1, out.columns);
+            read_padded(p.w_storage, p.g, r * O + o, out.columns, w, g_tile + (r - b0) * w);
           }
           g = g_tile;
           ld = w;
@@ -252,7 +252,7 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         const InputKernel<T> input_kernel = pick<T>(for_x.window, out.vectors, base_x, for_x.scaled).input;
         const WeightKernel<T> weight_kernel = pick<T>(for_w.window, out.vectors, base_w, for_w.scaled).weight;
         for (int i = 0; i < inputs; ++i) {
-          if (o == 0 && b1 < B) {
+          if (o == 0 && b1 < B && p.x_storage == Storage::same) {
             const int64_t next = smaller<int64_t>(B - b1, kTileRows);
             prefetch_block(p.x + b1 * I + i0, I, int(next), inputs, i, inputs);
           }
@@ -260,9 +260,9 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
           const ptrdiff_t at = (i0 + i) * bases * O + o, next = at + bases * O;
           if (i + 1 < inputs) {
             if (need_w) prefetch_rows(p.d_spline + next, O, bases, out.columns);
-            if (need_x) prefetch_rows(p.spline_weight + next, O, bases, out.columns);
+            if (need_x && !typed) prefetch_rows(p.spline_weight + next, O, bases, out.columns);
             if (base_w) prefetch_rows(p.d_base + (i0 + i + 1) * O + o, O, 1, out.columns);
-            if (base_x) prefetch_rows(p.base_weight + (i0 + i + 1) * O + o, O, 1, out.columns);
+            if (base_x && !typed) prefetch_rows(p.base_weight + (i0 + i + 1) * O + o, O, 1, out.columns);
           }
           if (need_w) {
             const int n = for_w.n;
@@ -295,12 +295,12 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
             Window<T> window{c, O, bases, shift + n};
             if (!for_x.spline) {
               window.count = 0;
-            } else if (n > 0 || !out.whole()) {
-              difference(stored, k, n, bases, c, O, out.columns, w, packed);
+            } else if (n > 0 || !out.whole() || typed) {
+              difference(stored, k, n, bases, p.w_storage, p.spline_weight, at, O, out.columns, w, packed);
               window = {packed, w, bases + n, window.offset};
             }
-            if (base_x && !out.whole()) {
-              copy_padded(b, out.columns, w, packed_base);
+            if (base_x && (!out.whole() || typed)) {
+              read_padded(p.w_storage, p.base_weight, (i0 + i) * O + o, out.columns, w, packed_base);
               b = packed_base;
             }
             input_kernel(tile_x[i], window, b, g, ld, dx + i * kTileStride);
@@ -308,7 +308,7 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         }
         o += out.columns;
       }
-      if (need_x) transpose<T>(dx, kTileStride, inputs, rows, p.dx + b0 * I + i0, I);
+      if (need_x) transpose_to<T>(p.x_storage, dx, kTileStride, inputs, rows, p.dx, b0 * I + i0, I);
     }
   }
 }
@@ -319,7 +319,7 @@ template <class T> void contract_backward(const Problem<T>& p, const Runtime& ru
   const int64_t I = p.in_features;
   if (I == 0) return;
   if (p.batch == 0 || p.out_features == 0) {
-    if (p.dx) memset(p.dx, 0, sizeof(T) * size_t(p.batch) * size_t(I));
+    if (p.dx) memset(p.dx, 0, (p.x_storage == Storage::same ? sizeof(T) : 2) * size_t(p.batch) * size_t(I));
     if (p.d_spline) memset(p.d_spline, 0, sizeof(T) * size_t(I) * size_t(p.bases()) * size_t(p.out_features));
     if (p.d_base) memset(p.d_base, 0, sizeof(T) * size_t(I) * size_t(p.out_features));
     return;

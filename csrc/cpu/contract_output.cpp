@@ -118,13 +118,17 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
   const int bases = p.bases(), buckets = bucket_count(p), n = order.n;
   const bool base = p.base_weight != nullptr;
   const int width = widest_tile(order.window) * N;
+  // Sums over blocks of inputs need the compute type: where y has another, they are kept here to the end.
+  const bool typed = p.w_storage != Storage::same;
+  const ptrdiff_t ld = typed ? o1 - o0 : O;
 
   Arena arena(runtime);
   KnotsOfBlock<T>::reserve(p, arena);
   arena.reserve<Tile<T>>(kBlockInputs);
   arena.reserve<Sorting>(kBlockInputs);
   arena.reserve<uint16_t>(kBlockInputs * (buckets + 2));
-  arena.reserve<T>(2 * kBlockInputs * kTileStride + size_t(bases + n + 2) * width + kTileRows * width);
+  arena.reserve<T>(2 * kBlockInputs * kTileStride + size_t(bases + n + 2) * width + kTileRows * width +
+                   (typed ? size_t(b1 - b0) * size_t(ld) : 0));
   arena.commit();
   Tile<T>* tile = arena.take<Tile<T>>(kBlockInputs);
   Sorting* sorting = arena.take<Sorting>(kBlockInputs);
@@ -135,12 +139,13 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
   T* packed = arena.take<T>(size_t(bases + n + 1) * width);
   T* packed_base = arena.take<T>(width);
   T* y = arena.take<T>(kTileRows * width);
+  T* result = typed ? arena.take<T>(size_t(b1 - b0) * size_t(ld)) : p.y + b0 * O + o0;
   Located<T> at;
   const int rows = int(b1 - b0);
 
   for (int64_t i0 = 0; i0 < I; i0 += kBlockInputs) {
     const int inputs = int(smaller<int64_t>(kBlockInputs, I - i0));
-    transpose<T>(p.x + b0 * I + i0, I, rows, inputs, column, kTileStride);
+    transpose_from<T>(p.x_storage, p.x, b0 * I + i0, I, rows, inputs, column, kTileStride);
     if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileStride);
     knots.prepare(p, i0, inputs);
     for (int i = 0; i < inputs; ++i) {
@@ -159,30 +164,33 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
       // A sum of its own for every block of inputs keeps float error near that of a blocked matrix product.
       memset(y, 0, sizeof(T) * size_t(rows) * size_t(w));
       for (int i = 0; i < inputs; ++i) {
-        const T* c = p.spline_weight + (i0 + i) * bases * O + o;
-        const T* b = base ? p.base_weight + (i0 + i) * O + o : nullptr;
+        const ptrdiff_t at_spline = (i0 + i) * bases * O + o, at_base = (i0 + i) * O + o;
+        const T* c = p.spline_weight + at_spline;
+        const T* b = base ? p.base_weight + at_base : nullptr;
         Window<T> window{c, O, bases, (p.outside == kZero ? 0 : p.spline_order) - p.spline_order + n};
         if (!order.spline) {
           window.count = 0;
-        } else if (n > 0 || !out.whole()) {
-          difference(p.grid + (i0 + i) * p.knots(), p.spline_order, n, bases, c, O, out.columns, w, packed);
+        } else if (n > 0 || !out.whole() || typed) {
+          difference(p.grid + (i0 + i) * p.knots(), p.spline_order, n, bases, p.w_storage, p.spline_weight, at_spline, O,
+                     out.columns, w, packed);
           window = {packed, w, bases + n, window.offset};
         }
-        if (i + 1 < inputs) {
+        if (i + 1 < inputs && !typed) {
           if (order.spline) prefetch_rows(c + bases * O, O, bases, out.columns);
           if (base) prefetch_rows(b + O, O, 1, out.columns);
         }
-        if (o == o0 && i0 + inputs < I) prefetch_block(p.x + b0 * I + i0 + inputs, I, rows, I - i0 - inputs, i, inputs);
-        if (base && !out.whole()) {
-          copy_padded(b, out.columns, w, packed_base);
+        if (o == o0 && i0 + inputs < I && p.x_storage == Storage::same)
+          prefetch_block(p.x + b0 * I + i0 + inputs, I, rows, I - i0 - inputs, i, inputs);
+        if (base && (!out.whole() || typed)) {
+          read_padded(p.w_storage, p.base_weight, at_base, out.columns, w, packed_base);
           b = packed_base;
         }
         kernel(tile[i], window, b, y);
       }
       for (int64_t r = b0; r < b1; ++r) {
         const T* from = y + (r - b0) * w;
-        T* to = p.y + r * O + o;
-        if (r + kRowsAhead < b1) prefetch_rows(to + kRowsAhead * O, O, 1, out.columns);
+        T* to = result + (r - b0) * ld + (o - o0);
+        if (r + kRowsAhead < b1) prefetch_rows(to + kRowsAhead * ld, ld, 1, out.columns);
         if (i0 == 0) {
           memcpy(to, from, sizeof(T) * size_t(out.columns));
         } else {
@@ -194,6 +202,7 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
       o += out.columns;
     }
   }
+  if (typed) for (int r = 0; r < rows; ++r) write_row(p.w_storage, result + r * ld, ld, p.y, (b0 + r) * O + o0);
 }
 
 }  // namespace
@@ -201,7 +210,7 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
 template <class T> void contract_output(const Problem<T>& p, const Runtime& runtime) {
   if (p.batch == 0 || p.out_features == 0) return;
   if (p.in_features == 0) {
-    memset(p.y, 0, sizeof(T) * size_t(p.batch) * size_t(p.out_features));
+    memset(p.y, 0, (p.w_storage == Storage::same ? sizeof(T) : 2) * size_t(p.batch) * size_t(p.out_features));
     return;
   }
   if (narrow::serves_output(p)) return narrow::contract_output(p, runtime);

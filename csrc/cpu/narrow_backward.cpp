@@ -249,10 +249,10 @@ template <class T> void backward_range(const Task<T>& task, int64_t part, int64_
   const int64_t b1 = smaller(p.batch, (part + 1) * task.rows);
   for (int64_t b = part * task.rows; b < b1; b += kRows) {
     const int rows = int(smaller<int64_t>(kRows, b1 - b));
-    to_columns(p.g + b * O, O, rows, int(O), g);
+    to_columns(p.w_storage, p.g, b * O, O, rows, int(O), g);
     for (int64_t i0 = first; i0 < end; i0 += kInputs) {
       const int inputs = int(smaller<int64_t>(kInputs, end - i0));
-      to_columns(p.x + b * I + i0, I, rows, inputs, column);
+      to_columns(p.x_storage, p.x, b * I + i0, I, rows, inputs, column);
       if (p.scale) to_columns(p.scale + b * I + i0, I, rows, inputs, scale_column);
       for (int i = 0; i < inputs; ++i) {
         const T* x = column + i * kColumn;
@@ -279,7 +279,7 @@ template <class T> void backward_range(const Task<T>& task, int64_t part, int64_
             d_base[(i0 + i) * O + o] += sum<T>(total);
           }
       }
-      if (need_x) from_columns(dx, rows, inputs, p.dx + b * I + i0, I);
+      if (need_x) from_columns(dx, rows, inputs, p.x_storage, p.dx, b * I + i0, I);
     }
   }
 }
@@ -319,7 +319,8 @@ template <class T> void add_parts(const Task<T>& task, T* packed) {
 
 }  // namespace
 
-template <class T> void contract_backward(const Problem<T>& p, const Runtime& runtime) {
+template <class T> void contract_backward(const Problem<T>& given, const Runtime& runtime) {
+  Problem<T> p = given;
   const bool need_w = p.d_spline != nullptr;
   const int64_t I = p.in_features, O = p.out_features, threads = row_tasks(p, runtime.threads);
   const int64_t input_tasks = smaller(threads, (I + kInputs - 1) / kInputs);
@@ -337,7 +338,9 @@ template <class T> void contract_backward(const Problem<T>& p, const Runtime& ru
   arena.reserve<T>(per_input * size_t(I) + sums * size_t(window_rows + 1) + packed_size + size_t(O));
   reserve_pieces(for_x, I, true, arena);
   reserve_pieces(for_w, I, false, arena);
+  reserve_weights(p, arena);
   arena.commit();
+  p = with_wide_weights(given, arena);
   Knots<T>* knots = arena.take<Knots<T>>(size_t(I));
   prepare_knots(p, knots, arena.take<T>(per_input * size_t(I)));
   T *packed = arena.take<T>(packed_size), *zeros = arena.take<T>(size_t(O));

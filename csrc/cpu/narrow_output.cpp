@@ -71,7 +71,7 @@ template <class T> void output_rows(const Problem<T>& p, const Pieces<T>& t, int
     const int rows = int(smaller<int64_t>(kRows, b1 - b));
     for (int64_t i0 = 0; i0 < I; i0 += kInputs) {
       const int inputs = int(smaller<int64_t>(kInputs, I - i0));
-      to_columns(p.x + b * I + i0, I, rows, inputs, column);
+      to_columns(p.x_storage, p.x, b * I + i0, I, rows, inputs, column);
       if (p.scale) to_columns(p.scale + b * I + i0, I, rows, inputs, scale_column);
       // A sum of its own for every block of inputs keeps float error near that of a blocked matrix product.
       T* sum = i0 == 0 ? y : block;
@@ -81,13 +81,14 @@ template <class T> void output_rows(const Problem<T>& p, const Pieces<T>& t, int
       if (i0 > 0)
         for (int64_t q = 0; q < O * kColumn; q += Simd<T>::N) store<T>(y + q, load<T>(y + q) + load<T>(block + q));
     }
-    from_columns(y, rows, int(O), p.y + b * O, O);
+    from_columns(y, rows, int(O), p.w_storage, p.y, b * O, O);
   }
 }
 
 }  // namespace
 
-template <class T> void contract_output(const Problem<T>& p, const Runtime& runtime) {
+template <class T> void contract_output(const Problem<T>& given, const Runtime& runtime) {
+  Problem<T> p = given;
   const int64_t tasks = row_tasks(p, runtime.threads);
   Arena arena(runtime);
   const size_t inputs = size_t(p.in_features), outputs = size_t(p.out_features);
@@ -96,7 +97,9 @@ template <class T> void contract_output(const Problem<T>& p, const Runtime& runt
   arena.reserve<Knots<T>>(inputs);
   arena.reserve<T>(per_input * inputs + scratch + outputs);
   reserve_pieces(pieces, p.in_features, true, arena);
+  reserve_weights(p, arena);
   arena.commit();
+  p = with_wide_weights(given, arena);
   Knots<T>* knots = arena.take<Knots<T>>(inputs);
   T *knots_memory = arena.take<T>(per_input * inputs), *zeros = arena.take<T>(outputs), *rest = arena.take<T>(scratch);
   memset(zeros, 0, sizeof(T) * outputs);

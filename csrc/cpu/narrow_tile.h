@@ -150,7 +150,7 @@ template <class T> void prepare_polynomials(const Problem<T>& p, Pieces<T>& piec
     const T* c = p.spline_weight + i * bases * O;
     const int first = pieces.first[i], last = pieces.knots[i].high - pieces.knots[i].low;
     if (n > 0) {
-      difference(p.grid + i * p.knots(), p.spline_order, n, bases, c, O, O, O, scratch);
+      difference(p.grid + i * p.knots(), p.spline_order, n, bases, Storage::same, c, 0, O, O, O, scratch);
       c = scratch;
     }
     for (int o = 0; o < O; ++o) {
@@ -290,7 +290,7 @@ inline void join_packed(const float* in, int rows, int columns, float* out) {
 template <class T> inline void to_columns(const T* in, int64_t ld, int rows, int columns, T* out) {
   constexpr int step = kVectors * Simd<T>::N;
   const int whole = (rows + step - 1) / step * step;
-  if (ld == 1) return copy_padded(in, rows, whole, out);
+  if (ld == 1) return read_padded(Storage::same, in, 0, rows, whole, out);
   bool done = false;
 #if defined(KAN_ISA_AVX512)
   if constexpr (sizeof(T) == 4)
@@ -304,12 +304,46 @@ template <class T> inline void to_columns(const T* in, int64_t ld, int rows, int
     for (int b = rows; b < whole; ++b) out[i * kColumn + b] = 0;
 }
 template <class T> inline void from_columns(const T* in, int rows, int columns, T* out, int64_t ld) {
-  if (ld == 1) return copy_padded(in, rows, rows, out);
+  if (ld == 1) return read_row(Storage::same, in, 0, rows, out);
 #if defined(KAN_ISA_AVX512)
   if constexpr (sizeof(T) == 4)
     if (ld == columns && columns <= 8) return join_packed(in, rows, columns, out);
 #endif
   transpose<T>(in, kColumn, columns, rows, out, ld);
+}
+
+// The same from and to tensors of other storage: `columns` values from base[index] on in every row.
+template <class T>
+inline void to_columns(Storage type, const T* base, int64_t index, int64_t ld, int rows, int columns, T* out) {
+  if (type == Storage::same) return to_columns(base + index, ld, rows, columns, out);
+  alignas(64) T wide[kRows * kInputs + 16];
+  if (ld == columns) read_row(type, base, index, int64_t(rows) * columns, wide);
+  else for (int r = 0; r < rows; ++r) read_row(type, base, index + r * ld, columns, wide + r * columns);
+  to_columns(wide, columns, rows, columns, out);
+}
+template <class T>
+inline void from_columns(const T* in, int rows, int columns, Storage type, T* base, int64_t index, int64_t ld) {
+  if (type == Storage::same) return from_columns(in, rows, columns, base + index, ld);
+  alignas(64) T wide[kRows * kInputs + 16];
+  from_columns(in, rows, columns, wide, columns);
+  if (ld == columns) write_row(type, wide, int64_t(rows) * columns, base, index);
+  else for (int r = 0; r < rows; ++r) write_row(type, wide + r * columns, columns, base, index + r * ld);
+}
+
+// The problem with weights of type T, which the tables are made from.
+template <class T> inline void reserve_weights(const Problem<T>& p, Arena& arena) {
+  if (p.w_storage != Storage::same) arena.reserve<T>(size_t(p.in_features * (p.bases() + 1) * p.out_features) + 16);
+}
+template <class T> inline Problem<T> with_wide_weights(const Problem<T>& p, Arena& arena) {
+  Problem<T> wide = p;
+  if (p.w_storage == Storage::same) return wide;
+  const int64_t edges = p.in_features * p.out_features;
+  T *spline = arena.take<T>(size_t(edges * p.bases())), *base = arena.take<T>(size_t(edges));
+  if (p.spline_weight) read_row(p.w_storage, p.spline_weight, 0, edges * p.bases(), spline);
+  if (p.base_weight) read_row(p.w_storage, p.base_weight, 0, edges, base);
+  if (p.spline_weight) wide.spline_weight = spline;
+  if (p.base_weight) wide.base_weight = base;
+  return wide;
 }
 
 template <class T> inline const Knots<T>* prepare_knots(const Problem<T>& p, Knots<T>* knots, T* memory) {

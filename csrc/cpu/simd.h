@@ -240,10 +240,4 @@ inline void transpose<float>(const float* in, ptrdiff_t ld_in, int64_t rows, int
 }
 #endif
 
-// Copies `count` values and fills up with zeros to `width`.
-template <class T> KAN_INLINE void copy_padded(const T* in, int64_t count, int64_t width, T* out) {
-  memcpy(out, in, sizeof(T) * size_t(count));
-  if (width > count) memset(out + count, 0, sizeof(T) * size_t(width - count));
-}
-
 }  // namespace kan::cpu::KAN_ISA
