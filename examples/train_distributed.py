@@ -1,11 +1,13 @@
 """Train a KAN with several processes, and go on from the last checkpoint when one of them dies.
 
-Run: torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/train_distributed.py
-     ... --engine ddp | fsdp | tensor
+Run: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+     torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/train_distributed.py [--engine ddp | fsdp | tensor]
 
-torchrun starts every rank anew when one is lost, with --max-restarts times to spare. A step draws its batch by its number
-alone, so a run that was interrupted ends with the very weights of one that was not, whatever the number of interruptions.
-Checkpoints are those of torch.distributed.checkpoint: each rank writes its part, a folder gets its name when all are done.
+torchrun starts every rank anew when one is lost, --max-restarts times. The variable gives each start a store of its own: in
+the one that torch 2.13 shares between starts, gloo may find the addresses of the dead ranks, and fail or hang.
+A step draws its batch by its number alone, so a run that was interrupted ends with the very weights of one that was not,
+whatever the number of interruptions. Checkpoints are those of torch.distributed.checkpoint: each rank writes its part, a
+folder gets its name when all are done.
 """
 
 import argparse

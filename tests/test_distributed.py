@@ -17,6 +17,7 @@ TWO_RANKS = tuple(name for name in distributed_worker.CHECKS if name not in FOUR
 
 def torchrun(ranks, *script):
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # examples/train_distributed.py says why
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     run = subprocess.run([*launcher, *map(str, script)], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -68,12 +69,11 @@ EXAMPLE = HERE.parent / "examples" / "train_distributed.py"
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_checkpoint(engine, tmp_path):
     options = ("--engine", engine, "--steps", 60, "--rows", 64, "--every", 10, "--promise", 10, "--folder")
     torchrun(2, EXAMPLE, *options, tmp_path / "whole")
-    # On a busy machine a restart may itself fail, as gloo gives up connecting after seconds: three, as the example says.
-    output = torchrun(2, "--max-restarts", 3, HERE / "killed_rank.py", 37, *options, tmp_path / "killed")
+    output = torchrun(2, "--max-restarts", 1, HERE / "killed_rank.py", 37, *options, tmp_path / "killed")
     # Ranks may write into one line.
     starts = [int(step) for step in re.findall(r"goes on from step (\d+)", output)]
     steps = [int(step) for step in re.findall(r" step (\d+): loss", output)]
-    assert starts[:2] == [0, 0] and set(starts[2:]) == {30}, output
+    assert starts == [0, 0, 30, 30], output
     assert steps == [10, 20, 30, 40, 50, 60], output
     whole, killed = (torch.load(tmp_path / name / "final.pt") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
