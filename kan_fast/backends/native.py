@@ -78,7 +78,18 @@ def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it has no kernels for {device.type}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("kan_fast_native::contract_output", device.type.upper()):
         return f"its extension was built without {device.type.upper()}"
+    if device.type == "cuda":
+        return _reason_not_cuda(device)
     return None
+
+
+def _reason_not_cuda(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "its extension has kernels for NVIDIA GPUs only"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
 
 
 def _precision(x: Tensor) -> tuple[int, ...]:
