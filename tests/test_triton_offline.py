@@ -107,7 +107,7 @@ def test_narrow_kernels_use_no_tensor_instruction():
             assert resources.name.endswith("_narrow") and not resources.tensor
 
 
-# With triton 3.6 test_triton_ptx.py, which follows what is written and read, stands in for this one where products are not tf32.
+# With triton 3.6 test_triton_ptx.py, which follows what is written and read, stands in for this where products are not tf32.
 @pytest.mark.skipif(not NEW_ENOUGH_FENCES, reason="triton before 3.9 leaves out a fence for tf32: a known flaw of it")
 @pytest.mark.parametrize("configuration", [c for c in SAMPLE if c.arch == 90], ids=lambda c: c.name)
 def test_what_tensor_cores_read_is_fenced(configuration):
