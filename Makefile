@@ -18,7 +18,7 @@ ENV := $(VENV)/.installed-$(subst /,_,$(subst $(empty) $(empty),_,$(TORCH)))
 NATIVE := kan_fast/_native.so
 SOURCES := $(wildcard csrc/* csrc/*/* setup.py build_backend.py)
 
-.PHONY: help env build test test-slow test-kernels-full test-sanitize lint demo bench docs wheel clean cuda-build
+.PHONY: help env build test test-slow test-kernels-full test-sanitize test-sanitize-cuda lint demo bench docs wheel clean cuda-build
 
 help:
 	@echo "make demo           train on handwritten digits, fused and reference side by side"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-kernels-full  every configuration of the Triton and CUDA kernels, compiled for all architectures"
 	@echo "make test-sanitize  the native tests under the address and undefined-behaviour sanitizers, the emulated CUDA kernels"
 	@echo "                    under the address and thread sanitizers"
+	@echo "make test-sanitize-cuda  the emulated CUDA kernels under the address and thread sanitizers"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks"
 	@echo "make docs           the API pages in build/docs/"
@@ -73,6 +74,9 @@ test-sanitize: build
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	KAN_FAST_REQUIRE_NATIVE=1 KAN_FAST_NATIVE_LIBRARY=build/sanitize/_native.so \
 	$(PY) -m pytest -q tests/test_native*.py -k "not reference-cpu" $(PYTEST_ARGS)
+
+# The CUDA kernels, run by the emulation of the tests, under the address and thread sanitizers.
+test-sanitize-cuda: build
 	$(PY) -m pytest -q -m slow tests/test_cuda_sanitized.py $(PYTEST_ARGS)
 
 lint: $(ENV)
