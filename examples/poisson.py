@@ -37,7 +37,8 @@ def laplacian(model: KAN, points: Tensor) -> Tensor:
 def main(rounds: tuple[int, int, int] = (4, 4, 8)) -> float:
     """rounds: how many times 100 L-BFGS iterations each grid gets."""
     torch.manual_seed(0)
-    line = torch.linspace(-1, 1, 33, dtype=torch.float64)
+    # More than two points in an interval of the finest grid: with 33 a side the error between them could grow to 3e-4.
+    line = torch.linspace(-1, 1, 49, dtype=torch.float64)
     points = torch.cartesian_prod(line, line).requires_grad_()
     source = -2 * math.pi**2 * solution(points.detach())
     fine = torch.linspace(-1, 1, 101, dtype=torch.float64)
