@@ -57,9 +57,6 @@ struct Runtime {
 namespace cpu {
 template <class T> void contract_output(const Problem<T>&, const Runtime&);
 template <class T> void contract_backward(const Problem<T>&, const Runtime&);  // dx, d_spline, d_base: any subset
-
-void widen(Storage, const uint16_t* from, float* to, int64_t count);
-void narrow(Storage, const float* from, uint16_t* to, int64_t count);
 }  // namespace cpu
 
 namespace cuda {

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -13,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -58,6 +58,9 @@ void expect_shape(const char* name, const Tensor& t, std::initializer_list<int64
 bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
+kan::Storage storage_of(ScalarType type) {
+  return type == ScalarType::BFloat16 ? kan::Storage::bfloat16 : type == ScalarType::Half ? kan::Storage::half : kan::Storage::same;
+}
 
 // Whether to compute in float64 (as float64 weights ask for) or in float32. x may be narrower or wider than the weights,
 // but float64 goes with float64 only.
@@ -69,11 +72,12 @@ bool is_double(const Tensor& x, const Tensor& weights) {
   return wide;
 }
 
-// Contiguous and of the compute type; the tensor itself where it is so already.
+// Contiguous and of this type; the tensor itself where it is so already.
 Tensor prepared(const Tensor& t, ScalarType type) {
   if (t.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(t, type));
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
+Tensor as_type(Tensor t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 
 struct AlignedBuffer {
   char* memory = nullptr;
@@ -105,145 +109,24 @@ void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 
 kan::Runtime runtime() { return {int(torch::stable::get_num_threads()), parallel, workspace}; }
 
-// Shapes and codes shared by all operators. Tensors that an operator lacks are null. The kernels read and write most tensors
-// of 16 bits themselves; scale and the weights' gradients, which are summed in place, stand in as float32 copies in one block
-// of memory, filled before the launch and written back after it.
-template <class T> class Call {
- public:
+// A problem and the tensors that its pointers lead into; those that an operator lacks are null.
+template <class T> struct Call {
+  static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   Problem<T> p{};
+  std::vector<Tensor> held;
 
-  explicit Call(const Tensor& like) : like_(like) {}
-  Call(const Call&) = delete;  // the copies remember where in p their pointers stand
-
-  // `storage`: where the kernels read 16 bits themselves, what is to tell them so.
+  // `storage`: where the kernels read 16 bits themselves, what tells them so; other tensors are converted.
   void input(const Tensor& t, const T*& pointer, kan::Storage* storage = nullptr) {
-    if (is_narrow(t) && storage) {
-      held_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-      pointer = static_cast<const T*>(held_.back().const_data_ptr());
-      *storage = kind(t);
-    } else if (is_narrow(t)) {
-      held_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-      copies_.push_back({const_cast<void*>(held_.back().const_data_ptr()), &pointer, nullptr, t.numel(), kind(t)});
-    } else {
-      held_.push_back(prepared(t, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float));
-      pointer = static_cast<const T*>(held_.back().const_data_ptr());
-    }
+    if (storage) *storage = storage_of(t.scalar_type());
+    held.push_back(prepared(t, storage && *storage != kan::Storage::same ? t.scalar_type() : kType));
+    pointer = static_cast<const T*>(held.back().const_data_ptr());
   }
-  Tensor output(std::initializer_list<int64_t> sizes, ScalarType type, T*& pointer, bool by_kernels = false) {
-    Tensor t = torch::stable::new_empty(like_, sizes, type);
-    if (is_narrow(t) && !by_kernels) copies_.push_back({t.mutable_data_ptr(), nullptr, &pointer, t.numel(), kind(t)});
-    else pointer = static_cast<T*>(t.mutable_data_ptr());
-    return t;
-  }
-  template <class Kernel> void launch(Kernel kernel) {
-    if constexpr (sizeof(T) == 4) {
-      int64_t total = 0;
-      for (const Copy& copy : copies_) total += padded(copy.count);
-      if (total > 0) {
-        held_.push_back(torch::stable::new_empty(like_, {total}, ScalarType::Float));
-        float* next = static_cast<float*>(held_.back().mutable_data_ptr());
-        for (Copy& copy : copies_) {
-          copy.wide = next;
-          if (copy.in) *copy.in = next;
-          else *copy.out = next;
-          next += padded(copy.count);
-        }
-      }
-    }
-    convert(true);
-    kernel(p, runtime());
-    convert(false);
-  }
-
- private:
-  struct Copy {
-    void* narrow;
-    const T** in;  // one of the two is null
-    T** out;
-    int64_t count;
-    kan::Storage type;
-    float* wide = nullptr;
-  };
-  static constexpr int64_t kChunk = 1 << 15;  // elements a task converts: about 5 us
-
-  static bool is_narrow(const Tensor& t) {
-    return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
-  }
-  static kan::Storage kind(const Tensor& t) {
-    return t.scalar_type() == ScalarType::BFloat16 ? kan::Storage::bfloat16 : kan::Storage::half;
-  }
-  static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
-
-  void convert(bool inputs) {
-    int64_t chunks = 0;
-    for (const Copy& copy : copies_)
-      if ((copy.in != nullptr) == inputs) chunks += (copy.count + kChunk - 1) / kChunk;
-    if (chunks == 0) return;
-    struct Context {
-      const std::vector<Copy>& copies;
-      bool inputs;
-    } context{copies_, inputs};
-    parallel(chunks, [](void* data, int64_t index) {
-      const Context& c = *static_cast<const Context*>(data);
-      for (const Copy& copy : c.copies) {
-        if ((copy.in != nullptr) != c.inputs) continue;
-        const int64_t here = (copy.count + kChunk - 1) / kChunk;
-        if (index >= here) {
-          index -= here;
-          continue;
-        }
-        const int64_t first = index * kChunk, count = std::min(kChunk, copy.count - first);
-        uint16_t* narrow = static_cast<uint16_t*>(copy.narrow) + first;
-        if (c.inputs) kan::cpu::widen(copy.type, narrow, copy.wide + first, count);
-        else kan::cpu::narrow(copy.type, copy.wide + first, narrow, count);
-        return;
-      }
-    }, &context);
-  }
-
-  const Tensor& like_;
-  std::vector<Tensor> held_;
-  std::vector<Copy> copies_;
 };
 
 void check_codes(int64_t activation, int64_t outside, int64_t n) {
   require(activation >= kan::kNone && activation <= kan::kTanh, "activation code must be 0..5, got " + std::to_string(activation));
   require(outside >= kan::kZero && outside <= kan::kClamp, "outside code must be 0..2, got " + std::to_string(outside));
   require(n >= 0 && n <= 32, "derivative order n must be 0..32, got " + std::to_string(n));
-}
-
-template <class T>
-void prepare(Call<T>& call, const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
-             const MaybeTensor& g, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside) {
-  Problem<T>& p = call.p;
-  p.batch = x.size(0);
-  p.in_features = x.size(1);
-  p.spline_order = int(spline_order);
-  p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
-  p.activation = int(activation);
-  p.outside = int(outside);
-  call.input(x, p.x, &p.x_storage);
-  call.input(grid, p.grid);
-  if (scale) {
-    expect_shape("scale", *scale, {p.batch, p.in_features});
-    call.input(*scale, p.scale);
-  }
-  if (spline) {
-    p.out_features = spline->size(2);
-    call.input(*spline, p.spline_weight, &p.w_storage);
-  }
-  if (g) {
-    require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
-    if (!spline) p.out_features = g->size(1);
-    expect_shape("g", *g, {p.batch, p.out_features});
-    require(!spline || g->scalar_type() == spline->scalar_type(), "g must have the dtype of spline_weight");
-    call.input(*g, p.g, &p.w_storage);
-  }
-  if (base) {
-    expect_shape("base_weight", *base, {p.in_features, p.out_features});
-    require(base->scalar_type() == spline->scalar_type(), "base_weight must have the dtype of spline_weight");
-    call.input(*base, p.base_weight, &p.w_storage);
-  }
 }
 
 int64_t order_of(const Tensor& x, const Tensor& spline, const Tensor& grid) {
@@ -263,27 +146,78 @@ void check_order(int64_t order, const Tensor& grid) {
   require(grid.scalar_type() == ScalarType::Float || grid.scalar_type() == ScalarType::Double, "grid must be float32 or float64");
 }
 
-void check_base(const MaybeTensor& base, int64_t activation) {
+// What an operator with spline weights is given, but for shapes that set_sizes checks; the spline's order.
+int64_t checked_order(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& grid, int64_t activation,
+                      int64_t outside, int64_t n) {
+  const int64_t order = order_of(x, spline, grid);
+  check_order(order, grid);
+  check_codes(activation, outside, n);
   require((activation == kan::kNone) == !base, "base_weight must be given exactly when activation is not none");
+  return order;
+}
+
+// The same for contract_weight, which has none.
+void check_without_weights(const Tensor& x, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside,
+                           int64_t n) {
+  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
+  require(grid.dim() == 2 && grid.size(0) == x.size(1),
+          "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
+  check_order(spline_order, grid);
+  check_codes(activation, outside, n);
+}
+
+// Sizes and codes of a problem of the CPU's or of CUDA's kernels, once shapes and dtypes are known to fit.
+template <class P>
+void set_sizes(P& p, const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
+               const MaybeTensor& g, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside) {
+  p.batch = x.size(0);
+  p.in_features = x.size(1);
+  p.spline_order = int(spline_order);
+  p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
+  p.activation = int(activation);
+  p.outside = int(outside);
+  if (scale) expect_shape("scale", *scale, {p.batch, p.in_features});
+  if (g) require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
+  p.out_features = spline ? spline->size(2) : g->size(1);
+  if (g) {
+    expect_shape("g", *g, {p.batch, p.out_features});
+    require(!spline || g->scalar_type() == spline->scalar_type(), "g must have the dtype of spline_weight");
+  }
+  if (base) {
+    expect_shape("base_weight", *base, {p.in_features, p.out_features});
+    require(base->scalar_type() == spline->scalar_type(), "base_weight must have the dtype of spline_weight");
+  }
+}
+
+template <class T>
+Call<T> prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
+                const MaybeTensor& g, const Tensor& grid, int64_t spline_order, int64_t activation, int64_t outside) {
+  Call<T> call;
+  Problem<T>& p = call.p;
+  set_sizes(p, x, scale, spline, base, g, grid, spline_order, activation, outside);
+  call.input(x, p.x, &p.x_storage);
+  call.input(grid, p.grid);
+  if (scale) call.input(*scale, p.scale);
+  if (spline) call.input(*spline, p.spline_weight, &p.w_storage);
+  if (g) call.input(*g, p.g, &p.w_storage);
+  if (base) call.input(*base, p.base_weight, &p.w_storage);
+  return call;
 }
 
 template <class T>
 Tensor output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base, const Tensor& grid,
               int64_t order, int64_t activation, int64_t outside, int64_t n) {
-  Call<T> call(x);
-  prepare(call, x, scale, spline, base, std::nullopt, grid, order, activation, outside);
+  Call<T> call = prepare<T>(x, scale, spline, base, std::nullopt, grid, order, activation, outside);
   call.p.n_output = int(n);
-  Tensor y = call.output({call.p.batch, call.p.out_features}, spline.scalar_type(), call.p.y, true);
-  call.launch(kan::cpu::contract_output<T>);
+  Tensor y = torch::stable::new_empty(x, {call.p.batch, call.p.out_features}, spline.scalar_type());
+  call.p.y = static_cast<T*>(y.mutable_data_ptr());
+  kan::cpu::contract_output<T>(call.p, runtime());
   return y;
 }
 
 Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base,
                        const Tensor& grid, int64_t activation, int64_t outside, int64_t n, int64_t) {
-  const int64_t order = order_of(x, spline, grid);
-  check_order(order, grid);
-  check_codes(activation, outside, n);
-  check_base(base, activation);
+  const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   auto run = is_double(x, spline) ? output<double> : output<float>;
   return run(x, scale, spline, base, grid, order, activation, outside, n);
 }
@@ -297,39 +231,40 @@ template <class T>
 Gradients gradients(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& spline, const MaybeTensor& base,
                     const Tensor& g, const Tensor& grid, int64_t order, int64_t activation, int64_t outside,
                     int64_t n_input, int64_t n_weight, bool want_weight) {
-  Call<T> call(x);
-  prepare(call, x, scale, spline, base, g, grid, order, activation, outside);
+  Call<T> call = prepare<T>(x, scale, spline, base, g, grid, order, activation, outside);
   Problem<T>& p = call.p;
   p.n_input = int(n_input);
   p.n_weight = int(n_weight);
   Gradients out;
-  if (spline) out.dx = call.output({p.batch, p.in_features}, x.scalar_type(), p.dx, true);
-  if (want_weight) {
-    out.d_spline = call.output({p.in_features, p.bases(), p.out_features}, g.scalar_type(), p.d_spline);
-    const int64_t base_rows = activation == kan::kNone ? 0 : p.in_features;
-    out.d_base = call.output({base_rows, p.out_features}, g.scalar_type(), p.d_base);
-    if (activation == kan::kNone) p.d_base = nullptr;
+  if (spline) {
+    out.dx = torch::stable::new_empty(x, {p.batch, p.in_features}, x.scalar_type());
+    p.dx = static_cast<T*>(out.dx.mutable_data_ptr());
   }
-  call.launch(kan::cpu::contract_backward<T>);
+  if (want_weight) {  // summed in place, so in the compute type
+    const bool with_base = activation != kan::kNone;
+    out.d_spline = torch::stable::new_empty(x, {p.in_features, p.bases(), p.out_features}, Call<T>::kType);
+    out.d_base = torch::stable::new_empty(x, {with_base ? p.in_features : 0, p.out_features}, Call<T>::kType);
+    p.d_spline = static_cast<T*>(out.d_spline.mutable_data_ptr());
+    if (with_base) p.d_base = static_cast<T*>(out.d_base.mutable_data_ptr());
+  }
+  kan::cpu::contract_backward<T>(p, runtime());
+  if (want_weight) {
+    out.d_spline = as_type(out.d_spline, g.scalar_type());
+    out.d_base = as_type(out.d_base, g.scalar_type());
+  }
   return out;
 }
 
 Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& g, const Tensor& grid,
                       int64_t activation, int64_t outside, int64_t n, int64_t) {
-  const int64_t order = order_of(x, spline, grid);
-  check_order(order, grid);
-  check_codes(activation, outside, n);
-  check_base(base, activation);
+  const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   auto run = is_double(x, spline) ? gradients<double> : gradients<float>;
   return run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, 0, false).dx;
 }
 
 std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& scale, const Tensor& g, const Tensor& grid,
                                            int64_t spline_order, int64_t activation, int64_t outside, int64_t n, int64_t) {
-  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
-  require(grid.dim() == 2 && grid.size(0) == x.size(1), "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
-  check_order(spline_order, grid);
-  check_codes(activation, outside, n);
+  check_without_weights(x, grid, spline_order, activation, outside, n);
   auto run = is_double(x, g) ? gradients<double> : gradients<float>;
   Gradients d = run(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, 0, n, true);
   return {d.d_spline, d.d_base};
@@ -338,10 +273,7 @@ std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& s
 std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tensor& spline, const MaybeTensor& base,
                                                      const Tensor& g, const Tensor& grid, int64_t activation,
                                                      int64_t outside, int64_t n, int64_t) {
-  const int64_t order = order_of(x, spline, grid);
-  check_order(order, grid);
-  check_codes(activation, outside, n);
-  check_base(base, activation);
+  const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   auto run = is_double(x, spline) ? gradients<double> : gradients<float>;
   Gradients d = run(x, std::nullopt, spline, base, g, grid, order, activation, outside, n + 1, n, true);
   return {d.dx, d.d_spline, d.d_base};

@@ -33,14 +33,11 @@ Call prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& splin
   auto& p = call.p;
   const Tensor& weights = spline ? *spline : *g;
   const ScalarType type = weights.scalar_type(), wide = is_double(x, weights) ? ScalarType::Double : ScalarType::Float;
+  const std::pair<const char*, const MaybeTensor&> others[] = {
+      {"scale", scale}, {"spline_weight", spline}, {"base_weight", base}, {"g", g}};
   expect_device("grid", x, grid);
-  p.batch = x.size(0);
-  p.in_features = x.size(1);
-  p.out_features = spline ? spline->size(2) : g->size(1);
-  p.spline_order = int(spline_order);
-  p.grid_size = int(grid.size(1) - 2 * spline_order - 1);
-  p.activation = int(activation);
-  p.outside = int(outside);
+  for (const auto& [name, tensor] : others) if (tensor) expect_device(name, x, *tensor);
+  set_sizes(p, x, scale, spline, base, g, grid, spline_order, activation, outside);
   p.n = int(n);
   p.precision = precision == 0 ? kan::cuda::kHighest : kan::cuda::kTf32;
   p.weight_dtype = dtype_of(type);
@@ -49,28 +46,10 @@ Call prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& splin
   p.x_dtype = dtype_of(x_type);
   p.x = call.keep(x, x_type);
   p.grid = call.keep(grid, wide);
-  if (scale) {
-    expect_device("scale", x, *scale);
-    expect_shape("scale", *scale, {p.batch, p.in_features});
-    p.scale = call.keep(*scale, x_type);
-  }
-  if (spline) {
-    expect_device("spline_weight", x, *spline);
-    p.spline_weight = call.keep(*spline, type);
-  }
-  if (g) {
-    require(g->dim() == 2, "g must have shape (batch, out), got " + shape_of(*g));
-    expect_device("g", x, *g);
-    expect_shape("g", *g, {p.batch, p.out_features});
-    require(g->scalar_type() == type, "g must have the dtype of spline_weight");
-    p.g = call.keep(*g, type);
-  }
-  if (base) {
-    expect_device("base_weight", x, *base);
-    expect_shape("base_weight", *base, {p.in_features, p.out_features});
-    require(base->scalar_type() == type, "base_weight must have the dtype of spline_weight");
-    p.base_weight = call.keep(*base, type);
-  }
+  if (scale) p.scale = call.keep(*scale, x_type);
+  if (spline) p.spline_weight = call.keep(*spline, type);
+  if (g) p.g = call.keep(*g, type);
+  if (base) p.base_weight = call.keep(*base, type);
   return call;
 }
 
@@ -90,10 +69,7 @@ void run(const Tensor& x, const kan::cuda::Problem& p, size_t (*workspace)(const
 
 Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& spline, const MaybeTensor& base,
                        const Tensor& grid, int64_t activation, int64_t outside, int64_t n, int64_t precision) {
-  const int64_t order = order_of(x, spline, grid);
-  check_order(order, grid);
-  check_codes(activation, outside, n);
-  check_base(base, activation);
+  const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   Call call = prepare(x, scale, spline, base, std::nullopt, grid, order, activation, outside, n, precision);
   Tensor y = torch::stable::new_empty(x, {call.p.batch, call.p.out_features}, spline.scalar_type());
   call.p.y = y.mutable_data_ptr();
@@ -103,10 +79,7 @@ Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& 
 
 Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& g, const Tensor& grid,
                       int64_t activation, int64_t outside, int64_t n, int64_t precision) {
-  const int64_t order = order_of(x, spline, grid);
-  check_order(order, grid);
-  check_codes(activation, outside, n);
-  check_base(base, activation);
+  const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   Call call = prepare(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, precision);
   Tensor dx = torch::stable::new_empty(x, {call.p.batch, call.p.in_features}, x.scalar_type());
   call.p.dx = dx.mutable_data_ptr();
@@ -117,10 +90,7 @@ Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& 
 std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& scale, const Tensor& g, const Tensor& grid,
                                            int64_t spline_order, int64_t activation, int64_t outside, int64_t n,
                                            int64_t precision) {
-  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
-  require(grid.dim() == 2 && grid.size(0) == x.size(1), "grid must have shape (" + std::to_string(x.size(1)) + ", knots), got " + shape_of(grid));
-  check_order(spline_order, grid);
-  check_codes(activation, outside, n);
+  check_without_weights(x, grid, spline_order, activation, outside, n);
   Call call = prepare(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, n, precision);
   auto& p = call.p;
   const bool base = activation != kan::kNone;

@@ -8,8 +8,6 @@ namespace kan::cpu {
   namespace isa {                                                             \
   template <class T> void contract_output(const Problem<T>&, const Runtime&); \
   template <class T> void contract_backward(const Problem<T>&, const Runtime&); \
-  void widen_all(Storage, const uint16_t*, float*, int64_t);                  \
-  void narrow_all(Storage, const float*, uint16_t*, int64_t);                 \
   }
 KAN_DECLARE(baseline)
 #ifdef KAN_BUILT_AVX2
@@ -43,9 +41,6 @@ static Isa isa() {
 
 template <class T> void contract_output(const Problem<T>& p, const Runtime& r) { KAN_DISPATCH(contract_output(p, r)) }
 template <class T> void contract_backward(const Problem<T>& p, const Runtime& r) { KAN_DISPATCH(contract_backward(p, r)) }
-
-void widen(Storage type, const uint16_t* from, float* to, int64_t count) { KAN_DISPATCH(widen_all(type, from, to, count)) }
-void narrow(Storage type, const float* from, uint16_t* to, int64_t count) { KAN_DISPATCH(narrow_all(type, from, to, count)) }
 
 template void contract_output<float>(const Problem<float>&, const Runtime&);
 template void contract_output<double>(const Problem<double>&, const Runtime&);

@@ -91,34 +91,29 @@ void both_gradients(const Pieces<T>& t, const Pieces<T>& w, int64_t input, const
   const Knots<T>& k = t.knots[input];
   const T *lower_knot = t.lower_knot(input), *polynomials = t.polynomials + input * t.outputs * t.edge_size();
   const T* base = t.base + input * t.base_stride;
-  const bool silu_pair = w.order.activation.activation == kSilu && w.order.n == 0;
+  const bool silu_pair = w.order.activation.is_silu(0);
   constexpr int U = kVectors, N = Simd<T>::N;
   for (int b = 0; b < rows; b += U * N) {
-    Vec<T> xs[U], value[U], slope[U], u[U], sum[U][P], base_sum[U];
+    Lanes<T, U> value, slope;
+    const Lanes<T, U> xs = load_lanes<T, U>(x + b);
+    Vec<T> u[U], sum[U][P], base_sum[U];
     VecInt<T> piece[U];
-    KAN_UNROLL for (int v = 0; v < U; ++v) xs[v] = load<T>(x + b + v * N);
     if (silu_pair) {
-      Lanes<T, U> in, out, derivative;
-      KAN_UNROLL for (int v = 0; v < U; ++v) in.v[v] = xs[v];
-      silu(in, out, derivative);
-      KAN_UNROLL for (int v = 0; v < U; ++v) {
-        value[v] = out.v[v];
-        slope[v] = derivative.v[v];
-      }
+      silu(xs, value, slope);
     } else {
       for (int v = 0; v < U; ++v) {
-        value[v] = base_feature(w, xs[v]);
-        slope[v] = base_feature(t, xs[v]);
+        value.v[v] = base_feature(w, xs.v[v]);
+        slope.v[v] = base_feature(t, xs.v[v]);
       }
     }
     KAN_UNROLL for (int v = 0; v < U; ++v) {
-      store<T>(f.base + b + v * N, value[v]);
-      locate<P - 1, REGISTERS, T>(w, k, lower_knot, xs[v], piece[v], u[v]);
+      store<T>(f.base + b + v * N, value.v[v]);
+      locate<P - 1, REGISTERS, T>(w, k, lower_knot, xs.v[v], piece[v], u[v]);
       base_sum[v] = Vec<T>{};
       KAN_UNROLL for (int d = 0; d < P; ++d) sum[v][d] = Vec<T>{};
     }
     KAN_UNROLL for (int v = 0; v < U; ++v)
-      window_weights<P, REGISTERS, T>(w, input, xs[v], piece[v], u[v], broadcast<T>(1), f, b + v * N);
+      window_weights<P, REGISTERS, T>(w, input, xs.v[v], piece[v], u[v], broadcast<T>(1), f, b + v * N);
     const T *c = polynomials, *from = g + b;
     for (int64_t o = 0; o < t.outputs; ++o, from += kColumn, c += t.edge_size()) {
       KAN_UNROLL for (int v = 0; v < U; ++v) {
@@ -129,7 +124,7 @@ void both_gradients(const Pieces<T>& t, const Pieces<T>& w, int64_t input, const
     }
     KAN_UNROLL for (int v = 0; v < U; ++v) {
       KAN_UNROLL for (int d = P - 2; d >= 0; --d) sum[v][d] += sum[v][d + 1] * u[v];
-      store<T>(dx + b + v * N, slope[v] * base_sum[v] + sum[v][0]);
+      store<T>(dx + b + v * N, slope.v[v] * base_sum[v] + sum[v][0]);
     }
   }
 }

@@ -64,8 +64,8 @@ template <class T> int launch_input_any(const Problem& p, void* workspace, void*
   using C = typename ComputeOf<T>::Type;
   const Blocks blocks{(p.batch + kRows - 1) / kRows, (p.in_features + kInputs - 1) / kInputs};
   if (blocks.x * blocks.y == 0) return 0;
-  if (int error = launch_describe<C>(p, workspace, stream)) return error;
-  const Arguments<C> a{p, make_activation<C>(p.activation, p.n), static_cast<const Described<C>*>(workspace)};
+  Arguments<C> a;
+  if (int error = launch_describe(p, workspace, stream, a)) return error;
   return launch(input_any<T>, blocks, kThreads, kThreads * sizeof(Window<C>), stream, a);
 }
 

@@ -60,8 +60,8 @@ template <class T> int launch_output_any(const Problem& p, void* workspace, void
   using C = typename ComputeOf<T>::Type;
   const Blocks blocks{(p.batch + kRows - 1) / kRows, (p.out_features + kColumns - 1) / kColumns};
   if (blocks.x * blocks.y == 0) return 0;
-  if (int error = launch_describe<C>(p, workspace, stream)) return error;
-  const Arguments<C> a{p, make_activation<C>(p.activation, p.n), static_cast<const Described<C>*>(workspace)};
+  Arguments<C> a;
+  if (int error = launch_describe(p, workspace, stream, a)) return error;
   return launch(output_any<T>, blocks, kThreads, kThreads * sizeof(Window<C>), stream, a);
 }
 

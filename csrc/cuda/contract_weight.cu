@@ -86,8 +86,8 @@ template <class T> int launch_add_slices(const Problem& p, const void* parts, in
 template <class T> int launch_weight_any(const Problem& p, const Slices& slices, void* workspace, void* stream) {
   using C = typename ComputeOf<T>::Type;
   if (p.in_features == 0 || p.out_features == 0) return 0;
-  if (int error = launch_describe<C>(p, workspace, stream)) return error;
-  const Arguments<C> a{p, make_activation<C>(p.activation, p.n), static_cast<const Described<C>*>(workspace)};
+  Arguments<C> a;
+  if (int error = launch_describe(p, workspace, stream, a)) return error;
   int columns = 1;
   while (columns < 32 && columns < p.out_features) columns *= 2;
   const Blocks blocks{p.in_features, (p.out_features + columns - 1) / columns, slices.count};

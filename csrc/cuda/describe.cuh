@@ -9,9 +9,12 @@ template <class C> __global__ void describe_knots(Problem p, Described<C>* descr
   if (i < p.in_features) described[i] = describe(p, static_cast<const C*>(p.grid) + i * p.knots());
 }
 
-template <class C> inline int launch_describe(const Problem& p, void* workspace, void* stream) {
+// Describes the knots, into the workspace, and gathers what the kernels behind are given.
+template <class C> inline int launch_describe(const Problem& p, void* workspace, void* stream, Arguments<C>& to) {
+  Described<C>* described = static_cast<Described<C>*>(workspace);
+  to = {p, make_activation<C>(p.activation, p.n), described};
   if (p.in_features == 0) return 0;
-  return launch(describe_knots<C>, Blocks{(p.in_features + 127) / 128}, 128, 0, stream, p, static_cast<Described<C>*>(workspace));
+  return launch(describe_knots<C>, Blocks{(p.in_features + 127) / 128}, 128, 0, stream, p, described);
 }
 
 // Windows of a tile of rows and inputs in shared memory, made once and read by every thread that needs them.

@@ -82,4 +82,14 @@ template <class T> KAN_DEVICE void stage_16_bytes(T* to, const T* from, int64_t 
   for (int m = 0; m < kNumbers; ++m) to[m] = m < left ? from[m] : T{};
 }
 
+// body(row, column, sum) for the lane's share of a warp's sums, by the layout of the instructions' result.
+template <int kTiles, class Body> KAN_DEVICE void for_every_sum(const float (&sums)[2][kTiles][4], int lane, Body body) {
+  KAN_UNROLL_ALL
+  for (int m = 0; m < 2; ++m)
+    KAN_UNROLL_ALL
+    for (int n = 0; n < kTiles; ++n)
+      KAN_UNROLL_ALL
+      for (int r = 0; r < 4; ++r) body(16 * m + lane / 4 + 8 * (r >> 1), 8 * n + 2 * (lane % 4) + (r & 1), sums[m][n][r]);
+}
+
 }  // namespace kan::cuda

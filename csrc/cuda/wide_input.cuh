@@ -109,7 +109,7 @@ template <Products P> __global__ void __launch_bounds__(kWideThreads) input_wide
   constexpr int kDepth = kDepthBytes / sizeof(T);
   const Problem& p = a.p;
   char* stages = shared_memory<char>();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, q = lane & 3;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* values = shared_memory<float>() + warp * 32 * kSumsPitch;
   float* totals = reinterpret_cast<float*>(stages + kInputShared) - (4 - warp) * 32 * kTileInputs;  // (32 rows, 8 inputs)
   const int64_t b0 = int64_t(blockIdx.x) * kWideRows, steps = (p.out_features + kDepth - 1) / kDepth;
@@ -139,12 +139,7 @@ template <Products P> __global__ void __launch_bounds__(kWideThreads) input_wide
       }
       wait_for_copies<0>();
       barrier();
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 2; ++m)
-        KAN_UNROLL_ALL
-        for (int n = 0; n <= kTileInputs; ++n)
-          KAN_UNROLL_ALL
-          for (int r = 0; r < 4; ++r) values[(16 * m + g + 8 * (r >> 1)) * kSumsPitch + 8 * n + 2 * q + (r & 1)] = sums[m][n][r];
+      for_every_sum(sums, lane, [&](int row, int column, float sum) { values[row * kSumsPitch + column] = sum; });
       warp_barrier();
       // Lane: one of 8 inputs, one of 4 rows at a time.
       const int64_t i = i0 + lane % kTileInputs;

@@ -187,17 +187,12 @@ __global__ void __launch_bounds__(kWideThreads) output_wide(WideArguments a, flo
       }
       wait_for_copies<0>();
 
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 2; ++m)
-        KAN_UNROLL_ALL
-        for (int n = 0; n < kWideColumns / 8; ++n)
-          KAN_UNROLL_ALL
-          for (int r = 0; r < 4; ++r) {
-            const int64_t b = b0 + 16 * m + g + 8 * (r >> 1), o = o0 + 8 * n + 2 * q + (r & 1);
-            if (b >= p.batch || o >= p.out_features) continue;
-            if (parts != nullptr) parts[(slice * p.batch + b) * p.out_features + o] = sums[m][n][r];
-            else put(static_cast<T*>(p.y)[b * p.out_features + o], sums[m][n][r]);
-          }
+      for_every_sum(sums, lane, [&](int row, int column, float sum) {
+        const int64_t b = b0 + row, o = o0 + column;
+        if (b >= p.batch || o >= p.out_features) return;
+        if (parts != nullptr) parts[(slice * p.batch + b) * p.out_features + o] = sum;
+        else put(static_cast<T*>(p.y)[b * p.out_features + o], sum);
+      });
     }
 }
 

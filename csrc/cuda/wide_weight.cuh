@@ -117,21 +117,15 @@ __global__ void __launch_bounds__(kWideThreads)
       }
       wait_for_copies<0>();
 
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 2; ++m)
-        KAN_UNROLL_ALL
-        for (int n = 0; n < kWideColumns / 8; ++n)
-          KAN_UNROLL_ALL
-          for (int r = 0; r < 4; ++r) {
-            const int column = 16 * m + g + 8 * (r >> 1);
-            const int64_t i = i0 + (is_base ? column : column / kStepBases), o = o0 + 8 * n + 2 * q + (r & 1);
-            const int f = chunk * kStepBases + column % kStepBases;
-            if (i >= p.in_features || o >= p.out_features || (!is_base && f >= p.bases())) continue;
-            const int64_t row = slice * p.in_features + i, at = (is_base ? row : row * p.bases() + f) * p.out_features + o;
-            void* to = is_base ? base : spline;
-            if (whole) put(static_cast<T*>(to)[at], sums[m][n][r]);
-            else static_cast<float*>(to)[at] = sums[m][n][r];
-          }
+      for_every_sum(sums, lane, [&](int column, int output, float sum) {
+        const int64_t i = i0 + (is_base ? column : column / kStepBases), o = o0 + output;
+        const int f = chunk * kStepBases + column % kStepBases;
+        if (i >= p.in_features || o >= p.out_features || (!is_base && f >= p.bases())) return;
+        const int64_t row = slice * p.in_features + i, at = (is_base ? row : row * p.bases() + f) * p.out_features + o;
+        void* to = is_base ? base : spline;
+        if (whole) put(static_cast<T*>(to)[at], sum);
+        else static_cast<float*>(to)[at] = sum;
+      });
     }
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kan_fast.activations import ACTIVATIONS
-from kan_fast.checks import check_problem
+from kan_fast.backends import fake
 from kan_fast.spline import OUTSIDE
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -97,9 +97,8 @@ class Backend:
     def contract_output(
         self, x: Tensor, scale: Tensor | None, spline_weight: Tensor, base_weight: Tensor | None, grid: Tensor, *modes: Any
     ) -> Tensor:
-        check_problem(x, scale, spline_weight, base_weight, None, grid, None, *modes)
+        y = fake.contract_output(x, scale, spline_weight, base_weight, grid, *modes).fill_(torch.nan)
         order = grid.shape[1] - spline_weight.shape[1] - 1
-        y = torch.full((x.shape[0], spline_weight.shape[2]), torch.nan, dtype=spline_weight.dtype)
         tensors = {"x": x, "scale": scale, "spline_weight": spline_weight, "base_weight": base_weight, "y": y}
         self._run("contract_output", grid, order, *modes, **tensors)
         return y
@@ -107,8 +106,7 @@ class Backend:
     def contract_input(
         self, x: Tensor, spline_weight: Tensor, base_weight: Tensor | None, g: Tensor, grid: Tensor, *modes: Any
     ) -> Tensor:
-        check_problem(x, None, spline_weight, base_weight, g, grid, None, *modes)
-        dx = torch.full(x.shape, torch.nan, dtype=x.dtype)
+        dx = fake.contract_input(x, spline_weight, base_weight, g, grid, *modes).fill_(torch.nan)
         tensors = {"x": x, "spline_weight": spline_weight, "base_weight": base_weight, "g": g, "dx": dx}
         self._run("contract_input", grid, grid.shape[1] - spline_weight.shape[1] - 1, *modes, **tensors)
         return dx
@@ -116,10 +114,9 @@ class Backend:
     def contract_weight(
         self, x: Tensor, scale: Tensor | None, g: Tensor, grid: Tensor, spline_order: int, *modes: Any
     ) -> tuple[Tensor, Tensor]:
-        check_problem(x, scale, None, None, g, grid, spline_order, *modes)
-        bases = grid.shape[1] - spline_order - 1
-        d_spline = torch.full((x.shape[1], bases, g.shape[1]), torch.nan, dtype=g.dtype)
-        d_base = torch.full((0 if modes[0] == "none" else x.shape[1], g.shape[1]), torch.nan, dtype=g.dtype)
+        d_spline, d_base = fake.contract_weight(x, scale, g, grid, spline_order, *modes)
+        for result in (d_spline, d_base):
+            result.fill_(torch.nan)
         written = {"d_spline": d_spline, "d_base": None if modes[0] == "none" else d_base}
         self._run("contract_weight", grid, spline_order, *modes, x=x, scale=scale, g=g, **written)
         return d_spline, d_base

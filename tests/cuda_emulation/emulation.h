@@ -43,17 +43,6 @@ void copy_later(std::function<void()> copy);
 void commit_copies();
 void wait_for_copies(int groups_left);
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
 }  // namespace kan::emulation
 
 namespace kan::cuda {
@@ -97,9 +86,9 @@ template <class T> T shuffle(T value, int lane) { return exchange("shuffle", val
 inline float reciprocal(float x) { return 1 / x; }
 inline double reciprocal(double x) { return 1 / x; }
 
-inline float from_bfloat16(uint16_t bits) { return emulation::from_bits(uint32_t(bits) << 16); }
+inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 inline uint16_t to_bfloat16(float value) {
-  const uint32_t bits = emulation::to_bits(value);
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
   if (value != value) return uint16_t(0x7fff);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -107,9 +96,9 @@ inline float from_float16(uint16_t bits) { return float(std::bit_cast<_Float16>(
 inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(_Float16(value)); }
 inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | uint32_t(to_float16(high)) << 16; }
-inline uint32_t to_tf32(float value) { return (emulation::to_bits(value) + 0x1000u) & 0xffffe000u; }
-inline float as_float(uint32_t bits) { return emulation::from_bits(bits); }
-inline uint32_t as_bits(float value) { return emulation::to_bits(value); }
+inline uint32_t to_tf32(float value) { return (std::bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u; }
+inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t as_bits(float value) { return std::bit_cast<uint32_t>(value); }
 
 // The copy itself is instrumented code, and happens when it is waited for.
 inline void copy_16_bytes(void* shared, const void* global, bool zeros) {

@@ -14,8 +14,8 @@ enum class Kind { bfloat16, float16, tf32 };
 
 // One number of a register: 16-bit types have two to a register.
 template <Kind K> float number_in(uint32_t bits, int half) {
-  if constexpr (K == Kind::tf32) return from_bits(bits & 0xffffe000u);
-  else if constexpr (K == Kind::bfloat16) return from_bits((half ? bits >> 16 : bits & 0xffffu) << 16);
+  if constexpr (K == Kind::tf32) return std::bit_cast<float>(bits & 0xffffe000u);
+  else if constexpr (K == Kind::bfloat16) return std::bit_cast<float>((half ? bits >> 16 : bits & 0xffffu) << 16);
   else return float(std::bit_cast<_Float16>(uint16_t(half ? bits >> 16 : bits)));
 }
 
