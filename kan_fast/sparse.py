@@ -142,19 +142,7 @@ class SparseKANLayer(nn.Module):
         mask = layer.edge_mask
         if mask is None:
             mask = torch.ones(layer.in_features, layer.out_features, dtype=torch.bool, device=layer.grid.device)
-        sparse = cls(
-            layer.in_features,
-            layer.out_features,
-            edges=mask,
-            grid_size=layer.grid_size,
-            spline_order=layer.spline_order,
-            grid_range=layer.grid_range,
-            base_activation=layer.base_activation,
-            bias=layer.bias is not None,
-            outside=layer.outside,
-            device=layer.grid.device,
-            dtype=layer.spline_weight.dtype,
-        )
+        sparse = cls(layer.in_features, layer.out_features, edges=mask, **_options(layer))
         inputs, outputs = sparse.edges
         sparse.spline_weight.copy_(layer.spline_weight[inputs, :, outputs])
         for mine, theirs in ((sparse.base_weight, layer.base_weight), (sparse.bias, layer.bias)):
@@ -166,18 +154,7 @@ class SparseKANLayer(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> KANLayer:
         """The same function as a KANLayer, whose edge_mask says which edges there are."""
-        layer = KANLayer(
-            self.in_features,
-            self.out_features,
-            self.grid_size,
-            self.spline_order,
-            grid_range=self.grid_range,
-            base_activation=self.base_activation,
-            bias=self.bias is not None,
-            outside=self.outside,
-            device=self.grid.device,
-            dtype=self.spline_weight.dtype,
-        )
+        layer = KANLayer(self.in_features, self.out_features, **_options(self))
         inputs, outputs = self.edges
         layer.spline_weight.zero_()
         layer.spline_weight[inputs, :, outputs] = self.spline_weight
@@ -245,6 +222,20 @@ def random_edges(in_features: int, out_features: int, fan_in: int) -> Tensor:
         taken = torch.cat([taken, torch.where(repeated, last, drawn)], 1)
     outputs = torch.arange(out_features)[:, None].expand_as(taken)
     return torch.stack([taken.flatten(), outputs.flatten()])
+
+
+def _options(layer: "KANLayer | SparseKANLayer") -> dict[str, Any]:
+    """The arguments that both kinds of layer take by name, as `layer` has them."""
+    return {
+        "grid_size": layer.grid_size,
+        "spline_order": layer.spline_order,
+        "grid_range": layer.grid_range,
+        "base_activation": layer.base_activation,
+        "bias": layer.bias is not None,
+        "outside": layer.outside,
+        "device": layer.grid.device,
+        "dtype": layer.spline_weight.dtype,
+    }
 
 
 def _sorted_pairs(edges: Tensor, in_features: int, out_features: int) -> Tensor:

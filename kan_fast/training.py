@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from kan_fast.atomic import replacing
 from kan_fast.grid import set_knots_in_place, update_grid
 from kan_fast.history import History
 from kan_fast.nn import KANLayer
-from kan_fast.nn.tensor_file import replacing
 from kan_fast.ranks import rank, states_of_all_ranks, sum_over_ranks, world_size
 from kan_fast.regularization import activation_regularization
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_fast.nn import KAN, KANLayer
+from kan_fast.nn.layer import masked
 from kan_fast.ranks import rows_of_all_ranks, whole, world_size
 
 # No tool holds more than this many numbers of a (samples, in, out) or (samples, in, bases) tensor at once:
@@ -62,12 +63,8 @@ def first_rows(data: Data, model: nn.Module, max_samples: int, all_ranks: bool =
 
 def whole_weights(layer: KANLayer) -> tuple[Tensor, Tensor | None]:
     """layer.masked_weights(), in full on every rank where they are sharded."""
-    weights = [None if weight is None else whole(weight) for weight in (layer.spline_weight, layer.base_weight)]
-    if layer.edge_mask is not None:
-        pruned = ~layer.edge_mask
-        weights = [None if w is None else w.masked_fill(pruned[:, None] if w.dim() == 3 else pruned, 0) for w in weights]
-    assert weights[0] is not None
-    return weights[0], weights[1]
+    base_weight = None if layer.base_weight is None else whole(layer.base_weight)
+    return masked(whole(layer.spline_weight), base_weight, layer.edge_mask)
 
 
 @torch.no_grad()

@@ -134,11 +134,7 @@ class KANLayer(nn.Module):
 
     def masked_weights(self) -> tuple[Tensor, Tensor | None]:
         """spline_weight (in, G + k, out) and base_weight (in, out) or None, zero at edges that are masked."""
-        if self.edge_mask is None:
-            return self.spline_weight, self.base_weight
-        pruned = ~self.edge_mask
-        base_weight = None if self.base_weight is None else self.base_weight.masked_fill(pruned, 0)
-        return self.spline_weight.masked_fill(pruned[:, None, :], 0), base_weight
+        return masked(self.spline_weight, self.base_weight, self.edge_mask)
 
     def edge_values(self, x: Tensor, derivative: int = 0) -> Tensor:
         """Value, or derivative of that order, of every edge's function: (N, in) -> (N, in, out). No bias.
@@ -292,6 +288,15 @@ def _derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
         return tangent
 
     return derivative
+
+
+def masked(spline_weight: Tensor, base_weight: Tensor | None, edge_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights (in, G + k, out) and (in, out), zero where edge_mask (in, out) is; without one as they are."""
+    if edge_mask is None:
+        return spline_weight, base_weight
+    pruned = ~edge_mask
+    base_weight = None if base_weight is None else base_weight.masked_fill(pruned, 0)
+    return spline_weight.masked_fill(pruned[:, None, :], 0), base_weight
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

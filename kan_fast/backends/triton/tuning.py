@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kan_fast.atomic import replacing
 from kan_fast.backends import reference
 from kan_fast.backends.triton import tiles
 from kan_fast.backends.triton.tiles import Tile
@@ -272,9 +272,8 @@ def _write(path: Path, found: dict[str, Any]) -> None:
     """Whole or not at all: other processes may read or write the same file. A cache that cannot be written is a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(found, file, indent=1)
-        os.replace(file.name, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(found, indent=1))
     except OSError as error:
         warnings.warn(f"the tuned tile is kept for this process only: {error}", stacklevel=2)
 

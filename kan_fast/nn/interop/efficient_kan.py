@@ -7,7 +7,7 @@ from torch import nn
 from kan_fast.activations import fused_name
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.interop.edges import from_edges
-from kan_fast.nn.interop.states import Source, copied, layer_prefixes, nothing_left, take, tensors
+from kan_fast.nn.interop.states import Source, copied, forget, layer_prefixes, nothing_left, take, tensors
 from kan_fast.nn.layer import KANLayer
 from kan_fast.nn.network import KAN
 
@@ -44,8 +44,7 @@ def from_efficient_kan(source: Source, *, base_activation: BaseActivation = "sil
         if modules and layer.base_weight is not None:
             layer.spline_weight.requires_grad_(part["spline_weight"].requires_grad or getattr(scaler, "requires_grad", False))
             layer.base_weight.requires_grad_(part["base_weight"].requires_grad)
-            for key in [key for key in state if key.startswith(f"{prefix}base_activation.")]:
-                del state[key]  # copied with the activation
+            forget(state, f"{prefix}base_activation.")
         layers.append(layer)
     nothing_left(state, _PACKAGE)
     result = layers[0] if head is None else KAN.from_layers(layers)

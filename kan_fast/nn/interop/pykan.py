@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kan_fast.activations import fused_name
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.interop.edges import from_edges
-from kan_fast.nn.interop.states import Source, copied, layer_prefixes, nothing_left, take, tensors
+from kan_fast.nn.interop.states import Source, copied, forget, layer_prefixes, nothing_left, take, tensors
 from kan_fast.nn.layer import KANLayer
 from kan_fast.nn.network import KAN
 
@@ -54,14 +54,12 @@ def from_pykan(source: Source, *, base_activation: BaseActivation = "silu", back
             layer.spline_weight.requires_grad_(part["coef"].requires_grad or part["scale_sp"].requires_grad)
             if layer.base_weight is not None:
                 layer.base_weight.requires_grad_(part["scale_base"].requires_grad)
-            for key in [key for key in state if key.startswith(f"{prefix}base_fun.")]:
-                del state[key]  # copied with the activation
+            forget(state, f"{prefix}base_fun.")
         layers.append(layer)
     if head is None:
         nothing_left(state, _PACKAGE)
         return layers[0].train(source.training) if isinstance(source, nn.Module) else layers[0]
-    for key in [key for key in state if key.startswith(f"{head}base_fun.")]:
-        del state[key]
+    forget(state, f"{head}base_fun.")
     nothing_left(state, _PACKAGE)
     result = KAN.from_layers(layers)
     if modules:

@@ -52,6 +52,12 @@ def take(state: dict[str, Tensor], prefix: str, needed: tuple[str, ...], optiona
     return {name: state.pop(prefix + name, None) for name in needed + optional}
 
 
+def forget(state: dict[str, Tensor], prefix: str) -> None:
+    """Removes what stands below a prefix, such as the parameters of an activation that is copied as a whole."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+
+
 def nothing_left(state: Mapping[str, Tensor], package: str) -> None:
     """Raise for keys that no layer took."""
     if state:
