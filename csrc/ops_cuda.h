@@ -62,7 +62,7 @@ void run(const Tensor& x, const kan::cuda::Problem& p, size_t (*workspace)(const
   const kan::cuda::Device& device = kan::cuda::device(index);
   Tensor scratch = torch::stable::new_empty(x, {int64_t(workspace(p, device))}, ScalarType::Byte);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   if (int error = launch(p, device, scratch.mutable_data_ptr(), stream))
     throw std::runtime_error(std::string("kan_fast: CUDA: ") + kan::cuda::error_text(error));
 }

@@ -10,7 +10,7 @@ constexpr int kRows = 32, kInputs = 8, kThreads = 256, kWarps = kThreads / 32, k
 static_assert(kRows * kInputs == kThreads, "one window per thread");
 
 // A warp takes one row after another; its lanes share the outputs, and their sums are added at the end, in a fixed order.
-template <class T> __global__ void __launch_bounds__(kThreads) input_any(Arguments<typename ComputeOf<T>::Type> a) {
+template <class T> __global__ void __launch_bounds__(kThreads, kResident) input_any(Arguments<typename ComputeOf<T>::Type> a) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;
   Window<C>* windows = shared_memory<Window<C>>();  // (kRows, kInputs)

@@ -11,7 +11,7 @@ constexpr int kRows = 32, kInputs = 8, kColumns = 64, kThreads = 256, kWarps = k
 static_assert(kRows * kInputs == kThreads, "one window per thread");
 
 // A warp takes one row after another, its lanes two outputs each: all lanes read the same window and consecutive weights.
-template <class T> __global__ void __launch_bounds__(kThreads) output_any(Arguments<typename ComputeOf<T>::Type> a) {
+template <class T> __global__ void __launch_bounds__(kThreads, kResident) output_any(Arguments<typename ComputeOf<T>::Type> a) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;
   Window<C>* windows = shared_memory<Window<C>>();  // (kRows, kInputs)

@@ -13,7 +13,7 @@ constexpr int kThreads = 128, kBases = 32;
 // batch. kThreads / columns rows go side by side; each column of each of them has sums of its own in shared memory, and the
 // first threads add them up at the end. P: the type of the sums that a slice leaves, T itself where there is one slice.
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     weight_any(Arguments<typename ComputeOf<T>::Type> a, P* spline, P* base, int columns, int64_t slices, int64_t rows) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;

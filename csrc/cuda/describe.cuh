@@ -4,6 +4,10 @@
 
 namespace kan::cuda {
 
+// Blocks of a multiprocessor at once that kernels are compiled for, at the least. Told no number, nvcc aims at more of them and
+// spills registers for it.
+constexpr int kResident = 2;
+
 template <class C> __global__ void describe_knots(Problem p, Described<C>* described) {
   const int64_t i = int64_t(blockIdx.x) * 128 + threadIdx.x;
   if (i < p.in_features) described[i] = describe(p, static_cast<const C*>(p.grid) + i * p.knots());
