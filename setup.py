@@ -153,6 +153,8 @@ def plan(tools: Toolchain, version: str, folder: Path) -> tuple[Ninja, Path, Pat
     cxx += [f"-DKAN_BUILT_{isa.upper()}=1" for isa in built]
     if tools.kind == "cuda":
         cxx.append("-DKAN_BUILT_CUDA=1")
+        if "9.0a" in cuda_archs():
+            cxx.append("-DKAN_BUILT_SM90A=1")
     user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     torch: list[str | Path] = ["-isystem", tools.torch.root / "include", TORCH_TARGET]
 

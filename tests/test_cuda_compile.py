@@ -1,6 +1,7 @@
 """What nvcc makes of the kernels: registers that do not spill, and the tensor instructions that each is written for."""
 
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -17,18 +18,23 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 SAMPLE = [
     ("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80"),
-    ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"),
+    ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"), ("warpgroup_output_bfloat16", "90a"),
 ]  # fmt: skip
 
 
-def compiled(source, architecture, folder):
+# What ptxas says of products of warpgroups that it makes wait for each other, at the level of an information only.
+SERIALIZED = "wgmma.mma_async instructions are serialized"
+
+
+def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
     """{kernel: (bytes of spills, registers)}, and the disassembly, kernel by kernel."""
     cubin = folder / f"{source}.cubin"
-    command = [NVCC, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+    command = [NVCC, "-std=c++20", "-O3", f"-I{csrc}", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
     said = subprocess.run(
-        [*command, ROOT / f"csrc/cuda/{source}.cu", "-o", cubin], capture_output=True, text=True, check=True
+        [*command, csrc / f"cuda/{source}.cu", "-o", cubin], capture_output=True, text=True, check=True
     ).stderr
     assert "warning" not in said
+    assert SERIALIZED not in said
     facts = {}
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     for match in re.finditer(pattern, said, re.S):
@@ -38,8 +44,12 @@ def compiled(source, architecture, folder):
     return facts, dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def expected(kernel):
+def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
+    if "output_warpgroup" in kernel:  # empty but on Hopper
+        columns = re.search(r"ELi(\d+)E", kernel)[1]
+        shape = rf"HGMMA.SP.64x{columns}x32" if "Lb1E" in kernel else rf"HGMMA.64x{columns}x16"
+        return rf"{shape}.F32{'.BF16' if 'ProductsE0E' in kernel else ''} " if architecture == "90a" else None
     if "_wide" not in kernel:
         return None
     half = re.search(r"ProductsE[01]E", kernel)
@@ -55,11 +65,15 @@ def check(source, architecture, folder):
     for kernel, (spilled, registers) in facts.items():
         assert spilled == 0, kernel
         assert registers <= 255
-        wanted = expected(kernel)
-        assert (wanted is None) == ("HMMA" not in code[kernel])
+        wanted = expected(kernel, architecture)
+        assert (wanted is None) == (re.search("HG?MMA", code[kernel]) is None)
         if wanted is not None:
             assert re.search(wanted, code[kernel]), kernel
             assert "LDGSTS" in code[kernel]  # asynchronous copies
+        if wanted is not None and "HGMMA" in wanted:
+            # Products stay under way while the next left operand is made: two kinds of steps, each unrolled twice.
+            assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code[kernel])) == 4, kernel
+            assert "FENCE.VIEW.ASYNC" in code[kernel]
 
 
 @pytest.mark.parametrize(("source", "architecture"), SAMPLE)
@@ -72,3 +86,15 @@ def test_sample(source, architecture, tmp_path):
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_kernel_on_every_architecture(source, architecture, tmp_path):
     check(source, architecture, tmp_path)
+
+
+@pytest.mark.slow
+def test_serialized_products_would_be_seen(tmp_path):
+    """A sum that is touched between two products."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    kernel = tmp_path / "csrc/cuda/warpgroup_output.cuh"
+    product = "multiply_group<P>(sums, left[turn][1], weights + kSixteenRows);"
+    assert product in kernel.read_text()
+    kernel.write_text(kernel.read_text().replace(product, f"sums[0] += 1.0f; {product}"))
+    with pytest.raises(AssertionError, match="serialized"):
+        compiled("warpgroup_output_bfloat16", "90a", tmp_path, tmp_path / "csrc")

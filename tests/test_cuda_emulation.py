@@ -206,7 +206,7 @@ def test_a_kernel_that_cannot_serve_is_refused(place, use):
         with pytest.raises(Fault, match="does not serve"):
             backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
     use("fastest")
-    with pytest.raises(Fault, match="expected any, dense or sparse"):
+    with pytest.raises(Fault, match="expected any, dense, sparse, wgmma or wgmma_sparse"):
         backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
 
 

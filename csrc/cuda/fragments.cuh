@@ -15,6 +15,10 @@
 //   holds at most one non-zero number: the upper one if j < shift, else the lower one (or none, then 0 is stored).
 // No number is dropped and none is rounded otherwise than in the dense form: the products are the same. A test goes through
 // all shifts, and through every cell of longer grids.
+//
+// Only contract_output has this form. In contract_input no operand of the product g W^T is sparse: phi weighs the result, in the
+// epilogue. In contract_weight phi is an operand, but the sum runs over the batch: along it the non-zero numbers of a basis
+// stand wherever x happens to lie, and nothing bounds them among neighbours.
 #pragma once
 #include "features.cuh"
 #include "launch.h"
@@ -112,8 +116,8 @@ KAN_DEVICE void half_sparse(const uint32_t (&windows)[2][2], const int (&shifts)
   for (int h = 0; h < 2; ++h) {
     const int shift = shifts[h];
     const bool odd = shift & 1;
-    const uint32_t even_word = kept_word(windows[h][odd ? 1 : 0], pair_begin(shift, 0));
-    const uint32_t odd_word = kept_word(windows[h][odd ? 0 : 1], pair_begin(shift, 1));
+    const uint32_t even_word = kept_word(odd ? windows[h][1] : windows[h][0], pair_begin(shift, 0));
+    const uint32_t odd_word = kept_word(odd ? windows[h][0] : windows[h][1], pair_begin(shift, 1));
     // A lane's columns are of the parity of its number, its item of the row of its number: half stays, half is exchanged.
     const uint32_t mine = odd_lane ? odd_word : even_word;
     const uint32_t got = shuffle_xor(odd_lane ? even_word : odd_word, 1);

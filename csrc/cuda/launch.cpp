@@ -3,6 +3,8 @@
 //   any     every dtype, order, derivative and shape, by multiply-add
 //   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
+//   wgmma, wgmma_sparse  the two for bfloat16 and float16, contract_output by warpgroups: compute capability 9.0 alone. Only
+//           by name until somebody has measured them; the same code then decides
 //
 // KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. The choices below follow from counting
 // instructions and bytes: no figure here was measured on a GPU.
@@ -16,7 +18,16 @@ namespace kan::cuda {
 
 namespace {
 
-enum class Family { any, dense, sparse };
+enum class Family { any, dense, sparse, wgmma, wgmma_sparse };
+
+bool is_warpgroup(Family family) { return family == Family::wgmma || family == Family::wgmma_sparse; }
+
+// Set by the build where it compiles for 9.0a, which alone has the instructions.
+#ifdef KAN_BUILT_SM90A
+constexpr bool kBuiltSm90a = true;
+#else
+constexpr bool kBuiltSm90a = false;
+#endif
 
 size_t compute_size(const Problem& p) { return p.weight_dtype == kFloat64 ? 8 : 4; }
 
@@ -44,18 +55,29 @@ const char* why_not_wide(const Problem& p) {
   return nullptr;
 }
 
+const char* why_not_warpgroup(const Problem& p, const Device& device) {
+  if (device.architecture != 90) return "GPUs of another compute capability than 9.0";
+  if (!kBuiltSm90a) return "builds without code for 9.0a";
+  if (p.weight_dtype == kFloat32) return "float32";
+  return nullptr;
+}
+
 // An instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall.
-Family choose(const Problem& p) {
+Family choose(const Problem& p, const Device& device) {
   const char* no = why_not_wide(p);
   const char* wanted = std::getenv("KAN_FAST_CUDA_KERNEL");
   if (wanted == nullptr || *wanted == '\0')
     return no == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32 ? Family::dense : Family::any;
+  constexpr const char* kNames[] = {"any", "dense", "sparse", "wgmma", "wgmma_sparse"};
   const std::string name = wanted;
-  if (name == "any") return Family::any;
-  if (name != "dense" && name != "sparse")
-    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, dense or sparse");
-  if (no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
-  return name == "dense" ? Family::dense : Family::sparse;
+  int found = 0;
+  while (found < 5 && name != kNames[found]) ++found;
+  if (found == 5)
+    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, dense, sparse, wgmma or wgmma_sparse");
+  const Family family = Family(found);
+  if (no == nullptr && is_warpgroup(family)) no = why_not_warpgroup(p, device);
+  if (family != Family::any && no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
+  return family;
 }
 
 // Cuts a sum of `length` terms into slices: blocks enough for `per_processor` on every multiprocessor, no slice below
@@ -72,8 +94,14 @@ Slices cut(int64_t length, int64_t least, int64_t tiles, int64_t bytes, int per_
   return {count < 1 ? 1 : count, each, offset};
 }
 
-Slices slices_of_output(const Problem& p, const Device& device) {
-  const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + 127) / 128);
+// A warpgroup's tile is 256 outputs wide, which halves the making of the left operand, where that costs no padding.
+int columns_of(Family family, const Problem& p) {
+  return is_warpgroup(family) && (p.out_features - 1) / 128 % 2 == 1 ? 256 : 128;
+}
+
+Slices slices_of_output(Family family, const Problem& p, const Device& device) {
+  const int columns = columns_of(family, p);
+  const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
   return cut(p.in_features, 32, tiles, p.batch * p.out_features * 4, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
 }
 
@@ -114,6 +142,13 @@ template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a
 #undef KAN_CALL
 }
 
+template <bool kSparse>
+int output_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
+  const int columns = columns_of(Family::wgmma, p);
+  if (products(p) == Products::bfloat16) return launch_output_warpgroup<Products::bfloat16, kSparse>(a, columns, parts, slices, stream);
+  return launch_output_warpgroup<Products::float16, kSparse>(a, columns, parts, slices, stream);
+}
+
 int input_wide(const Problem& p, const WideArguments& a, void* stream) {
 #define KAN_CALL(products) launch_input_wide<products>(a, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
@@ -129,39 +164,43 @@ int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Sl
 }  // namespace
 
 size_t workspace_of_output(const Problem& p, const Device& device) {
-  if (choose(p) == Family::any) return size_of_described(p);
-  const Slices slices = slices_of_output(p, device);
+  const Family family = choose(p, device);
+  if (family == Family::any) return size_of_described(p);
+  const Slices slices = slices_of_output(family, p, device);
   return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
 }
 
-size_t workspace_of_input(const Problem& p, const Device&) {
-  return size_of_described(p) + (choose(p) == Family::any ? 0 : rounded(size_of_cubics(p)));
+size_t workspace_of_input(const Problem& p, const Device& device) {
+  return size_of_described(p) + (choose(p, device) == Family::any ? 0 : rounded(size_of_cubics(p)));
 }
 
 size_t workspace_of_weight(const Problem& p, const Device& device) {
-  const Slices slices = choose(p) == Family::any ? slices_any(p, device) : slices_of_weight(p, device);
+  const Slices slices = choose(p, device) == Family::any ? slices_any(p, device) : slices_of_weight(p, device);
   return slices.offset + size_of_parts(slices, p.in_features * (p.bases() + 1) * p.out_features, compute_size(p));
 }
 
 int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
-  const Family family = choose(p);
+  const Family family = choose(p, device);
   if (family == Family::any) KAN_BY_TYPE(launch_output_any, p, workspace, stream)
-  const Slices slices = slices_of_output(p, device);
+  const Slices slices = slices_of_output(family, p, device);
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
-  const int error = family == Family::sparse ? output_wide<true>(p, a, parts, slices, stream)
-                                             : output_wide<false>(p, a, parts, slices, stream);
+  const auto output = family == Family::wgmma          ? output_warpgroup<false>
+                      : family == Family::wgmma_sparse ? output_warpgroup<true>
+                      : family == Family::sparse       ? output_wide<true>
+                                                       : output_wide<false>;
+  const int error = output(p, a, parts, slices, stream);
   if (error != 0 || parts == nullptr) return error;
   KAN_BY_TYPE(launch_add, parts, p.y, p.batch * p.out_features, slices.count, stream)
 }
 
-int launch_contract_input(const Problem& p, const Device&, void* workspace, void* stream) {
-  if (choose(p) != Family::any) return input_wide(p, make_wide(p, workspace, size_of_described(p)), stream);
+int launch_contract_input(const Problem& p, const Device& device, void* workspace, void* stream) {
+  if (choose(p, device) != Family::any) return input_wide(p, make_wide(p, workspace, size_of_described(p)), stream);
   KAN_BY_TYPE(launch_input_any, p, workspace, stream)
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {
-  if (choose(p) == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
+  if (choose(p, device) == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
   const Slices slices = slices_of_weight(p, device);
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const int error = weight_wide(p, make_wide(p, workspace, size_of_described(p)), parts, slices, stream);

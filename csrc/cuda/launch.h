@@ -20,6 +20,9 @@ template <class T> int launch_weight_any(const Problem&, const Slices&, void* wo
 // y on tensor cores, dense or sparse; parts (slices, batch, out) where inputs are cut into slices, else null.
 template <Products P, bool kSparse> int launch_output_wide(const WideArguments&, float* parts, Slices, void* stream);
 
+// The same by warpgroups, 16-bit types only, in tiles of 128 or 256 columns.
+template <Products P, bool kSparse> int launch_output_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
+
 template <Products P> int launch_input_wide(const WideArguments&, void* stream);
 // d_spline and d_base; parts (slices, in, bases, out) and behind them (slices, in, out), or null for one slice.
 template <Products P> int launch_weight_wide(const WideArguments&, float* parts, Slices, void* stream);

@@ -9,6 +9,7 @@ namespace kan::cuda {
 // evaluated twice in a block; two row tiles to a warp halve the reads of weights from shared memory.
 constexpr int kWideThreads = 128, kWideRows = 128, kWideColumns = 128;
 constexpr int kStepInputs = 4, kStepBases = 8, kStepDepth = kStepInputs * kStepBases;
+constexpr int kBasePitch = 40;  // base activations of a row and 32 inputs
 
 template <Products P> struct StorageOf { using Type = float; };
 template <> struct StorageOf<Products::bfloat16> { using Type = BFloat16; };

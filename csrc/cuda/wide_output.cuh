@@ -7,7 +7,6 @@ namespace kan::cuda {
 
 // Stages of weights in flight; with fewer bytes to a number there is room for more.
 template <Products P> constexpr int kOutputStages = kIsHalf<P> ? 4 : 3;
-constexpr int kBasePitch = 40;  // base activations of a warp's 32 rows and 32 inputs
 template <Products P>
 constexpr size_t kOutputShared = kOutputStages<P> * kStageBytes<P> + kWideRows * kBasePitch * sizeof(typename StorageOf<P>::Type);
 

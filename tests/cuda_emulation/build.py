@@ -49,9 +49,22 @@ def _sources(changes: Sequence[Change]) -> Path:
     return copy
 
 
-def _compile(source: Path, flags: list[str], headers: str) -> Path:
+def _included(path: Path, csrc: Path, seen: dict[Path, str]) -> dict[Path, str]:
+    """The texts of a source and of all headers of ours that it includes, and they."""
+    if path not in seen:
+        seen[path] = path.read_text()
+        for name in re.findall(r'#include "([^"]+)"', seen[path]):
+            for folder in (path.parent, csrc):
+                if (folder / name).exists():
+                    _included((folder / name).resolve(), csrc, seen)
+                    break
+    return seen
+
+
+def _compile(source: Path, flags: list[str], csrc: Path) -> Path:
     command = [compiler() or "g++", *FLAGS, *flags]
-    out = FOLDER / f"{source.stem}-{_digest(source.read_text(), headers, *flags[1:])}.o"
+    texts = _included(source, csrc, {}) | _included(HERE / "emulation.h", csrc, {})
+    out = FOLDER / f"{source.stem}-{_digest(*(texts[path] for path in sorted(texts)), *flags[1:])}.o"
     if not out.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         part = out.with_suffix(f".{os.getpid()}")
@@ -64,18 +77,16 @@ def _compile(source: Path, flags: list[str], headers: str) -> Path:
 def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Change] = ()) -> Path:
     """A shared library of `main`, kernels and runtime; with a sanitizer ("address", "thread") a program."""
     csrc = _sources(changes)
-    own = [path for path in csrc.rglob("*.h") if path.name != "ops_cuda.h"]  # which is torch's side
-    headers = "".join(p.read_text() for p in sorted([*own, *csrc.rglob("*.cuh"), *HERE.glob("*.h")]))
     optimize = ["-O1", "-g", f"-fsanitize={sanitizer}"] if sanitizer else ["-O1"]
     emulated = [f"-I{csrc}", *optimize, "-include", str(HERE / "emulation.h")]
     switches = [f"-DKAN_EMULATE_{'ASAN' if sanitizer == 'address' else 'TSAN'}"] if sanitizer else []
     hosted = sorted(path for path in (csrc / "cuda").glob("*.cpp") if path.name != "device.cpp")  # which asks the CUDA runtime
     jobs = [(path, emulated) for path in sorted((csrc / "cuda").glob("*.cu"))]
-    jobs += [(path, [f"-I{csrc}", *optimize]) for path in [*hosted, HERE / main]]
-    jobs.append((HERE / "runtime.cpp", [f"-I{csrc}", "-O2", *switches]))
+    jobs += [(path, [f"-I{csrc}", *optimize, "-DKAN_BUILT_SM90A"]) for path in [*hosted, HERE / main]]
+    jobs += [(HERE / name, [f"-I{csrc}", "-O2", *switches]) for name in ("runtime.cpp", "warpgroup.cpp")]
     workers = int(os.environ.get("MAX_JOBS") or min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, headers), jobs))
+        objects = list(pool.map(lambda job: _compile(*job, csrc), jobs))
     out = FOLDER / f"{Path(main).stem}-{_digest(sanitizer, *map(str, objects))}{'' if sanitizer else '.so'}"
     if not out.exists():
         part = out.with_suffix(f".{os.getpid()}")

@@ -2,8 +2,8 @@
 // file of csrc/cuda, whose instructions.cuh it stands in for: each instruction is spelled out on the lanes of a warp.
 //
 // What hardware lets pass in silence ends the launch with an error: threads that miss a barrier or a warp-wide instruction,
-// asynchronous copies still under way when a thread ends, misaligned copies. Shared memory starts as NaN, copies arrive when
-// they are waited for and no earlier, and a warp runs as far ahead of the others as barriers let it.
+// asynchronous copies still under way when a thread ends, misaligned copies. Shared memory starts as NaN, and is
+// again where a copy is under way until it is waited for, and a warp runs as far ahead of the others as barriers let it.
 #define KAN_CUDA_INSTRUCTIONS
 #pragma once
 
@@ -33,6 +33,7 @@ struct Thread {
 extern Thread* self;
 extern Index block, grid;
 extern char* shared;
+extern size_t shared_bytes;
 
 [[noreturn]] void fail(const std::string& what);
 void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
@@ -42,6 +43,12 @@ void with_warp(const char* name, void* mine, const std::function<void(void* cons
 void copy_later(std::function<void()> copy);
 void commit_copies();
 void wait_for_copies(int groups_left);
+
+// warpgroup.cpp: what is under way begins and ends with a block; a copy has arrived.
+void begin_block(int threads);
+void end_thread();
+void end_block();
+void note_copy(const void* shared);
 
 }  // namespace kan::emulation
 
@@ -100,13 +107,15 @@ inline uint32_t to_tf32(float value) { return (std::bit_cast<uint32_t>(value) + 
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t as_bits(float value) { return std::bit_cast<uint32_t>(value); }
 
-// The copy itself is instrumented code, and happens when it is waited for.
+// The copy itself is instrumented code. Bytes may arrive from the start, and need not before they are waited for: so long NaN.
 inline void copy_16_bytes(void* shared, const void* global, bool zeros) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (!zeros && reinterpret_cast<uintptr_t>(global) % 16 != 0))
     emulation::fail("a misaligned asynchronous copy");
+  for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(shared)[i] = 0x7fbadbadu;
   emulation::copy_later([=] {
     for (int i = 0; i < 4; ++i)
       static_cast<uint32_t*>(shared)[i] = zeros ? 0u : static_cast<const uint32_t*>(global)[i];
+    emulation::note_copy(shared);
   });
 }
 inline void commit_copies() { emulation::commit_copies(); }
@@ -115,3 +124,4 @@ template <int kGroupsLeft> void wait_for_copies() { emulation::wait_for_copies(k
 }  // namespace kan::cuda
 
 #include "tensor_cores.h"
+#include "warpgroup.h"

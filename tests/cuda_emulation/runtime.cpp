@@ -65,6 +65,7 @@ namespace kan::emulation {
 Thread* self;
 Index block, grid;
 char* shared;
+size_t shared_bytes;
 
 namespace {
 
@@ -149,6 +150,7 @@ void enter() {
       (*m.kernel)();
       Fiber* me = m.running;
       if (!me->open.empty() || !me->groups.empty()) fail("a thread ends with asynchronous copies under way");
+      end_thread();
     } catch (...) {
       if (!m.error) m.error = std::current_exception();
     }
@@ -302,9 +304,10 @@ void wait_for_copies(int groups_left) {
     for (auto& copy : me.groups.front()) copy();
 }
 
-void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void run_blocks(Index blocks, int threads, size_t bytes, const std::function<void()>& kernel) {
   Machine& m = machine();
   if (threads < 32 || threads > 1024 || threads % 32 != 0) fail("a block of " + std::to_string(threads) + " threads");
+  shared_bytes = bytes;
   if (shared_bytes > 227 * 1024) fail(std::to_string(shared_bytes) + " bytes of shared memory");
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) fail("a grid without blocks");
   if (int(m.fibers.size()) < threads) m.fibers.resize(threads);
@@ -349,8 +352,10 @@ void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::funct
       std::shuffle(warp_order.begin(), warp_order.end(), random);
       m.living = threads;
       m.waiting = 0;
+      begin_block(threads);
       release(&m.start);
       run_block(warp_order);
+      end_block();
     }
   } catch (...) {
     // The frames of fibers that did not end are abandoned, and their stacks begin anew.

@@ -1,0 +1,8 @@
+#include "warpgroup_output.cuh"
+
+namespace kan::cuda {
+
+template int launch_output_warpgroup<Products::bfloat16, false>(const WideArguments&, int, float*, Slices, void*);
+template int launch_output_warpgroup<Products::bfloat16, true>(const WideArguments&, int, float*, Slices, void*);
+
+}  // namespace kan::cuda

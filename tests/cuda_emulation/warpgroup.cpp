@@ -1,0 +1,166 @@
+// What is under way in a block: products of warpgroups, and copies that the tensor cores may not yet see. Like runtime.cpp never
+// compiled with a sanitizer: the kernels' own accesses are to be watched, not these records of them.
+#include "emulation.h"
+
+#undef threadIdx
+#undef blockIdx
+#undef gridDim
+
+#include <deque>
+#include <map>
+#include <utility>
+
+namespace kan::emulation {
+
+namespace {
+
+// Sums that products under way add to: meanwhile they lie here, and NaN in their place.
+struct Sums {
+  std::vector<float> values;
+  int under_way = 0;
+  const char* shape = nullptr;
+};
+using Registers = std::vector<uint32_t>;
+struct Lane {
+  std::map<float*, Sums> sums;
+  std::map<const void*, Registers> fenced;  // registers that products have taken, as the last fence saw them
+};
+using Group = std::vector<std::function<void()>>;
+struct Warp {
+  Lane lanes[32];
+  Group open;
+  std::deque<Group> groups;
+  bool fenced = false;
+  size_t issued = 0;
+};
+struct State {
+  std::vector<Warp> warps;
+  std::vector<std::vector<std::pair<const char*, uint64_t>>> issued;  // of each group of four warps
+  std::vector<int> hidden;  // by pieces of 16 bytes: 1 + the thread whose copy no proxy fence followed, or 0
+} state;
+
+constexpr float kUnderWay = __builtin_nanf("0x2badba");
+
+Registers registers(const void* from, int count) {
+  Registers found(count);
+  std::memcpy(found.data(), from, found.size() * 4);
+  return found;
+}
+
+Warp& own_warp() { return state.warps[self->warp]; }
+
+// The four warps of a group take the same instructions, but each in its own time.
+void follow(Warp& warp, const char* name, uint64_t descriptor) {
+  auto& issued = state.issued[self->warp / 4];
+  const std::pair<const char*, uint64_t> mine{name, descriptor};
+  if (warp.issued == issued.size()) issued.push_back(mine);
+  else if (std::strcmp(issued[warp.issued].first, name) != 0 || issued[warp.issued].second != descriptor)
+    fail(std::string(name) + ": the warps of a group do not issue the same instructions");
+  ++warp.issued;
+}
+
+void hold(Lane& lane, const Product& product) {
+  Sums& sums = lane.sums[product.sums];
+  if (sums.under_way++ == 0) {
+    auto before = lane.fenced.find(product.sums);
+    if (before != lane.fenced.end() && before->second != registers(product.sums, product.count))
+      fail(std::string(product.name) + ": sums were written after the fence");
+    lane.fenced[product.sums] = registers(product.sums, product.count);
+    sums.values.assign(product.sums, product.sums + product.count);
+    sums.shape = product.name;
+    for (int i = 0; i < product.count; ++i) product.sums[i] = kUnderWay;
+  } else if (std::strcmp(sums.shape, product.name) != 0) {
+    fail(std::string(product.name) + " on the sums of a " + sums.shape + " under way");
+  }
+}
+
+void release(Lane& lane, const Product& product) {
+  Sums& sums = lane.sums[product.sums];
+  if (--sums.under_way > 0) return;
+  for (int i = 0; i < product.count; ++i)
+    if (std::memcmp(&product.sums[i], &kUnderWay, 4) != 0) fail(std::string(product.name) + ": sums are written while it is under way");
+  std::memcpy(product.sums, sums.values.data(), sums.values.size() * sizeof(float));
+}
+
+}  // namespace
+
+void begin_block(int threads) {
+  state = {};
+  state.warps.resize(threads / 32);
+  state.issued.resize((threads / 32 + 3) / 4);
+  state.hidden.assign(shared_bytes / 16 + 1, 0);
+}
+void end_thread() {
+  if (!own_warp().open.empty() || !own_warp().groups.empty()) fail("a thread ends with products under way");
+}
+void end_block() {
+  for (size_t w = 0; w < state.warps.size(); ++w)
+    if (state.warps[w].issued != state.issued[w / 4].size()) fail("a warp did not issue all products of its group");
+}
+
+void start_product(const std::array<Product, 32>& lanes, Finish finish) {
+  Warp& warp = own_warp();
+  const Product& one = lanes[0];
+  if (state.warps.size() % 4 != 0) fail(std::string(one.name) + ": a block without whole groups of four warps");
+  for (const Product& product : lanes)
+    if (product.descriptor != one.descriptor) fail(std::string(one.name) + ": lanes with different descriptors");
+  follow(warp, one.name, one.descriptor);
+  if (!warp.fenced) fail(std::string(one.name) + ": registers were written, and no fence followed");
+  Lefts early;
+  for (int i = 0; i < 32; ++i) {
+    const Product& product = lanes[i];
+    Lane& lane = warp.lanes[i];
+    const Registers left = registers(product.left, 4);
+    auto before = lane.fenced.find(product.left);
+    if (before != lane.fenced.end() && before->second != left) fail(std::string(one.name) + ": the left operand was written after the fence");
+    lane.fenced[product.left] = left;
+    for (int r = 0; r < 4; ++r) early[i][r] = left[r];
+    early[i][4] = product.metadata ? *product.metadata : 0;
+    hold(lane, product);
+  }
+  warp.open.push_back([&warp, lanes, early, finish = std::move(finish)] {
+    float* sums[32];
+    for (int i = 0; i < 32; ++i) {
+      const Product& product = lanes[i];
+      if (std::memcmp(product.left, early[i].data(), 16) != 0 || (product.metadata && *product.metadata != early[i][4]))
+        fail(std::string(product.name) + ": the left operand is written while it is under way");
+      sums[i] = warp.lanes[i].sums[product.sums].values.data();
+    }
+    finish(early, sums);
+    for (int i = 0; i < 32; ++i) release(warp.lanes[i], lanes[i]);
+  });
+}
+
+void order_registers() {
+  Warp& warp = own_warp();
+  follow(warp, "order_registers", 0);
+  warp.fenced = true;
+  for (Lane& lane : warp.lanes)
+    for (auto& [place, seen] : lane.fenced) seen = registers(place, int(seen.size()));
+}
+
+void commit_products() {
+  Warp& warp = own_warp();
+  follow(warp, "commit_products", 0);
+  warp.groups.push_back(std::move(warp.open));
+  warp.open.clear();
+  warp.fenced = false;
+}
+
+void wait_for_products(int groups_left) {
+  Warp& warp = own_warp();
+  follow(warp, "wait_for_products", uint64_t(groups_left));
+  for (; int(warp.groups.size()) > groups_left; warp.groups.pop_front())
+    for (auto& product : warp.groups.front()) product();
+}
+
+void note_copy(const void* to) { state.hidden[(static_cast<const char*>(to) - shared) / 16] = 1 + int(self->thread.x); }
+void show_to_tensor_cores() {
+  for (int& writer : state.hidden)
+    if (writer == 1 + int(self->thread.x)) writer = 0;
+}
+void expect_shown(const char* piece) {
+  if (state.hidden[(piece - shared) / 16] != 0) fail("a product reads a copy that no proxy fence followed");
+}
+
+}  // namespace kan::emulation

@@ -1,0 +1,174 @@
+// Products of warpgroups (wgmma), written from the PTX ISA, sections 9.7.15.x, and from the layouts that CUTLASS gives for the
+// same instructions (cute/atom/mma_traits_sm90_gmma.hpp), which are quoted below as shape : stride.
+//
+// Each warp multiplies its own 16 rows: the instruction is no barrier between the four. A product's work is done when it is
+// waited for. Until then its sums read as NaN, and it is an error if meanwhile its left operand changes, its sums are written,
+// the shared memory that it reads is, or one of another shape takes the same sums; so are registers written after the fence or
+// without one, copies that no proxy fence followed, and warps of a group that do not issue the same instructions.
+#define KAN_CUDA_WARPGROUP
+#pragma once
+
+#include <array>
+#include <vector>
+
+#define KAN_WARPGROUPS 1
+
+namespace kan::emulation {
+
+// What a lane hands in. `name` is that of the shape.
+struct Product {
+  const char* name;
+  float* sums;
+  int count;
+  const uint32_t* left;  // 4
+  const uint32_t* metadata;
+  uint64_t descriptor;
+};
+using Lefts = std::array<std::array<uint32_t, 5>, 32>;  // the left operand's registers, and its metadata
+using Finish = std::function<void(const Lefts& left, float* const* sums)>;
+
+// In warpgroup.cpp. All but the last two are called once for a warp, in the lane that comes last.
+void start_product(const std::array<Product, 32>& lanes, Finish finish);
+void order_registers();
+void commit_products();
+void wait_for_products(int groups_left);
+void show_to_tensor_cores();
+void expect_shown(const char* piece);
+
+// The window of shared memory begins at no multiple of 1024.
+constexpr uint32_t kSharedBase = 0x480;
+
+// Number (n, k) of the right operand: where it lies, in bytes from the start of the window. T: numbers in 16 bytes.
+struct Descriptor {
+  uint32_t start, leading, stride, swizzle;
+
+  explicit Descriptor(uint64_t bits)
+      : start(uint32_t(bits & 0x3fff) * 16), leading(uint32_t(bits >> 16 & 0x3fff) * 16), stride(uint32_t(bits >> 32 & 0x3fff) * 16),
+        swizzle(uint32_t(bits >> 62)) {
+    if (bits & 0x3ff1c000c000c000ull) fail("a descriptor with bits where none belong");
+    if (bits >> 49 & 7) fail("descriptors with a base offset are not emulated");
+  }
+  // Mode 1: 128 bytes, 2: 64, 3: 32, 0: none.
+  int pieces() const { return swizzle == 0 ? 1 : 16 >> swizzle; }
+  // Swizzle<b, 4, 3> of an address: bits 4 .. 4 + b xor bits 7 .. 7 + b.
+  uint32_t swizzled(uint32_t address) const { return address ^ (address >> 7 & uint32_t(pieces() - 1)) << 4; }
+  // Columns contiguous. None: ((T,1,m),(8,k)) : ((1,T,SBO),(T,LBO)); else, with W pieces: ((T,W,m),(8,k)) : ((1,T,LBO),(WT,SBO)).
+  uint32_t across(int n, int k, int size) const {
+    const int t = 16 / size, w = pieces();
+    const uint32_t far_n = swizzle ? leading : stride, far_k = swizzle ? stride : leading;
+    return swizzled(start + uint32_t(n % t * size + n / t % w * 16 + k % 8 * w * 16) + uint32_t(n / t / w) * far_n + uint32_t(k / 8) * far_k);
+  }
+  // Depth contiguous. None: ((8,m),(T,2)) : ((T,SBO),(1,LBO)); else ((8,m),(T,2)) : ((WT,SBO),(1,T)).
+  uint32_t along(int n, int k, int size) const {
+    const int t = 16 / size, w = pieces();
+    return swizzled(start + uint32_t(n % 8 * w * 16 + k % t * size) + uint32_t(n / 8) * stride + uint32_t(k / t) * (swizzle ? 16u : leading));
+  }
+};
+
+template <Kind K> std::vector<float> read_right(uint64_t bits, int columns, int depth) {
+  constexpr int kSize = K == Kind::tf32 ? 4 : 2;
+  const Descriptor descriptor(bits);
+  std::vector<float> right(size_t(columns * depth));
+  const char* shown = nullptr;
+  for (int n = 0; n < columns; ++n)
+    for (int k = 0; k < depth; ++k) {
+      const uint32_t address = K == Kind::tf32 ? descriptor.along(n, k, kSize) : descriptor.across(n, k, kSize);
+      if (address < kSharedBase || address + kSize > kSharedBase + shared_bytes) fail("a descriptor points outside shared memory");
+      const char* number = shared + (address - kSharedBase);
+      const char* piece = shared + (address - kSharedBase) / 16 * 16;
+      if (piece != shown) expect_shown(shown = piece);
+      uint32_t raw = 0;
+      if constexpr (kSize == 4) raw = *reinterpret_cast<const uint32_t*>(number);
+      else raw = *reinterpret_cast<const uint16_t*>(number);
+      right[size_t(n * depth + k)] = number_in<K>(raw, 0);
+    }
+  return right;
+}
+
+// Row m (0 .. 15 of the warp's), column k of the left operand as it is stored. 16 bits: thread ((4,8,4)) : ((2 columns, row, 16
+// rows)), value (2,2,2) : (column, 8 rows, 8 columns); 32 bits: (4,8,4) : (column, row, 16 rows), (2,2) : (8 rows, 4 columns).
+template <Kind K> float stored_left(const Lefts& lanes, int m, int k) {
+  if constexpr (K == Kind::tf32) return number_in<K>(lanes[m % 8 * 4 + k % 4][m / 8 + k / 4 * 2], 0);
+  else return number_in<K>(lanes[m % 8 * 4 + k / 2 % 4][m / 8 + k / 8 * 2], k % 2);
+}
+
+// The same of a sparse operand. Its metadata, ELayout_64x32: thread (2,2,8,4) : (16 columns, 0, row, 16 rows), value (16,2) :
+// (column, 8 rows), four bits to a group of four columns; of the threads that agree, selector 0 takes those with the 0.
+// Of tf32 (ELayout_64x16): 8 columns in place of 16, four bits to a pair.
+template <Kind K> float sparse_left(const Lefts& lanes, int m, int k) {
+  constexpr int kGroup = K == Kind::tf32 ? 2 : 4;
+  const int group = k / kGroup, place = k % kGroup;
+  const uint32_t word = lanes[m % 8 * 4 + group / 4][4];
+  const uint32_t bits = word >> (16 * (m / 8) + 4 * (group % 4)) & 15;
+  if constexpr (K == Kind::tf32) {
+    if (bits != 0b0100 && bits != 0b1110) fail("sparse wgmma: the metadata of a pair must be 0b0100 or 0b1110");
+    return place == (bits == 0b1110) ? stored_left<K>(lanes, m, group) : 0.0f;
+  } else {
+    const int first = bits & 3, second = bits >> 2;
+    if (first == second) fail("sparse wgmma: metadata that names one column twice");
+    if (first > second) fail("sparse wgmma: columns must be in ascending order");
+    return place == first ? stored_left<K>(lanes, m, 2 * group) : place == second ? stored_left<K>(lanes, m, 2 * group + 1) : 0.0f;
+  }
+}
+
+template <Kind K, int kDepth, bool kSparse>
+void multiply_later(const char* name, float* sums, int count, const uint32_t* left, uint64_t descriptor, const uint32_t* metadata) {
+  Product mine{name, sums, count, left, metadata, descriptor};
+  with_warp(name, &mine, [](void* const* lanes) {
+    std::array<Product, 32> products;
+    for (int lane = 0; lane < 32; ++lane) products[lane] = *static_cast<const Product*>(lanes[lane]);
+    const uint64_t bits = products[0].descriptor;
+    const int columns = 2 * products[0].count;
+    start_product(products, [bits, columns, early = read_right<K>(bits, columns, kDepth)](const Lefts& left, float* const* sums) {
+      const std::vector<float> right = read_right<K>(bits, columns, kDepth);
+      if (std::memcmp(right.data(), early.data(), right.size() * sizeof(float)) != 0)
+        fail("shared memory is written while a product reads it");
+      for (int m = 0; m < 16; ++m) {
+        double row[kDepth];
+        for (int k = 0; k < kDepth; ++k) row[k] = kSparse ? sparse_left<K>(left, m, k) : stored_left<K>(left, m, k);
+        for (int n = 0; n < columns; ++n) {
+          // CLayout_64xN: thread (4,8,4) : (2 columns, row, 16 rows), value (2,2,N/8) : (column, 8 rows, 8 columns).
+          float& c = sums[m % 8 * 4 + n / 2 % 4][n % 2 + 2 * (m / 8) + 4 * (n / 8)];
+          double sum = c;
+          for (int k = 0; k < kDepth; ++k) sum += row[k] * right[size_t(n * kDepth + k)];
+          c = float(sum);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace kan::emulation
+
+namespace kan::cuda {
+
+inline uint32_t shared_address(const void* pointer) {
+  return emulation::kSharedBase + uint32_t(static_cast<const char*>(pointer) - emulation::shared);
+}
+inline void show_to_tensor_cores() { emulation::show_to_tensor_cores(); }
+inline void order_registers() {
+  int nothing = 0;
+  emulation::with_warp("order_registers", &nothing, [](void* const*) { emulation::order_registers(); });
+}
+inline void commit_products() {
+  int nothing = 0;
+  emulation::with_warp("commit_products", &nothing, [](void* const*) { emulation::commit_products(); });
+}
+template <int kGroupsLeft> void wait_for_products() {
+  int nothing = 0;
+  emulation::with_warp("wait_for_products", &nothing, [](void* const*) { emulation::wait_for_products(kGroupsLeft); });
+}
+
+#define KAN_WGMMA(kind, depth)                                                                                          \
+  template <int kSums> void wgmma_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b) {                       \
+    emulation::multiply_later<emulation::Kind::kind, depth, false>("wgmma_" #kind, c, kSums, a, b, nullptr);            \
+  }                                                                                                                     \
+  template <int kSums>                                                                                                  \
+  void wgmma_sparse_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b, const uint32_t& metadata) {           \
+    emulation::multiply_later<emulation::Kind::kind, 2 * depth, true>("wgmma_sparse_" #kind, c, kSums, a, b, &metadata); \
+  }
+KAN_WGMMA(bfloat16, 16)
+KAN_WGMMA(float16, 16)
+#undef KAN_WGMMA
+
+}  // namespace kan::cuda

@@ -1,0 +1,168 @@
+"""contract_output by Hopper's warpgroups, emulated: see tests/cuda_emulation/warpgroup.h."""
+
+import pytest
+import torch
+from conftest import Place
+from samples import OPERATIONS, every_activation, every_outside, make_problem
+from test_cuda_emulation import CPU, assert_wide_close
+
+from kan_fast import backends
+from tests.cuda_emulation.backend import Backend, Fault
+from tests.cuda_emulation.build import build, compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
+
+KERNELS = ("wgmma", "wgmma_sparse")
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build()
+
+
+@pytest.fixture
+def place(library, monkeypatch):
+    monkeypatch.setitem(backends._modules, "emulated", Backend(library, architecture=90))
+    return Place("emulated", CPU)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    return lambda kernel: monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
+
+
+@every_kernel
+@every_half
+def test_shapes(place, use, kernel, dtype):
+    use(kernel)
+    cases = [
+        # shape, grid_size, k, kind, outside, n: tails in every direction; both tiles; several tiles and slices of inputs; one
+        # and more chunks of bases
+        ((130, 5, 33), 5, 3, "uniform", "zero", 0),
+        ((70, 37, 136), 5, 3, "uneven", "linear", 0),
+        ((33, 70, 24), 12, 3, "repeated", "clamp", 1),
+        ((1, 9, 130), 20, 2, "uniform", "linear", 1),
+        ((65, 4, 8), 3, 1, "uneven", "zero", 0),
+        ((257, 1, 1), 4, 3, "uniform", "zero", 0),
+        ((40, 66, 520), 9, 3, "uniform", "clamp", 0),
+        ((300, 35, 128), 5, 0, "uneven", "zero", 0),
+    ]
+    for shape, grid_size, k, kind, outside, n in cases:
+        for activation, x_dtype in (("silu", torch.float32), ("none", dtype)):
+            problem = make_problem(place, dtype, shape, grid_size, k, kind, activation, outside, x_dtype)
+            assert_wide_close(place, problem, "contract_output", n, "highest", with_scale=n == 1)
+
+
+@every_kernel
+@every_outside
+@every_activation
+def test_activations_orders_and_derivatives(place, use, kernel, outside, activation):
+    use(kernel)
+    for k in range(4):
+        for n in range(k + 1):
+            for dtype in (torch.bfloat16, torch.float16):
+                if dtype == torch.bfloat16 or n < 2:  # beyond the range of float16
+                    kind = "uneven" if n % 2 else "uniform"
+                    problem = make_problem(place, dtype, (37, 5, 11), 6, k, kind, activation, outside)
+                    assert_wide_close(place, problem, "contract_output", n, "highest", with_scale=n == 1)
+
+
+@every_kernel
+def test_the_other_contractions_run_too(place, use, kernel):
+    use(kernel)
+    problem = make_problem(place, torch.bfloat16, (70, 9, 33))
+    for operation in OPERATIONS:
+        assert_wide_close(place, problem, operation, 0, "highest")
+
+
+@every_kernel
+def test_nan_stays_in_its_row(place, use, kernel):
+    use(kernel)
+    problem = make_problem(place, torch.bfloat16, (40, 20, 33), outside="clamp")
+    problem.x[7, 3], problem.x[4, 1] = 1e30, torch.nan
+    y = backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+    assert torch.equal(y.isnan().any(1).nonzero(), torch.tensor([[4]]))
+    assert y[4].isnan().all()
+
+
+@every_kernel
+def test_same_bits_on_both_tiles(place, use, kernel):
+    """The first 128 outputs do not depend on how many there are."""
+    use(kernel)
+    problem = make_problem(place, torch.bfloat16, (40, 20, 200))
+    narrow = problem._replace(
+        spline_weight=problem.spline_weight[..., :128].contiguous(), base_weight=problem.base_weight[:, :128].contiguous()
+    )
+    wide, first = (
+        backends.get("emulated").contract_output(*given.args("contract_output", 0, False)) for given in (problem, narrow)
+    )
+    assert torch.equal(wide[:, :128], first)
+
+
+@every_kernel
+def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel):
+    use(kernel)
+
+    def run(**change):
+        problem = make_problem(place, **{"dtype": torch.bfloat16, **change})
+        backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+
+    with pytest.raises(Fault, match=f"{kernel}: it does not serve float32"):
+        run(dtype=torch.float32)
+    with pytest.raises(Fault, match=f"{kernel}: it does not serve spline orders above 3"):
+        run(k=4)
+    for architecture in (80, 100, 120):
+        monkeypatch.setitem(backends._modules, "emulated", Backend(library, architecture))
+        with pytest.raises(Fault, match=f"{kernel}: it does not serve GPUs of another compute capability than 9.0"):
+            run()
+
+
+# What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
+OUTPUT = "cuda/warpgroup_output.cuh"
+PLANTED = {
+    "wait": (OUTPUT, r"wait_for_products<1>", "wait_for_products<2>", "the left operand is written while it is under way"),
+    "last wait": (OUTPUT, r"wait_for_products<0>\(\);\n      wait_for_copies", "wait_for_copies", ""),
+    "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
+    "early fence": (
+        OUTPUT,
+        r"const uint64_t weights = turn_stages\(\);\n          order_registers\(\);",
+        "order_registers();\n const uint64_t weights = turn_stages(); left[turn][0][0] ^= 0x8000u;",
+        "the left operand was written after the fence",
+    ),
+    "proxy fence": (OUTPUT, r"show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
+    "two shapes": (
+        OUTPUT,
+        r"wait_for_products<0>\(\);\n      while",
+        "while",
+        "wgmma_bfloat16 on the sums of a wgmma_sparse_bfloat16 under way",
+    ),
+    "barrier": (OUTPUT, r"barrier\(\);\n        if \(coming", "if (coming", ""),
+    "too far ahead": (OUTPUT, r"kGroupStages - 2", "kGroupStages - 1", "shared memory is written while a product reads it"),
+    "swizzle": (OUTPUT, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
+    "pieces": (OUTPUT, r"\^ row % 8 \* 8", "^ row % 4 * 8", ""),
+    "offsets": (OUTPUT, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
+    "alignment": (OUTPUT, r" \+ \(kAtomBytes - shared_address\(memory\) % kAtomBytes\) % kAtomBytes / sizeof\(T\)", "", ""),
+    "rows": (OUTPUT, r"kSixteenRows = 2 \*", "kSixteenRows = 1 *", ""),
+    "metadata": (OUTPUT, r"weights, metadata\[turn\]\)", "weights, metadata[1 - turn])", ""),
+    "sums": (OUTPUT, r"8 \* \(r >> 1\), o = o0 \+ 8 \* j", "8 * (r & 1), o = o0 + 8 * j", ""),
+}
+
+
+SOON = ("wait", "register fence", "swizzle", "metadata")  # the others cost as much compilation each
+
+
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug not in SOON)) for bug in PLANTED])
+def test_planted_bugs_are_found(bug, monkeypatch):
+    *change, said = PLANTED[bug]
+    monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=[tuple(change)]), architecture=90))
+    problem = make_problem(None, torch.bfloat16, (70, 40, 136), kind="uneven")
+
+    def use_all():
+        for kernel in reversed(KERNELS):
+            monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
+            assert_wide_close(Place("emulated", CPU), problem, "contract_output", 0, "highest")
+
+    with pytest.raises((AssertionError, Fault), match=said or None):
+        use_all()
