@@ -89,6 +89,7 @@ def describe(device: str, allocator: str) -> dict[str, object]:
     }
     if device == "cuda":
         found["cuda"] = torch.version.cuda
+        found["cuda_kernel"] = os.environ.get("KAN_FAST_CUDA_KERNEL", "")
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     return found
 

@@ -31,7 +31,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 summary=$out/summary.txt rows=$out/rows.jsonl
 : > "$summary"
-rm -f "$rows" "$out/rows-tuned.jsonl" "$out"/*.log
+rm -f "$rows" "$out/rows-kernels.jsonl" "$out/rows-tuned.jsonl" "$out"/*.log
 failed=0
 
 say() { echo "$*" | tee -a "$summary"; }
@@ -108,6 +108,14 @@ stage info 60 "$PYTHON" -m kan_fast.info && show info
 # 2. Right? A small set on every backend, and tensor-core instructions against their twins on the host.
 # Three of its shapes: every kernel is compiled at its first call, which takes longer than running it.
 stage small-set 150 "$PYTHON" -m benchmarks.gpu.small_set --device $device --first $([ $gpu = 1 ] && echo 3 || echo 2)
+if [ "$arch" = 9.0a ] && have "$nvcc"; then
+  for kernel in wgmma wgmma_sparse; do
+    stage "small-set-$kernel" 60 env KAN_FAST_CUDA_KERNEL=$kernel "$PYTHON" -m benchmarks.gpu.small_set --device cuda --first 3 \
+      --dtype bfloat16 float16 --backends native --repeats 20
+  done
+else
+  missing small-set-wgmma,small-set-wgmma_sparse "they need a GPU of compute capability 9.0 and nvcc"
+fi
 if have "${CXX:-g++}"; then
   stage twins 60 sh -c "${CXX:-g++} -std=c++17 -O1 -o '$out/check_twins' benchmarks/gpu/check_twins.cpp && '$out/check_twins'"
 else
@@ -115,7 +123,7 @@ else
 fi
 for name in probe rates; do
   if ! have "$nvcc"; then missing $name "no nvcc"; continue; fi
-  stage "compile-$name" 120 sh -c "'$nvcc' -std=c++17 -O2 $targets -o '$out/$name' benchmarks/gpu/$name.cu" || continue
+  stage "compile-$name" 120 sh -c "'$nvcc' -std=c++20 -O2 $targets -o '$out/$name' benchmarks/gpu/$name.cu" || continue
   if [ $gpu = 0 ]; then missing $name "no GPU; it was compiled only"; continue; fi
   stage $name 60 "$out/$name"
   show $name
@@ -139,10 +147,18 @@ if [ $gpu = 1 ]; then
   bench bench-layer 130 --device cuda --dtype float32 bfloat16 --seconds 0.4 --minutes 2 --memory --phases forward step \
     --peers linear cox-de-boor efficient-kan inkan fast-kan
   bench bench-latency 40 --device cuda --what latency --seconds 0.5
+  # Which of the tensor-core kernels is the fastest here: the rows say which was forced.
+  kernels="dense sparse"
+  [ "$arch" = 9.0a ] && kernels="$kernels wgmma wgmma_sparse"
+  for kernel in $kernels; do
+    stage "bench-$kernel" 30 env KAN_FAST_CUDA_KERNEL=$kernel "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" \
+      --device cuda --backend native --shapes 16384,1024,1024,5 4096,256,256,5 4096,256,256,20 --dtype bfloat16 --seconds 0.3 \
+      --phases forward --peers linear
+  done
 else
   bench bench-layer 90 --device cpu --threads 1 --shapes 64,16,16,5 --seconds 0.02 --memory --peers cox-de-boor
   bench bench-latency 60 --device cpu --threads 1 --what latency --seconds 0.02
-  missing bench-cuda "no GPU"
+  missing bench-cuda,bench-dense,bench-sparse,bench-wgmma,bench-wgmma_sparse "no GPU"
 fi
 
 # 5. Sanitizers on three of the shapes, wide and narrow. A machine that refuses them is no failure of the code.

@@ -482,7 +482,7 @@ def test_twins_of_tensor_core_instructions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_gpu_probes_compile(name: str, arch: str, tmp_path: Path) -> None:
     source = ROOT / f"benchmarks/gpu/{name}.cu"
-    subprocess.run(["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", "-o", tmp_path / "out.cubin", source], check=True)
+    subprocess.run(["nvcc", "-std=c++20", f"-arch={arch}", "-cubin", "-o", tmp_path / "out.cubin", source], check=True)
 
 
 def test_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:

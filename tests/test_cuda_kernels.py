@@ -15,11 +15,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kernel", ["any", "dense", "sparse"])
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")],
-)
+PRODUCTS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
+CASES = [(kernel, *product) for kernel in ("any", "dense", "sparse") for product in PRODUCTS]
+if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    CASES += [(kernel, *product) for kernel in ("wgmma", "wgmma_sparse") for product in PRODUCTS[2:]]
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "precision"), CASES)
 def test_each_kernel(monkeypatch, kernel, dtype, precision):
     monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)

@@ -5,6 +5,7 @@
 
 // The instructions of the kernels are probed as the kernels have them.
 #include "../../csrc/cuda/instructions.cuh"
+#include "../../csrc/cuda/warpgroup_output.cuh"
 
 namespace probe {
 
@@ -119,5 +120,20 @@ struct WgmmaSparseBf16 {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(e));
   }
 };
+
+// Those of the kernels themselves, on 128 columns: b is a stage of weights as csrc/cuda/warpgroup_output.cuh describes it.
+#define PROBE_KERNEL(Name, title, depth, call)                                                                           \
+  struct Name {                                                                                                          \
+    static constexpr const char* name = title;                                                                           \
+    static constexpr int k = depth;                                                                                      \
+    static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b, [[maybe_unused]] const uint32_t& e) { \
+      kan::cuda::call;                                                                                                   \
+    }                                                                                                                    \
+  };
+PROBE_KERNEL(KernelBf16, "kernel's wgmma bf16", 16, wgmma_bfloat16(c, a, b))
+PROBE_KERNEL(KernelFp16, "kernel's wgmma fp16", 16, wgmma_float16(c, a, b))
+PROBE_KERNEL(KernelSparseBf16, "kernel's wgmma.sp bf16", 32, wgmma_sparse_bfloat16(c, a, b, e))
+PROBE_KERNEL(KernelSparseFp16, "kernel's wgmma.sp fp16", 32, wgmma_sparse_float16(c, a, b, e))
+#undef PROBE_KERNEL
 
 }  // namespace probe

@@ -61,6 +61,27 @@ __global__ void run_wgmma(const uint32_t* a, const uint32_t* b, const uint32_t* 
 #endif
 }
 
+// As run_wgmma, c (128, 64), b a stage of weights: 2 panels of 32 rows by 64 columns, swizzled.
+template <class Instruction>
+__global__ void run_kernels_wgmma(const uint32_t* a, const uint32_t* b, const uint32_t* e, float* c) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __shared__ __align__(1024) uint32_t stage[2 * 32 * 32];
+  const int thread = threadIdx.x;
+  for (int i = thread; i < 2 * 32 * 32; i += 128) stage[i] = b[i];
+  kan::cuda::show_to_tensor_cores();
+  __syncthreads();
+  uint32_t left[4];
+  float sums[64];
+  for (int i = 0; i < 4; ++i) left[i] = a[thread * 4 + i];
+  for (int i = 0; i < 64; ++i) sums[i] = c[thread * 64 + i];
+  kan::cuda::order_registers();
+  Instruction::run(sums, left, kan::cuda::describe_weights(kan::cuda::shared_address(stage)), e[thread]);
+  kan::cuda::commit_products();
+  kan::cuda::wait_for_products<0>();
+  for (int i = 0; i < 64; ++i) c[thread * 64 + i] = sums[i];
+#endif
+}
+
 template <class T>
 struct OnDevice {
   T* data = nullptr;
@@ -163,6 +184,50 @@ int probe_wgmma(twin::Form form) {
   return report(Instruction::name, differing);
 }
 
+// One twin for each warp's rows and 8 columns. Number (k, column) of a stage of weights: PTX ISA, MN-major, 128-byte swizzle.
+template <class Instruction>
+int probe_kernels_wgmma(twin::Form form) {
+  twin::Random random{4};
+  int differing = 0;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    twin::Sample lefts[4], rights[16];
+    uint32_t a[128][4], e[128], stage[2 * 32 * 32] = {};
+    float c[128][64];
+    auto* bytes = reinterpret_cast<unsigned char*>(stage);
+    for (int w = 0; w < 4; ++w) {
+      lefts[w] = twin::sample(form, random);
+      std::memcpy(a + 32 * w, lefts[w].warp.a, sizeof lefts[w].warp.a);
+      std::memcpy(e + 32 * w, lefts[w].warp.e, sizeof lefts[w].warp.e);
+    }
+    for (int j = 0; j < 16; ++j) {
+      rights[j] = twin::sample(form, random);
+      for (int k = 0; k < form.k; ++k)
+        for (int column = 0; column < 8; ++column) {
+          const uint16_t bits = static_cast<uint16_t>(twin::encode(form.type, rights[j].b[k * 8 + column]));
+          const int piece = j % 8 ^ k % 8;
+          std::memcpy(bytes + j / 8 * 4096 + k * 128 + piece * 16 + column * 2, &bits, 2);
+        }
+    }
+    for (auto& thread : c)
+      for (float& sum : thread) sum = random.integer();
+    OnDevice<uint32_t> da(&a[0][0], 512), db(stage, 2 * 32 * 32), de(e, 128);
+    OnDevice<float> dc(&c[0][0], 128 * 64);
+    run_kernels_wgmma<Instruction><<<1, 128>>>(da.data, db.data, de.data, dc.data);
+    float found[128][64];
+    dc.read(&found[0][0]);
+    for (int w = 0; w < 4; ++w)
+      for (int j = 0; j < 16; ++j) {
+        twin::Warp warp = lefts[w].warp;
+        std::memcpy(warp.b, rights[j].warp.b, sizeof warp.b);
+        for (int lane = 0; lane < 32; ++lane) std::memcpy(warp.c[lane], c[32 * w + lane] + 4 * j, sizeof warp.c[lane]);
+        twin::multiply(warp, form);
+        for (int lane = 0; lane < 32; ++lane)
+          differing += std::memcmp(warp.c[lane], found[32 * w + lane] + 4 * j, sizeof warp.c[lane]) != 0;
+      }
+  }
+  return report(Instruction::name, differing);
+}
+
 }  // namespace
 
 int main() {
@@ -185,6 +250,10 @@ int main() {
     wrong += probe_wgmma<probe::WgmmaFp16>({Type::fp16, 16, false});
     wrong += probe_wgmma<probe::WgmmaTf32>({Type::tf32, 8, false});
     wrong += probe_wgmma<probe::WgmmaSparseBf16>({Type::bf16, 32, true});
+    wrong += probe_kernels_wgmma<probe::KernelBf16>({Type::bf16, 16, false});
+    wrong += probe_kernels_wgmma<probe::KernelFp16>({Type::fp16, 16, false});
+    wrong += probe_kernels_wgmma<probe::KernelSparseBf16>({Type::bf16, 32, true});
+    wrong += probe_kernels_wgmma<probe::KernelSparseFp16>({Type::fp16, 32, true});
   } else {
     std::printf("wgmma: only on compute capability 9.0, not probed\n");
   }

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(128) repeat_mma(float* out, int iterations) {
 
 struct Wgmma128Bf16 {
   static constexpr const char* name = "wgmma m64n128k16 bf16";
-  static constexpr int k = 16;
+  static constexpr int k = 16, columns = 128;
   [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
     PROBE_WGMMA("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " SUMS ", {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
@@ -40,7 +40,7 @@ struct Wgmma128Bf16 {
 
 struct Wgmma128Tf32 {
   static constexpr const char* name = "wgmma m64n128k8 tf32";
-  static constexpr int k = 8;
+  static constexpr int k = 8, columns = 128;
   [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
     PROBE_WGMMA("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " SUMS ", {%64,%65,%66,%67}, %68, 1, 1, 1;"
                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
@@ -50,7 +50,7 @@ struct Wgmma128Tf32 {
 
 struct Wgmma128SparseBf16 {
   static constexpr const char* name = "wgmma.sp m64n128k32 bf16";
-  static constexpr int k = 32;
+  static constexpr int k = 32, columns = 128;
   [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
     PROBE_WGMMA("wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16 " SUMS
                 ", {%64,%65,%66,%67}, %68, %69, 0, 1, 1, 1, 0;"
@@ -59,17 +59,33 @@ struct Wgmma128SparseBf16 {
   }
 };
 
+// The kernels' own, on 256 columns of a stage of weights, as csrc/cuda/warpgroup_output.cuh describes it.
+struct Kernel256Bf16 {
+  static constexpr const char* name = "kernel's wgmma m64n256k16 bf16";
+  static constexpr int k = 16, columns = 256;
+  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&a)[4], uint64_t b) { kan::cuda::wgmma_bfloat16(c, a, b); }
+};
+struct Kernel256SparseBf16 {
+  static constexpr const char* name = "kernel's wgmma.sp m64n256k32 bf16";
+  static constexpr int k = 32, columns = 256;
+  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
+    kan::cuda::wgmma_sparse_bfloat16(c, a, b, 0x44444444u);
+  }
+};
+
 template <class Instruction>
 __global__ void __launch_bounds__(128) repeat_wgmma(float* out, int iterations) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  __shared__ __align__(1024) uint32_t tile[128 * 32 / 2];
-  for (int i = threadIdx.x; i < 128 * 32 / 2; i += 128) tile[i] = 0;
+  constexpr int words = Instruction::columns * 32 / 2;
+  __shared__ __align__(1024) uint32_t tile[words];
+  for (int i = threadIdx.x; i < words; i += 128) tile[i] = 0;
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
   uint32_t a[4] = {threadIdx.x, 1, 2, 3};
-  float c[64] = {};
+  float c[Instruction::columns / 2] = {};
   // Core matrices of K neighbours 128 bytes apart, of N neighbours as far as the tile's whole K.
-  const uint64_t b = probe::descriptor(tile, 128, 512);
+  const uint64_t b = Instruction::columns == 128 ? probe::descriptor(tile, 128, 512)
+                                                 : kan::cuda::describe_weights(kan::cuda::shared_address(tile));
   for (int i = 0; i < iterations; ++i) {
     probe::warpgroup_fence();
 #pragma unroll
@@ -119,7 +135,7 @@ void measure_mma() {
 
 template <class Instruction>
 void measure_wgmma() {
-  measure(Instruction::name, repeat_wgmma<Instruction>, 1.0 * chains * 2 * 64 * 128 * Instruction::k);
+  measure(Instruction::name, repeat_wgmma<Instruction>, 1.0 * chains * 2 * 64 * Instruction::columns * Instruction::k);
 }
 
 }  // namespace
@@ -139,6 +155,8 @@ int main() {
     measure_wgmma<Wgmma128Tf32>();
     measure_wgmma<Wgmma128Bf16>();
     measure_wgmma<Wgmma128SparseBf16>();
+    measure_wgmma<Kernel256Bf16>();
+    measure_wgmma<Kernel256SparseBf16>();
   }
   return 0;
 }
