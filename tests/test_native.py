@@ -104,6 +104,25 @@ def test_shapes(place, shape):
             assert_close_to_truth(place, problem, operation, 0, with_scale)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_one_row_and_two(k, kind, dtype):
+    """They have a kernel of their own on the CPU: whole tiles of outputs, overlapping ones, several blocks of inputs."""
+    for place in [p for p in places(dtype) if p.device.type == "cpu"]:
+        for rows, in_features, out_features in ((1, 33, 16), (2, 70, 150), (1, 5, 47), (2, 32, 257)):
+            for outside, with_scale in (("zero", False), ("clamp", True), ("linear", True), ("linear", False)):
+                shape = rows, in_features, out_features
+                problem = make_problem(place, dtype, shape, k=k, kind=kind, outside=outside)
+                problem.x[0, 0] = float(problem.grid[0].max()) + 3
+                assert_close_to_truth(place, problem, "contract_output", 0, with_scale)
+            problem.x[-1, 4] = torch.nan
+            y = get(place.backend).contract_output(*problem.args("contract_output", 0))
+            assert y[-1].isnan().all()
+            assert rows == 1 or y[:-1].isfinite().all()
+
+
 @pytest.mark.parametrize("place", parameters(torch.float32))
 @given(
     batch=st.integers(0, 300),

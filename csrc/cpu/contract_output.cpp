@@ -1,5 +1,6 @@
 // contract_output(x, s, W, n)[b, o] = sum_{i,f} s phi_f^(n)(x) W: the forward pass, and every derivative's share of it.
 #include "bucket.h"
+#include "few_rows.h"
 #include "narrow.h"
 
 namespace kan::cpu::KAN_ISA {
@@ -219,7 +220,8 @@ template <class T> void contract_output(const Problem<T>& p, const Runtime& runt
   auto body = [](void* context, int64_t index) {
     const OutputTask<T>& k = *static_cast<OutputTask<T>*>(context);
     const int64_t b = index / k.cut.out_tasks * k.cut.rows, o = index % k.cut.out_tasks * k.cut.outs;
-    output_range(k.p, k.runtime, b, smaller(k.p.batch, b + k.cut.rows), o, smaller(k.p.out_features, o + k.cut.outs));
+    const auto range = few::serves(k.p) ? few::output_range<T> : output_range<T>;
+    range(k.p, k.runtime, b, smaller(k.p.batch, b + k.cut.rows), o, smaller(k.p.out_features, o + k.cut.outs));
   };
   runtime.parallel(cut.row_tasks * cut.out_tasks, body, &task);
 }
