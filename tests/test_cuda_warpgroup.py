@@ -138,6 +138,12 @@ PLANTED = {
         "while",
         "wgmma_bfloat16 on the sums of a wgmma_sparse_bfloat16 under way",
     ),
+    "alone": (
+        OUTPUT,
+        r"order_registers\(\);",
+        "order_registers(); if (warp % 4 == 1) order_registers();",
+        "the warps of a group did not issue the same products",
+    ),
     "barrier": (OUTPUT, r"barrier\(\);\n        if \(coming", "if (coming", ""),
     "too far ahead": (OUTPUT, r"kGroupStages - 2", "kGroupStages - 1", "shared memory is written while a product reads it"),
     "swizzle": (OUTPUT, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),

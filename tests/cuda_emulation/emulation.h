@@ -48,6 +48,7 @@ void wait_for_copies(int groups_left);
 void begin_block(int threads);
 void end_thread();
 void end_block();
+void end_launch();
 void note_copy(const void* shared);
 
 }  // namespace kan::emulation

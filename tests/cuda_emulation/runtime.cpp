@@ -329,6 +329,7 @@ void run_blocks(Index blocks, int threads, size_t bytes, const std::function<voi
     m.memories.clear();
     m.warps.clear();
     m.barriers.clear();
+    end_launch();
     m.running = nullptr;
     m.waiting = 0;
   };

@@ -53,10 +53,12 @@ struct Memory {
 };
 
 int run(int64_t batch, int64_t inputs, int64_t outputs, int intervals, int order, int dtype, int x_dtype, int outside, int precision) {
-  const Device device{80, 4, 99 * 1024};
-  // Every other problem that tensor cores serve, whatever its size, in the sparse form; the rest by choice.
+  const Device device{90, 4, 99 * 1024};
+  // Every other problem that tensor cores serve, whatever its size, in the sparse form, 16-bit ones by warpgroups; the rest by
+  // choice.
   const bool forced = precision == 1 && batch * inputs * outputs > 0 && order <= 3 && dtype != kFloat64;
-  setenv("KAN_FAST_CUDA_KERNEL", forced ? "sparse" : "", 1);
+  const char* sparse = dtype == kFloat32 ? "sparse" : outside == kan::kLinear ? "wgmma" : "wgmma_sparse";
+  setenv("KAN_FAST_CUDA_KERNEL", forced ? sparse : "", 1);
   for (int operation = 0; operation < 3; ++operation) {
     Memory memory;
     Problem p{};

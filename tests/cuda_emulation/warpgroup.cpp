@@ -8,6 +8,7 @@
 
 #include <deque>
 #include <map>
+#include <memory>
 #include <utility>
 
 namespace kan::emulation {
@@ -31,13 +32,14 @@ struct Warp {
   Group open;
   std::deque<Group> groups;
   bool fenced = false;
-  size_t issued = 0;
+  std::vector<std::pair<const char*, uint64_t>> issued;
 };
 struct State {
   std::vector<Warp> warps;
-  std::vector<std::vector<std::pair<const char*, uint64_t>>> issued;  // of each group of four warps
   std::vector<int> hidden;  // by pieces of 16 bytes: 1 + the thread whose copy no proxy fence followed, or 0
-} state;
+};
+// Of all blocks of a launch, the last one's is in use: memory that one block's threads free would order the next one's.
+std::vector<std::unique_ptr<State>> states;
 
 constexpr float kUnderWay = __builtin_nanf("0x2badba");
 
@@ -47,17 +49,7 @@ Registers registers(const void* from, int count) {
   return found;
 }
 
-Warp& own_warp() { return state.warps[self->warp]; }
-
-// The four warps of a group take the same instructions, but each in its own time.
-void follow(Warp& warp, const char* name, uint64_t descriptor) {
-  auto& issued = state.issued[self->warp / 4];
-  const std::pair<const char*, uint64_t> mine{name, descriptor};
-  if (warp.issued == issued.size()) issued.push_back(mine);
-  else if (std::strcmp(issued[warp.issued].first, name) != 0 || issued[warp.issued].second != descriptor)
-    fail(std::string(name) + ": the warps of a group do not issue the same instructions");
-  ++warp.issued;
-}
+Warp& own_warp() { return states.back()->warps[self->warp]; }
 
 void hold(Lane& lane, const Product& product) {
   Sums& sums = lane.sums[product.sums];
@@ -85,26 +77,28 @@ void release(Lane& lane, const Product& product) {
 }  // namespace
 
 void begin_block(int threads) {
-  state = {};
-  state.warps.resize(threads / 32);
-  state.issued.resize((threads / 32 + 3) / 4);
-  state.hidden.assign(shared_bytes / 16 + 1, 0);
+  states.push_back(std::make_unique<State>());
+  states.back()->warps.resize(threads / 32);
+  states.back()->hidden.assign(shared_bytes / 16 + 1, 0);
 }
 void end_thread() {
   if (!own_warp().open.empty() || !own_warp().groups.empty()) fail("a thread ends with products under way");
 }
+// The four warps of a group issue the same instructions, but each in its own time.
 void end_block() {
-  for (size_t w = 0; w < state.warps.size(); ++w)
-    if (state.warps[w].issued != state.issued[w / 4].size()) fail("a warp did not issue all products of its group");
+  const std::vector<Warp>& warps = states.back()->warps;
+  for (size_t w = 0; w < warps.size(); ++w)
+    if (warps[w].issued != warps[w / 4 * 4].issued) fail("the warps of a group did not issue the same products, fences and waits");
 }
+void end_launch() { states.clear(); }
 
 void start_product(const std::array<Product, 32>& lanes, Finish finish) {
   Warp& warp = own_warp();
   const Product& one = lanes[0];
-  if (state.warps.size() % 4 != 0) fail(std::string(one.name) + ": a block without whole groups of four warps");
+  if (states.back()->warps.size() % 4 != 0) fail(std::string(one.name) + ": a block without whole groups of four warps");
   for (const Product& product : lanes)
     if (product.descriptor != one.descriptor) fail(std::string(one.name) + ": lanes with different descriptors");
-  follow(warp, one.name, one.descriptor);
+  warp.issued.push_back({one.name, one.descriptor});
   if (!warp.fenced) fail(std::string(one.name) + ": registers were written, and no fence followed");
   Lefts early;
   for (int i = 0; i < 32; ++i) {
@@ -133,7 +127,7 @@ void start_product(const std::array<Product, 32>& lanes, Finish finish) {
 
 void order_registers() {
   Warp& warp = own_warp();
-  follow(warp, "order_registers", 0);
+  warp.issued.push_back({"order_registers", 0});
   warp.fenced = true;
   for (Lane& lane : warp.lanes)
     for (auto& [place, seen] : lane.fenced) seen = registers(place, int(seen.size()));
@@ -141,7 +135,7 @@ void order_registers() {
 
 void commit_products() {
   Warp& warp = own_warp();
-  follow(warp, "commit_products", 0);
+  warp.issued.push_back({"commit_products", 0});
   warp.groups.push_back(std::move(warp.open));
   warp.open.clear();
   warp.fenced = false;
@@ -149,18 +143,18 @@ void commit_products() {
 
 void wait_for_products(int groups_left) {
   Warp& warp = own_warp();
-  follow(warp, "wait_for_products", uint64_t(groups_left));
+  warp.issued.push_back({"wait_for_products", uint64_t(groups_left)});
   for (; int(warp.groups.size()) > groups_left; warp.groups.pop_front())
     for (auto& product : warp.groups.front()) product();
 }
 
-void note_copy(const void* to) { state.hidden[(static_cast<const char*>(to) - shared) / 16] = 1 + int(self->thread.x); }
+void note_copy(const void* to) { states.back()->hidden[(static_cast<const char*>(to) - shared) / 16] = 1 + int(self->thread.x); }
 void show_to_tensor_cores() {
-  for (int& writer : state.hidden)
+  for (int& writer : states.back()->hidden)
     if (writer == 1 + int(self->thread.x)) writer = 0;
 }
 void expect_shown(const char* piece) {
-  if (state.hidden[(piece - shared) / 16] != 0) fail("a product reads a copy that no proxy fence followed");
+  if (states.back()->hidden[(piece - shared) / 16] != 0) fail("a product reads a copy that no proxy fence followed");
 }
 
 }  // namespace kan::emulation
