@@ -153,7 +153,7 @@ def plan(tools: Toolchain, version: str, folder: Path) -> tuple[Ninja, Path, Pat
     cxx += [f"-DKAN_BUILT_{isa.upper()}=1" for isa in built]
     if tools.kind == "cuda":
         cxx.append("-DKAN_BUILT_CUDA=1")
-        if "9.0a" in cuda_archs():
+        if "9.0a" in (arch.removesuffix("+PTX") for arch in cuda_archs()):  # the one with warpgroups' instructions
             cxx.append("-DKAN_BUILT_SM90A=1")
     user_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     torch: list[str | Path] = ["-isystem", tools.torch.root / "include", TORCH_TARGET]

@@ -1,5 +1,7 @@
 """contract_output by Hopper's warpgroups, emulated: see tests/cuda_emulation/warpgroup.h."""
 
+import ctypes
+
 import pytest
 import torch
 from conftest import Place
@@ -9,6 +11,7 @@ from test_cuda_emulation import CPU, assert_wide_close
 from kan_fast import backends
 from tests.cuda_emulation.backend import Backend, Fault
 from tests.cuda_emulation.build import build, compiler
+from tests.ptx.tensor_cores import operand_places
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
 
@@ -99,6 +102,18 @@ def test_same_bits_on_both_tiles(place, use, kernel):
         backends.get("emulated").contract_output(*given.args("contract_output", 0, False)) for given in (problem, narrow)
     )
     assert torch.equal(wide[:, :128], first)
+
+
+@pytest.mark.parametrize("swizzle", range(4))
+def test_descriptors_are_read_as_the_interpreter_reads_them(swizzle):
+    """Two readings of the PTX ISA: the emulation's, and that of tests/ptx, which reproduces the products that Triton compiles."""
+    place = ctypes.CDLL(str(build("descriptor.cpp"))).kan_place
+    place.restype, place.argtypes = ctypes.c_uint32, [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    for leading, stride in ((4096, 1024), (2048, 8192)):
+        descriptor = (0x2400 >> 4) | leading >> 4 << 16 | stride >> 4 << 32 | swizzle << 62
+        want = operand_places(descriptor, 128, 32, 1, 2)
+        assert want.shape == (128, 32)
+        assert all(place(descriptor, n, k) == want[n, k] for n in range(128) for k in range(32))
 
 
 @every_kernel

@@ -3,8 +3,8 @@
 //   any     every dtype, order, derivative and shape, by multiply-add
 //   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
-//   wgmma, wgmma_sparse  the two for bfloat16 and float16, contract_output by warpgroups: compute capability 9.0 alone. Only
-//           by name until somebody has measured them; the same code then decides
+//   wgmma, wgmma_sparse  the two for bfloat16 and float16, contract_output by warpgroups: compute capability 9.0 alone, and never
+//           by themselves until they have been run and measured
 //
 // KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. The choices below follow from counting
 // instructions and bytes: no figure here was measured on a GPU.

@@ -6,6 +6,10 @@
 // stand at their number xor row % 8; eight rows, 1024 bytes, are an atom, which begins at a multiple of its size; `stride` is
 // the distance from atom to atom down the rows, `leading` the one to the next 64 columns.
 //
+// 16-bit types only. Of 32-bit numbers the instruction wants the depth contiguous (only .f16 and .bf16 have imm-trans-b), and ours
+// have the columns so: 4 bytes a copy in place of 16, 32 copies of each thread for a step of 256 columns, about as long as the
+// step's products. And it would read weights cut off to tf32, where wide_output.cuh rounds them.
+//
 // Not yet run on a GPU.
 #pragma once
 #include "launch.h"

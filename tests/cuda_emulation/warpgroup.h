@@ -38,7 +38,7 @@ void expect_shown(const char* piece);
 // The window of shared memory begins at no multiple of 1024.
 constexpr uint32_t kSharedBase = 0x480;
 
-// Number (n, k) of the right operand: where it lies, in bytes from the start of the window. T: numbers in 16 bytes.
+// Where number (n, k) of the right operand lies: its address in shared memory.
 struct Descriptor {
   uint32_t start, leading, stride, swizzle;
 
@@ -52,63 +52,46 @@ struct Descriptor {
   int pieces() const { return swizzle == 0 ? 1 : 16 >> swizzle; }
   // Swizzle<b, 4, 3> of an address: bits 4 .. 4 + b xor bits 7 .. 7 + b.
   uint32_t swizzled(uint32_t address) const { return address ^ (address >> 7 & uint32_t(pieces() - 1)) << 4; }
-  // Columns contiguous. None: ((T,1,m),(8,k)) : ((1,T,SBO),(T,LBO)); else, with W pieces: ((T,W,m),(8,k)) : ((1,T,LBO),(WT,SBO)).
-  uint32_t across(int n, int k, int size) const {
-    const int t = 16 / size, w = pieces();
+  // Columns contiguous, T = 8 of 16 bits to a piece. None: ((T,1,m),(8,k)) : ((1,T,SBO),(T,LBO)); else, with W pieces:
+  // ((T,W,m),(8,k)) : ((1,T,LBO),(WT,SBO)).
+  uint32_t place(int n, int k) const {
+    const int w = pieces();
     const uint32_t far_n = swizzle ? leading : stride, far_k = swizzle ? stride : leading;
-    return swizzled(start + uint32_t(n % t * size + n / t % w * 16 + k % 8 * w * 16) + uint32_t(n / t / w) * far_n + uint32_t(k / 8) * far_k);
-  }
-  // Depth contiguous. None: ((8,m),(T,2)) : ((T,SBO),(1,LBO)); else ((8,m),(T,2)) : ((WT,SBO),(1,T)).
-  uint32_t along(int n, int k, int size) const {
-    const int t = 16 / size, w = pieces();
-    return swizzled(start + uint32_t(n % 8 * w * 16 + k % t * size) + uint32_t(n / 8) * stride + uint32_t(k / t) * (swizzle ? 16u : leading));
+    return swizzled(start + uint32_t(n % 8 * 2 + n / 8 % w * 16 + k % 8 * w * 16) + uint32_t(n / 8 / w) * far_n + uint32_t(k / 8) * far_k);
   }
 };
 
 template <Kind K> std::vector<float> read_right(uint64_t bits, int columns, int depth) {
-  constexpr int kSize = K == Kind::tf32 ? 4 : 2;
   const Descriptor descriptor(bits);
   std::vector<float> right(size_t(columns * depth));
   const char* shown = nullptr;
   for (int n = 0; n < columns; ++n)
     for (int k = 0; k < depth; ++k) {
-      const uint32_t address = K == Kind::tf32 ? descriptor.along(n, k, kSize) : descriptor.across(n, k, kSize);
-      if (address < kSharedBase || address + kSize > kSharedBase + shared_bytes) fail("a descriptor points outside shared memory");
+      const uint32_t address = descriptor.place(n, k);
+      if (address < kSharedBase || address + 2 > kSharedBase + shared_bytes) fail("a descriptor points outside shared memory");
       const char* number = shared + (address - kSharedBase);
       const char* piece = shared + (address - kSharedBase) / 16 * 16;
       if (piece != shown) expect_shown(shown = piece);
-      uint32_t raw = 0;
-      if constexpr (kSize == 4) raw = *reinterpret_cast<const uint32_t*>(number);
-      else raw = *reinterpret_cast<const uint16_t*>(number);
-      right[size_t(n * depth + k)] = number_in<K>(raw, 0);
+      right[size_t(n * depth + k)] = number_in<K>(*reinterpret_cast<const uint16_t*>(number), 0);
     }
   return right;
 }
 
-// Row m (0 .. 15 of the warp's), column k of the left operand as it is stored. 16 bits: thread ((4,8,4)) : ((2 columns, row, 16
-// rows)), value (2,2,2) : (column, 8 rows, 8 columns); 32 bits: (4,8,4) : (column, row, 16 rows), (2,2) : (8 rows, 4 columns).
+// Row m (0 .. 15 of the warp's), column k of the left operand as it is stored. ALayout_64x16: thread (4,8,4) : (2 columns, row,
+// 16 rows), value (2,2,2) : (column, 8 rows, 8 columns).
 template <Kind K> float stored_left(const Lefts& lanes, int m, int k) {
-  if constexpr (K == Kind::tf32) return number_in<K>(lanes[m % 8 * 4 + k % 4][m / 8 + k / 4 * 2], 0);
-  else return number_in<K>(lanes[m % 8 * 4 + k / 2 % 4][m / 8 + k / 8 * 2], k % 2);
+  return number_in<K>(lanes[m % 8 * 4 + k / 2 % 4][m / 8 + k / 8 * 2], k % 2);
 }
 
 // The same of a sparse operand. Its metadata, ELayout_64x32: thread (2,2,8,4) : (16 columns, 0, row, 16 rows), value (16,2) :
 // (column, 8 rows), four bits to a group of four columns; of the threads that agree, selector 0 takes those with the 0.
-// Of tf32 (ELayout_64x16): 8 columns in place of 16, four bits to a pair.
 template <Kind K> float sparse_left(const Lefts& lanes, int m, int k) {
-  constexpr int kGroup = K == Kind::tf32 ? 2 : 4;
-  const int group = k / kGroup, place = k % kGroup;
-  const uint32_t word = lanes[m % 8 * 4 + group / 4][4];
-  const uint32_t bits = word >> (16 * (m / 8) + 4 * (group % 4)) & 15;
-  if constexpr (K == Kind::tf32) {
-    if (bits != 0b0100 && bits != 0b1110) fail("sparse wgmma: the metadata of a pair must be 0b0100 or 0b1110");
-    return place == (bits == 0b1110) ? stored_left<K>(lanes, m, group) : 0.0f;
-  } else {
-    const int first = bits & 3, second = bits >> 2;
-    if (first == second) fail("sparse wgmma: metadata that names one column twice");
-    if (first > second) fail("sparse wgmma: columns must be in ascending order");
-    return place == first ? stored_left<K>(lanes, m, 2 * group) : place == second ? stored_left<K>(lanes, m, 2 * group + 1) : 0.0f;
-  }
+  const int group = k / 4, place = k % 4;
+  const uint32_t bits = lanes[m % 8 * 4 + group / 4][4] >> (16 * (m / 8) + 4 * (group % 4)) & 15;
+  const int first = bits & 3, second = bits >> 2;
+  if (first == second) fail("sparse wgmma: metadata that names one column twice");
+  if (first > second) fail("sparse wgmma: columns must be in ascending order");
+  return place == first ? stored_left<K>(lanes, m, 2 * group) : place == second ? stored_left<K>(lanes, m, 2 * group + 1) : 0.0f;
 }
 
 template <Kind K, int kDepth, bool kSparse>
