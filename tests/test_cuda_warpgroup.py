@@ -106,7 +106,7 @@ def test_same_bits_on_both_tiles(place, use, kernel):
 
 @pytest.mark.parametrize("swizzle", range(4))
 def test_descriptors_are_read_as_the_interpreter_reads_them(swizzle):
-    """Two readings of the PTX ISA: the emulation's, and that of tests/ptx, which reproduces the products that Triton compiles."""
+    """Two readings of the PTX ISA: the emulation's, and that of tests/ptx, which runs the products that Triton compiles."""
     place = ctypes.CDLL(str(build("descriptor.cpp"))).kan_place
     place.restype, place.argtypes = ctypes.c_uint32, [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
     for leading, stride in ((4096, 1024), (2048, 8192)):
