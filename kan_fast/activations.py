@@ -25,19 +25,19 @@ _NAMES: dict[Any, str] = {
     torch.tanh: "tanh",
 }
 
-# Beyond this the derivatives of the smooth activations are at their limit in every dtype; infinity times 0 would be NaN.
+# Beyond this the smooth activations and their derivatives are at their limits in every dtype; infinity times 0 would be NaN.
 _FAR = 1000.0
 
 
 def activation(name: str, x: Tensor, n: int) -> Tensor:
     """n-th derivative of the activation `name` at x, any shape, float32 or float64; NaN gives NaN.
 
-    relu counts as piecewise linear: relu'(0) = 0, relu'' = 0.
+    relu counts as piecewise linear: relu'(0) = 0, relu'' = 0. At infinity, where torch has NaN for silu and gelu, the limit.
     """
     if name == "silu":
-        value = torch.nn.functional.silu(x) if n == 0 else _times_identity(_sigmoid, x, n)
+        value = _identity_above(torch.nn.functional.silu, x) if n == 0 else _times_identity(_sigmoid, x, n)
     elif name == "gelu":
-        value = torch.nn.functional.gelu(x) if n == 0 else _times_identity(_normal_cdf, x, n)
+        value = _identity_above(torch.nn.functional.gelu, x) if n == 0 else _times_identity(_normal_cdf, x, n)
     elif name == "tanh":
         value = _polynomial(_logistic_coefficients((1, 0, -1), n), torch.tanh(x))
     elif name == "identity":
@@ -60,6 +60,11 @@ def _times_identity(gate: Callable[[Tensor, int], Tensor], x: Tensor, n: int) ->
     """n-th derivative, n >= 1, of x * gate(x): Leibniz leaves two terms."""
     x = x.clamp(-_FAR, _FAR)
     return x * gate(x, n) + n * gate(x, n - 1)
+
+
+def _identity_above(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """silu or gelu, which torch makes NaN at infinity. (A clamp from below alone would end at the largest number in ONNX.)"""
+    return torch.where(x > _FAR, x, function(x.clamp(-_FAR, _FAR)))
 
 
 def _sigmoid(x: Tensor, n: int) -> Tensor:

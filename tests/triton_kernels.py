@@ -272,6 +272,16 @@ def test_on_the_knots_and_far_away(outside, size):
         check(case)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "tanh"])
+def test_activations_far_away(activation):
+    """Their limits, infinity included: those of the reference, which tests/test_activations.py proves."""
+    for n in range(3):
+        case = Case(NARROW, outside="clamp", n=n, activation=activation)
+        case.x[:4, 1] = torch.tensor([-torch.inf, torch.inf, -1e30, 1e30])
+        for ours, theirs in zip(case.results(backend), case.results(reference), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_against_scipy():
     for order in range(6):
         for n in range(order + 1):

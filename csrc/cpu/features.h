@@ -17,11 +17,14 @@ namespace kan::cpu::KAN_ISA {
 template <class T> struct ActivationTable {
   static constexpr int kMaxDegree = 40;
   int activation, n;
+  T reach;  // beyond it the smooth activations and their derivatives are at their limits
   int degree_high = 0, degree_low = 0;  // polynomials of order n and, for silu, n - 1
   T high[kMaxDegree + 1] = {}, low[kMaxDegree + 1] = {};
 
   bool is_silu(int order) const { return activation == kSilu && n == order; }
-  ActivationTable(int activation, int n) : activation(activation), n(n) {
+  ActivationTable(int activation, int n) : activation(activation), n(n), reach(Exponential<T>::limit) {
+    if (activation == kTanh) reach /= 2;                            // exp(-2 |x|)
+    if (activation == kGelu) reach = T(sqrt(2 * double(reach)));    // exp(-x^2 / 2)
     if (activation == kSilu || activation == kTanh) {
       sigmoid_like(n, high, degree_high);
       if (activation == kSilu && n >= 2) sigmoid_like(n - 1, low, degree_low);
@@ -77,11 +80,13 @@ template <class T, int Q> KAN_INLINE Lanes<T, Q> normal_cdf(Lanes<T, Q> x) {
 }
 
 // silu and its first derivative, the two that every training step needs. exp(-x), not exp(-|x|): both the sigmoid
-// 1 / (1 + e) and its complement e / (1 + e) keep their relative accuracy.
+// 1 / (1 + e) and its complement e / (1 + e) keep their relative accuracy. The value is that of x = -limit below it, 1e-33 of
+// zero, and x itself far above; the slope's factor x is bounded on both sides, or a large one would bring 1e-35 back.
 template <class T, int Q> KAN_INLINE void silu(Lanes<T, Q> x, Lanes<T, Q>& value, Lanes<T, Q>& slope) {
-  const Lanes<T, Q> e = exp_clamped(-x), s = reciprocal(T(1) + e);
-  value = x * s;
-  slope = s + value * (e * s);
+  const Lanes<T, Q> above = not_below(-Exponential<T>::limit, x), near = not_above(Exponential<T>::limit, above);
+  const Lanes<T, Q> e = exponential(-near), s = reciprocal(T(1) + e);
+  value = above * s;
+  slope = s + near * s * (e * s);
 }
 
 template <class T, int Q> KAN_INLINE Lanes<T, Q> activate(const ActivationTable<T>& table, Lanes<T, Q> x) {
@@ -93,29 +98,30 @@ template <class T, int Q> KAN_INLINE Lanes<T, Q> activate(const ActivationTable<
     silu(x, value, slope);
     return n == 0 ? value : slope;
   }
-  const L magnitude = select(x > zero, x, -x);
+  const L above = not_below(-table.reach, x), near = not_above(table.reach, above);
+  const L magnitude = select(near > zero, near, -near);
   L value = zero;
   switch (table.activation) {
     case kSilu: {
-      const L e = exp_clamped(-magnitude), r = one / (one + e), s = select(x > zero, one, e) * r, q = e * r * r;
+      const L e = exponential(-magnitude), r = one / (one + e), s = select(near > zero, one, e) * r, q = e * r * r;
       const L lower = q * polynomial(table.low, table.degree_low, s) * T(n);
-      value = x * q * polynomial(table.high, table.degree_high, s) + lower;
+      value = near * q * polynomial(table.high, table.degree_high, s) + lower;
       break;
     }
     case kIdentity: value = n == 0 ? x : n == 1 ? one : zero; break;
     case kRelu: value = n == 0 ? select(x > zero, x, zero) : n == 1 ? select(x > zero, one, zero) : zero; break;
     case kTanh: {
-      const L e = exp_clamped(magnitude * T(-2)), r = one / (one + e);
+      const L e = exponential(magnitude * T(-2)), r = one / (one + e);
       L t = (one - e) * r;
-      t = select(x > zero, t, -t);
+      t = select(near > zero, t, -t);
       value = n == 0 ? t : e * r * r * T(4) * polynomial(table.high, table.degree_high, t);
       break;
     }
     case kGelu: {
-      const L density = exp_clamped(x * x * T(-0.5)) * T(0.39894228040143267794);
-      value = n == 0   ? x * normal_cdf(x)
-              : n == 1 ? normal_cdf(x) + x * density
-                       : density * polynomial(table.high, table.degree_high, x);
+      const L density = exponential(near * near * T(-0.5)) * T(0.39894228040143267794);
+      value = n == 0   ? above * normal_cdf(near)
+              : n == 1 ? normal_cdf(near) + near * density
+                       : density * polynomial(table.high, table.degree_high, near);
       break;
     }
   }

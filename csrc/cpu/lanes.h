@@ -107,6 +107,15 @@ template <class T, int Q> KAN_INLINE Lanes<T, Q> at_most(Lanes<T, Q> a, T bound)
   KAN_UNROLL for (int q = 0; q < Q; ++q) a.v[q] = minimum<T>(a.v[q], broadcast<T>(bound));
   return a;
 }
+// The bound where a lane is beyond it; NaN stays, which is what the order of the operands says.
+template <class T, int Q> KAN_INLINE Lanes<T, Q> not_below(T bound, Lanes<T, Q> a) {
+  KAN_UNROLL for (int q = 0; q < Q; ++q) a.v[q] = maximum<T>(broadcast<T>(bound), a.v[q]);
+  return a;
+}
+template <class T, int Q> KAN_INLINE Lanes<T, Q> not_above(T bound, Lanes<T, Q> a) {
+  KAN_UNROLL for (int q = 0; q < Q; ++q) a.v[q] = minimum<T>(broadcast<T>(bound), a.v[q]);
+  return a;
+}
 template <class T, int Q> KAN_INLINE LanesInt<T, Q> to_int(Lanes<T, Q> a) {
   LanesInt<T, Q> i;
   KAN_UNROLL for (int q = 0; q < Q; ++q) i.v[q] = to_int<T>(a.v[q]);
@@ -134,9 +143,9 @@ template <int Q> KAN_INLINE Lanes<float, Q> reciprocal(Lanes<float, Q> d) {
 }
 #endif
 
-// exp(x) for x clamped to +-80 (float) or +-700 (double); relative error about 1 ulp (Cephes' argument reduction and, for
-// float, its polynomial; Taylor to r^13 for double, where |r| <= ln(2)/2 leaves 4e-18). The magic number rounds to an
-// integer and leaves it in the low bits. NaN gives a number: callers multiply by x.
+// exp(x) for |x| up to the limit of 80 (float) or 700 (double); relative error about 1 ulp (Cephes' argument reduction and,
+// for float, its polynomial; Taylor to r^13 for double, where |r| <= ln(2)/2 leaves 4e-18). The magic number rounds to an
+// integer and leaves it in the low bits. NaN gives NaN.
 template <class T> struct Exponential;
 template <> struct Exponential<float> {
   static constexpr float limit = 80, magic = 12582912, high = 0.693359375f, low = -2.12194440e-4f;
@@ -151,9 +160,8 @@ template <> struct Exponential<double> {
                                  1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
                                  1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
 };
-template <class T, int Q> KAN_INLINE Lanes<T, Q> exp_clamped(Lanes<T, Q> x) {
+template <class T, int Q> KAN_INLINE Lanes<T, Q> exponential(Lanes<T, Q> x) {
   using E = Exponential<T>;
-  x = at_most(at_least(x, -E::limit), E::limit);
   const Lanes<T, Q> shifted = x * T(1.4426950408889634) + E::magic, n = shifted - E::magic;
   const Lanes<T, Q> r = (x - n * E::high) - n * E::low;
   Lanes<T, Q> p = r * E::c[0] + E::c[1];

@@ -43,38 +43,38 @@ template <class C> KAN_DEVICE C polynomial(const C* c, int degree, C x) {
   return sum;
 }
 
-// Base activation, derivative of order a.n, at x; formulas beside ActivationTable in csrc/cpu/features.h. The magnitude is
-// bounded so that exp never makes a denormal, whose reciprocal would overflow.
+// Base activation, derivative of order a.n, at x; formulas beside ActivationTable in csrc/cpu/features.h. Beyond `reach` the
+// smooth ones and their derivatives are at their limits; a larger |x| would make denormals, whose reciprocal overflows, and
+// multiply what is 1e-35 instead of 0. Only the value of order 0 goes on above it.
 template <class C> KAN_DEVICE C activate(const Activation<C>& a, C x) {
   const int n = a.n;
-  C magnitude = x > 0 ? x : -x, value = 0;
   const C bound = sizeof(C) == 8 ? C(700) : C(80);
+  const C reach = a.kind == kTanh ? bound / 2 : a.kind == kGelu ? C(sizeof(C) == 8 ? 37.4 : 12.6) : bound;
+  const C above = x > -reach ? x : -reach, near = above < reach ? above : reach, magnitude = near > 0 ? near : -near;
+  C value = 0;
   switch (a.kind) {
     case kSilu: {
-      const C e = exponential(-(magnitude < bound ? magnitude : bound));
-      const C r = reciprocal(1 + e), s = (x > 0 ? C(1) : e) * r;
-      if (n == 0) value = x * s;
+      const C e = exponential(-magnitude), r = reciprocal(1 + e), s = (near > 0 ? C(1) : e) * r;
+      if (n == 0) value = above * s;
       else {
         const C q = e * r * r, lower = n == 1 ? s : q * polynomial(a.low, a.degree_low, s) * C(n);
-        value = x * q * polynomial(a.high, a.degree_high, s) + lower;
+        value = near * q * polynomial(a.high, a.degree_high, s) + lower;
       }
       break;
     }
     case kIdentity: value = n == 0 ? x : n == 1 ? C(1) : C(0); break;
     case kRelu: value = !(x > 0) ? C(0) : n == 0 ? x : n == 1 ? C(1) : C(0); break;
     case kTanh: {
-      magnitude *= 2;
-      const C e = exponential(-(magnitude < bound ? magnitude : bound)), r = reciprocal(1 + e);
-      const C t = (x > 0 ? 1 - e : e - 1) * r;
+      const C e = exponential(-2 * magnitude), r = reciprocal(1 + e);
+      const C t = (near > 0 ? 1 - e : e - 1) * r;
       value = n == 0 ? t : 4 * e * r * r * polynomial(a.high, a.degree_high, t);
       break;
     }
     case kGelu: {
-      const C half = x * x * C(0.5);
-      const C density = exponential(-(half < bound ? half : bound)) * C(0.39894228040143267794);
-      value = n == 0   ? x * normal_cdf(x)
-              : n == 1 ? normal_cdf(x) + x * density
-                       : density * polynomial(a.high, a.degree_high, x);
+      const C density = exponential(near * near * C(-0.5)) * C(0.39894228040143267794);
+      value = n == 0   ? above * normal_cdf(near)
+              : n == 1 ? normal_cdf(near) + near * density
+                       : density * polynomial(a.high, a.degree_high, near);
       break;
     }
     default: break;

@@ -12,7 +12,7 @@ from kan_fast.activations import ACTIVATIONS
 
 NONE, SILU, IDENTITY, GELU, RELU = (tl.constexpr(ACTIVATIONS.index(a)) for a in ("none", "silu", "identity", "gelu", "relu"))
 
-# Beyond this the derivatives of the smooth activations are at their limit; infinity times 0 would be NaN.
+# Beyond this the smooth activations and their derivatives are at their limits; infinity times 0 would be NaN.
 FAR = tl.constexpr(1000.0)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -82,7 +82,7 @@ def activation(x, ACTIVATION: tl.constexpr, N: tl.constexpr):
     """
     if ACTIVATION == SILU:
         if N == 0:
-            value = x * sigmoid(x)
+            value = tl.maximum(x, -FAR) * sigmoid(x)
         else:
             x = tl.minimum(tl.maximum(x, -FAR), FAR)
             u = sigmoid(x)
@@ -91,7 +91,7 @@ def activation(x, ACTIVATION: tl.constexpr, N: tl.constexpr):
         value = x if N == 0 else tl.full(x.shape, 1.0 if N == 1 else 0.0, x.dtype)
     elif ACTIVATION == GELU:
         if N == 0:
-            value = x * normal_cdf(x, 0)
+            value = tl.maximum(x, -FAR) * normal_cdf(x, 0)
         else:
             x = tl.minimum(tl.maximum(x, -FAR), FAR)
             value = x * normal_cdf(x, N) + N * normal_cdf(x, N - 1)
