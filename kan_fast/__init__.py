@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from kan_fast.grid import adaptive_grid_refinement, tune_grid_size, update_grid
     from kan_fast.history import History
     from kan_fast.nn.interop import from_edges, from_efficient_kan, from_pykan, replace_layers, to_pykan
+    from kan_fast.nn.sparse import SparseKANLayer, sparsify
     from kan_fast.parallel import ShardInputs, ShardOutputs, parallelize_kan
     from kan_fast.plotting import plot_history, plot_kan, plot_layer
     from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
     from kan_fast.ranks import on_this_rank
     from kan_fast.regularization import activation_regularization, advanced_regularization
-    from kan_fast.sparse import SparseKANLayer, sparsify
     from kan_fast.symbolic import fit_symbolic_function, symbolic_extraction
     from kan_fast.training import train_kan
 
@@ -29,7 +29,7 @@ _TOOLS = {
     "KANRegressor": "estimators",
     "ShardInputs": "parallel",
     "ShardOutputs": "parallel",
-    "SparseKANLayer": "sparse",
+    "SparseKANLayer": "nn.sparse",
     "activation_regularization": "regularization",
     "adaptive_grid_refinement": "grid",
     "advanced_regularization": "regularization",
@@ -50,7 +50,7 @@ _TOOLS = {
     "plot_layer": "plotting",
     "prune_kan": "pruning",
     "replace_layers": "nn.interop",
-    "sparsify": "sparse",
+    "sparsify": "nn.sparse",
     "symbolic_extraction": "symbolic",
     "to_pykan": "nn.interop",
     "train_kan": "training",

@@ -79,6 +79,20 @@ def contract_backward(
     return (dx, *weights), (0, 0, 0)
 
 
+def by_rows(
+    operation: Operation, size: int, in_dims: Dims, args: tuple[Any, ...], rows: tuple[int, ...]
+) -> tuple[Tensor, int]:
+    """Any operation of one result: arguments at `rows` are (B, C), as is the result where they alone are batched."""
+    args, batched = _batch_in_front(in_dims, args)
+    if not rows or any(here for place, here in enumerate(batched) if place not in rows):
+        return _one_by_one(operation, size, args, batched), 0
+    folded = list(args)
+    for place in rows:
+        folded[place] = _rows(args[place], batched[place], size)
+    y: Tensor = operation(*folded)
+    return y.unflatten(0, (size, args[rows[0]].shape[-2])), 0
+
+
 def _batch_in_front(in_dims: Dims, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
     moved = (arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True))
     return tuple(moved), tuple(dim is not None for dim in in_dims)

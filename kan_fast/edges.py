@@ -12,7 +12,8 @@ and its partial contractions, like those, have one another as derivatives, so ev
     edge_weight(x, s, g)[e, f] = sum_b s phi^(n) g
 
 Plain PyTorch, on every device. Features and products exist in chunks of CHUNK_ELEMENTS numbers only; sums run over an
-edge list in a fixed order, so results are the same bits on every run.
+edge list in a fixed order, so results are the same bits on every run. Like the contractions of kan_fast.ops they are
+operators torch.ops.kan_fast.edge_* to tracers, with derivatives in every mode; WHOLE has them without chunks, for exporters.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,23 +22,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kan_fast import batching
 from kan_fast.activations import activation as activation_function
+from kan_fast.chunks import chunks
+from kan_fast.derivatives import Contraction, Maybe, enter, forward_rule, refuse_grid, save, saved, total, weighted
+from kan_fast.operators import dispatched, register
 from kan_fast.spline import bases
-from kan_fast.traverse import chunks
+
+_is_compiling = torch.compiler.is_compiling
+_operators = torch.ops.kan_fast
 
 
 class Edges(NamedTuple):
-    """An edge list, sorted by output, and what the contractions need to know of it.
+    """What the contractions need to know of edges that are sorted by output.
 
-    inputs, outputs (E,): ends of the edges. used (U,): inputs that have edges; place (E,): the edge's input among them.
-    per_output (out,): number of edges. by_input (E,): the edges sorted by input, edges of one input in order; per_used
-    (U,): their number. All int64.
+    used (U,): inputs that have edges; place (E,): the edge's input among them. outputs (E,); per_output (out,): number of
+    edges. by_input (E,): the edges sorted by input, edges of one input in order; per_used (U,): their number. All int64.
     """
 
-    inputs: Tensor
-    outputs: Tensor
     used: Tensor
     place: Tensor
+    outputs: Tensor
     per_output: Tensor
     by_input: Tensor
     per_used: Tensor
@@ -50,7 +55,7 @@ def edge_list(pairs: Tensor, in_features: int, out_features: int) -> Edges:
     used = per_input.nonzero()[:, 0]
     place = (torch.cumsum(per_input > 0, 0) - 1)[inputs]
     by_input = torch.argsort(inputs, stable=True)
-    return Edges(inputs, outputs, used, place, torch.bincount(outputs, minlength=out_features), by_input, per_input[used])
+    return Edges(used, place, outputs, torch.bincount(outputs, minlength=out_features), by_input, per_input[used])
 
 
 class Features(NamedTuple):
@@ -79,37 +84,102 @@ class Features(NamedTuple):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(0, 1).contiguous()
 
 
-def edge_output(x: Tensor, scale: Tensor | None, weight: Tensor, edges: Edges, features: Features, n: int = 0) -> Tensor:
+def edge_output(x: Tensor, scale: Maybe, weight: Tensor, edges: Edges, features: Features, n: int = 0) -> Tensor:
     """x (B, in), scale (B, in) or None, weight (E, features.width()) -> (B, out) of weight's dtype; differentiable."""
-    result: Tensor = _EdgeOutput.apply(x, scale, weight, edges, features, n)
-    return result
+    return _edge_output(x, scale, weight, *_rest(edges, features, n))
 
 
 def edge_input(x: Tensor, weight: Tensor, g: Tensor, edges: Edges, features: Features, n: int) -> Tensor:
     """x (B, in), weight (E, features.width()), g (B, out) -> (B, in) of x's dtype; differentiable."""
-    result: Tensor = _EdgeInput.apply(x, weight, g, edges, features, n)
-    return result
+    return _edge_input(x, weight, g, *_rest(edges, features, n))
 
 
-def edge_weight(x: Tensor, scale: Tensor | None, g: Tensor, edges: Edges, features: Features, n: int) -> Tensor:
+def edge_weight(x: Tensor, scale: Maybe, g: Tensor, edges: Edges, features: Features, n: int) -> Tensor:
     """x (B, in), scale (B, in) or None, g (B, out) -> (E, features.width()) of g's dtype; differentiable."""
-    result: Tensor = _EdgeWeight.apply(x, scale, g, edges, features, n)
+    return _edge_weight(x, scale, g, *_rest(edges, features, n))
+
+
+# Operators have no tuples: three tensors, then these.
+_REST = (
+    "Tensor? grid, Tensor used, Tensor place, Tensor outputs, Tensor per_output, Tensor by_input, Tensor per_used,"
+    " str activation, int spline_order, str outside, int n"
+)
+
+
+def _rest(edges: Edges, features: Features, n: int) -> tuple[Any, ...]:
+    return features.grid, *edges, features.activation, features.spline_order, features.outside, n
+
+
+def _packed(rest: tuple[Any, ...]) -> tuple[Edges, Features, int]:
+    grid, *index, activation, spline_order, outside, n = rest
+    return Edges(*index), Features(activation, grid, spline_order, outside), n
+
+
+def _edge_output(*args: Any) -> Tensor:
+    result: Tensor = _operators.edge_output(*args) if _is_compiling() else enter(_EdgeOutput, args)
     return result
 
 
-def _blocks(
-    x: Tensor, scale: Tensor | None, edges: Edges, features: Features, n: int
-) -> Iterator[tuple[slice, Tensor, list[slice]]]:
+def _edge_input(*args: Any) -> Tensor:
+    result: Tensor = _operators.edge_input(*args) if _is_compiling() else enter(_EdgeInput, args)
+    return result
+
+
+def _edge_weight(*args: Any) -> Tensor:
+    result: Tensor = _operators.edge_weight(*args) if _is_compiling() else enter(_EdgeWeight, args)
+    return result
+
+
+def _compute_output(x: Tensor, scale: Maybe, weight: Tensor, *rest: Any) -> Tensor:
+    edges, features, n = _packed(rest)
+    y = [x.new_zeros(0, len(edges.per_output), dtype=weight.dtype)]
+    for _, phi, parts in _blocks(x, scale, edges, features, n):
+        sums = _segment_sums(_values(phi, weight.to(phi.dtype), edges.place, parts), edges.per_output)
+        y.append(sums.t().to(weight.dtype))
+    return torch.cat(y)
+
+
+def _compute_input(x: Tensor, weight: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    edges, features, n = _packed(rest)
+    place, outputs = edges.place[edges.by_input], edges.outputs[edges.by_input]
+    dx = [x.new_zeros(0, len(edges.used))]
+    for rows, phi, parts in _blocks(x, None, edges, features, n):
+        values = _values(phi, weight.to(phi.dtype)[edges.by_input], place, parts)
+        values = values * g[rows].to(phi.dtype).t().index_select(0, outputs)
+        dx.append(_segment_sums(values, edges.per_used).t().to(x.dtype))
+    return x.new_zeros(x.shape).index_copy(1, edges.used, torch.cat(dx))
+
+
+def _compute_weight(x: Tensor, scale: Maybe, g: Tensor, *rest: Any) -> Tensor:
+    edges, features, n = _packed(rest)
+    sum_of_blocks = None
+    for rows, phi, parts in _blocks(x, scale, edges, features, n):
+        wide = g[rows].to(phi.dtype).t()
+        sums = [
+            torch.bmm(phi.index_select(0, edges.place[part]).mT, wide.index_select(0, edges.outputs[part])[..., None])
+            for part in parts
+        ]
+        block = torch.cat(sums)[..., 0] if sums else phi.new_zeros(0, features.width())
+        sum_of_blocks = block if sum_of_blocks is None else sum_of_blocks + block
+    if sum_of_blocks is None:
+        return g.new_zeros(len(edges.place), features.width())
+    return sum_of_blocks.to(g.dtype)
+
+
+def _blocks(x: Tensor, scale: Maybe, edges: Edges, features: Features, n: int) -> Iterator[tuple[slice, Tensor, list[slice]]]:
     """Rows of x, scale * phi^(n) there (U, rows, F), and slices of the edges whose products with the rows fit a chunk."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
     width = features.width()
-    num_edges, num_used = len(edges.inputs), len(edges.used)
+    num_edges, num_used = len(edges.place), len(edges.used)
     for rows in chunks(len(x), max(num_edges, num_used * width)):
-        part = x[rows].index_select(1, edges.used).to(dtype)
-        phi = features.at(part, edges.used, n)
-        if scale is not None:
-            phi = phi * scale[rows].index_select(1, edges.used).to(dtype).t()[..., None]
+        phi = _features(x[rows], None if scale is None else scale[rows], edges, features, n)
         yield rows, phi, list(chunks(num_edges, phi.shape[1] * width))
+
+
+def _features(x: Tensor, scale: Maybe, edges: Edges, features: Features, n: int) -> Tensor:
+    """x (B, in), scale (B, in) or None -> scale * phi^(n), (U, B, F)"""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    phi = features.at(x.index_select(1, edges.used).to(dtype), edges.used, n)
+    return phi if scale is None else phi * scale.index_select(1, edges.used).to(dtype).t()[..., None]
 
 
 def _values(phi: Tensor, weight: Tensor, place: Tensor, parts: list[slice]) -> Tensor:
@@ -125,117 +195,173 @@ def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
 
 
-def _one_by_one(apply: Callable[..., Tensor], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Tensor, int]:
-    """The rule of torch.func.vmap: one call per sample."""
-    dims = [dim if isinstance(arg, Tensor) else None for dim, arg in zip(in_dims, args, strict=True)]
-    results = [
-        apply(*(arg if dim is None else arg.select(dim, sample) for arg, dim in zip(args, dims, strict=True)))
-        for sample in range(size)
-    ]
-    return torch.stack(results), 0
+def _whole_output(x: Tensor, scale: Maybe, weight: Tensor, *rest: Any) -> Tensor:
+    edges, features, n = _packed(rest)
+    phi = _features(x, scale, edges, features, n)
+    values = (phi.index_select(0, edges.place) * weight.to(phi.dtype)[:, None]).sum(2)
+    return _scatter(values, edges.outputs, edges.per_output.shape[0]).t().to(weight.dtype)
 
 
-class _EdgeOutput(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, scale: Tensor | None, weight: Tensor, edges: Edges, features: Features, n: int) -> Tensor:
-        y = [x.new_zeros(0, len(edges.per_output), dtype=weight.dtype)]
-        for _, phi, parts in _blocks(x, scale, edges, features, n):
-            sums = _segment_sums(_values(phi, weight.to(phi.dtype), edges.place, parts), edges.per_output)
-            y.append(sums.t().to(weight.dtype))
-        return torch.cat(y)
+def _whole_input(x: Tensor, weight: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    edges, features, n = _packed(rest)
+    phi = _features(x, None, edges, features, n)
+    values = (phi.index_select(0, edges.place) * weight.to(phi.dtype)[:, None]).sum(2)
+    values = values * g.to(phi.dtype).t().index_select(0, edges.outputs)
+    return _scatter(values, edges.used.index_select(0, edges.place), x.shape[1]).t().to(x.dtype)
+
+
+def _whole_weight(x: Tensor, scale: Maybe, g: Tensor, *rest: Any) -> Tensor:
+    edges, features, n = _packed(rest)
+    phi = _features(x, scale, edges, features, n)
+    wide = g.to(phi.dtype).t().index_select(0, edges.outputs)
+    return (phi.index_select(0, edges.place) * wide[..., None]).sum(1).to(g.dtype)
+
+
+def _scatter(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sums of the rows of equal index: values (E, B), index (E,) -> (size, B)"""
+    return values.new_zeros(size, values.shape[1]).scatter_add(0, index[:, None].expand(values.shape), values)
+
+
+class _Edge(Contraction):
+    """Arguments: three tensors, the grid, the edges, the rest."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, weight, *ctx.options = inputs
-        ctx.save_for_backward(x, scale, weight)
+        if ctx.needs_input_grad[3]:
+            refuse_grid()
+        save(ctx, *inputs[:10])
+        ctx.options = inputs[10:]
+
+
+def _known(ctx: Any, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What setup_context saved: three tensors, edges, features, n."""
+    *three, grid = tensors[:4]
+    return *three, *_packed((grid, *tensors[4:], *ctx.options))
+
+
+class _EdgeOutput(_Edge):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return (_operators.edge_output if dispatched(args[0]) else _compute_output)(*args)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, scale, weight = ctx.saved_tensors
-        edges, features, n = ctx.options
-        need_x, need_scale, need_weight, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, g: Maybe) -> Any:
         dx = d_scale = d_weight = None
-        if need_x:
-            dx = edge_input(x, weight, g, edges, features, n + 1)
-            dx = dx if scale is None else scale * dx
-        if need_scale:
-            d_scale = edge_input(x, weight, g, edges, features, n)
-        if need_weight:
-            d_weight = edge_weight(x, scale, g, edges, features, n)
-        return dx, d_scale, d_weight, None, None, None
+        if g is not None:
+            x, scale, weight, edges, features, n = _known(ctx, saved(ctx))
+            need_x, need_scale, need_weight, *_ = ctx.needs_input_grad
+            if need_x:
+                dx = weighted(scale, edge_input(x, weight, g, edges, features, n + 1))
+            if need_scale:
+                d_scale = edge_input(x, weight, g, edges, features, n)
+            if need_weight:
+                d_weight = edge_weight(x, scale, g, edges, features, n)
+        return dx, d_scale, d_weight, *(None,) * 11
+
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, d_weight: Maybe, d_grid: Maybe, *_: None) -> Maybe:
+        if d_grid is not None:
+            refuse_grid()
+        x, scale, weight, edges, features, n = _known(ctx, known)
+        return total(
+            None if dx is None else edge_output(x, weighted(scale, dx), weight, edges, features, n + 1),
+            None if d_scale is None else edge_output(x, d_scale, weight, edges, features, n),
+            None if d_weight is None else edge_output(x, scale, d_weight, edges, features, n),
+        )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _one_by_one(edge_output, info.batch_size, in_dims, args)
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
+        return batching.by_rows(_edge_output, info.batch_size, in_dims, args, rows=(0, 1))
 
 
-class _EdgeInput(torch.autograd.Function):
+class _EdgeInput(_Edge):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, g: Tensor, edges: Edges, features: Features, n: int) -> Tensor:
-        place, outputs = edges.place[edges.by_input], edges.outputs[edges.by_input]
-        dx = [x.new_zeros(0, len(edges.used))]
-        for rows, phi, parts in _blocks(x, None, edges, features, n):
-            values = _values(phi, weight.to(phi.dtype)[edges.by_input], place, parts)
-            values = values * g[rows].to(phi.dtype).t().index_select(0, outputs)
-            dx.append(_segment_sums(values, edges.per_used).t().to(x.dtype))
-        return torch.zeros_like(x).index_copy(1, edges.used, torch.cat(dx))
+    def forward(*args: Any) -> Any:
+        return (_operators.edge_input if dispatched(args[0]) else _compute_input)(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, g, *ctx.options = inputs
-        ctx.save_for_backward(x, weight, g)
+    def backward(ctx: Any, a: Maybe) -> Any:
+        dx = d_weight = dg = None
+        if a is not None:
+            x, weight, g, edges, features, n = _known(ctx, saved(ctx))
+            need_x, need_weight, need_g, *_ = ctx.needs_input_grad
+            dx = a * edge_input(x, weight, g, edges, features, n + 1) if need_x else None
+            d_weight = edge_weight(x, a, g, edges, features, n) if need_weight else None
+            dg = edge_output(x, a, weight, edges, features, n) if need_g else None
+        return dx, d_weight, dg, *(None,) * 11
+
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_weight: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Maybe:
+        if d_grid is not None:
+            refuse_grid()
+        x, weight, g, edges, features, n = _known(ctx, known)
+        return total(
+            None if dx is None else dx * edge_input(x, weight, g, edges, features, n + 1),
+            None if d_weight is None else edge_input(x, d_weight, g, edges, features, n),
+            None if dg is None else edge_input(x, weight, dg, edges, features, n),
+        )
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> Any:
-        x, weight, g = ctx.saved_tensors
-        edges, features, n = ctx.options
-        need_x, need_weight, need_g, *_ = ctx.needs_input_grad
-        dx = a * edge_input(x, weight, g, edges, features, n + 1) if need_x else None
-        d_weight = edge_weight(x, a, g, edges, features, n) if need_weight else None
-        dg = edge_output(x, a, weight, edges, features, n) if need_g else None
-        return dx, d_weight, dg, None, None, None
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
+        return batching.by_rows(_edge_input, info.batch_size, in_dims, args, rows=(0, 2))
+
+
+class _EdgeWeight(_Edge):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return (_operators.edge_weight if dispatched(args[0]) else _compute_weight)(*args)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _one_by_one(edge_input, info.batch_size, in_dims, args)
-
-
-class _EdgeWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, scale: Tensor | None, g: Tensor, edges: Edges, features: Features, n: int) -> Tensor:
-        total = None
-        for rows, phi, parts in _blocks(x, scale, edges, features, n):
-            wide = g[rows].to(phi.dtype).t()
-            sums = [
-                torch.bmm(phi.index_select(0, edges.place[part]).mT, wide.index_select(0, edges.outputs[part])[..., None])
-                for part in parts
-            ]
-            block = torch.cat(sums)[..., 0] if sums else phi.new_zeros(0, features.width())
-            total = block if total is None else total + block
-        if total is None:
-            return g.new_zeros(len(edges.inputs), features.width())
-        return total.to(g.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, g, *ctx.options = inputs
-        ctx.save_for_backward(x, scale, g)
-
-    @staticmethod
-    def backward(ctx: Any, a: Tensor) -> Any:
-        x, scale, g = ctx.saved_tensors
-        edges, features, n = ctx.options
-        need_x, need_scale, need_g, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, a: Maybe) -> Any:
         dx = d_scale = dg = None
-        if need_x:
-            dx = edge_input(x, a, g, edges, features, n + 1)
-            dx = dx if scale is None else scale * dx
-        if need_scale:
-            d_scale = edge_input(x, a, g, edges, features, n)
-        if need_g:
-            dg = edge_output(x, scale, a, edges, features, n)
-        return dx, d_scale, dg, None, None, None
+        if a is not None:
+            x, scale, g, edges, features, n = _known(ctx, saved(ctx))
+            need_x, need_scale, need_g, *_ = ctx.needs_input_grad
+            if need_x:
+                dx = weighted(scale, edge_input(x, a, g, edges, features, n + 1))
+            if need_scale:
+                d_scale = edge_input(x, a, g, edges, features, n)
+            if need_g:
+                dg = edge_output(x, scale, a, edges, features, n)
+        return dx, d_scale, dg, *(None,) * 11
+
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Maybe:
+        if d_grid is not None:
+            refuse_grid()
+        x, scale, g, edges, features, n = _known(ctx, known)
+        return total(
+            None if dx is None else edge_weight(x, weighted(scale, dx), g, edges, features, n + 1),
+            None if d_scale is None else edge_weight(x, d_scale, g, edges, features, n),
+            None if dg is None else edge_weight(x, scale, dg, edges, features, n),
+        )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _one_by_one(edge_weight, info.batch_size, in_dims, args)
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
+        return batching.by_rows(_edge_weight, info.batch_size, in_dims, args, rows=())
+
+
+def _fake_output(x: Tensor, scale: Maybe, weight: Tensor, *rest: Any) -> Tensor:
+    edges, _, _ = _packed(rest)
+    return weight.new_empty(x.shape[0], edges.per_output.shape[0])
+
+
+def _fake_input(x: Tensor, weight: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_weight(x: Tensor, scale: Maybe, g: Tensor, *rest: Any) -> Tensor:
+    edges, features, _ = _packed(rest)
+    return g.new_empty(edges.place.shape[0], features.width())
+
+
+register(f"edge_output(Tensor x, Tensor? scale, Tensor weight, {_REST}) -> Tensor", _EdgeOutput, _compute_output, _fake_output)
+register(f"edge_input(Tensor x, Tensor weight, Tensor g, {_REST}) -> Tensor", _EdgeInput, _compute_input, _fake_input)
+register(f"edge_weight(Tensor x, Tensor? scale, Tensor g, {_REST}) -> Tensor", _EdgeWeight, _compute_weight, _fake_weight)
+
+# Operator -> the same without chunks, of operators that exporters know.
+WHOLE: dict[Any, Callable[..., Tensor]] = {
+    _operators.edge_output.default: _whole_output,
+    _operators.edge_input.default: _whole_input,
+    _operators.edge_weight.default: _whole_weight,
+}

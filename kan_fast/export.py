@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kan_fast import ops
+from kan_fast import edges, ops
 from kan_fast.backends import reference
 
 _aten = torch.ops.aten
@@ -29,6 +29,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     for operation in (ops.contract_output, ops.contract_input, ops.contract_weight, ops.contract_backward):
         name = operation.__name__
         table[getattr(torch.ops.kan_fast, name).default] = _without_backend(getattr(reference, name))
+    table.update(edges.WHOLE)
     table[_aten.searchsorted.Tensor] = _searchsorted
     return table
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kan_fast.chunks import chunks
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import laid_out_as, whole
 from kan_fast.spline import bases
-from kan_fast.traverse import Data, chunks, kan_layers, layer_inputs
+from kan_fast.traverse import Data, kan_layers, layer_inputs
 
 # Directions of the least-squares system weaker than this share of the strongest one keep the old function instead of
 # chasing the data. The old function's own representation is untouched by it: the ridge acts on the correction only.

@@ -4,13 +4,12 @@ The schema is in Python, so the operators exist without any compiled library. Th
 is resolved when the operator runs, so an exported program takes the best backend of the machine that it runs on.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-
-from kan_fast.backends import choose, fake, get
 
 _C = torch._C
 _operators = torch.ops.kan_fast
@@ -33,33 +32,30 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 or _C._len_torch_dispatch_stack() > 0
 
 
-def register(name: str, arguments: str, results: str, weight_at: int, function: type[torch.autograd.Function]) -> None:
-    """Define torch.ops.kan_fast.<name>, whose forward is the backends' and whose derivatives are those of `function`.
+def register(
+    schema: str,
+    function: type[torch.autograd.Function],
+    compute: Callable[..., Any],
+    without_values: Callable[..., Any],
+    settle: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda args: args,
+) -> None:
+    """Define torch.ops.kan_fast.<name>, whose derivatives are those of `function`.
 
-    The argument at `weight_at` has the dtype of weights, by which "auto" chooses.
+    schema: "name(arguments) -> results". compute is the operation itself, without_values its results for fake tensors.
+    settle makes of its arguments those that `function` works with where no tracer looks.
     """
-
-    def chosen(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return *args[:-1], choose(args[-1], args[0].device, args[weight_at].dtype)
-
-    def below_autograd(*args: Any) -> Any:
-        *rest, backend = chosen(args)
-        return getattr(get(backend), name)(*rest)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         differentiate = torch.is_grad_enabled() and _C._any_requires_grad(*args)
         if differentiate or (_C._is_fwd_grad_enabled() and forward_mode()):
-            return function.apply(*(args if dispatched(args[0]) else chosen(args)))
+            return function.apply(*(args if dispatched(args[0]) else settle(args)))
         with _C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & _C._after_autograd_keyset, *args)
 
-    def without_values(*args: Any) -> Any:
-        return getattr(fake, name)(*args[:-1])
-
-    options = "str activation, str outside, int n, str backend"
-    _library.define(f"{name}({arguments}, {options}) -> {results}", tags=torch.Tag.pt2_compliant_tag)
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     operator = getattr(_operators, name).default
-    _library.impl(name, below_autograd, "CompositeExplicitAutograd")
+    _library.impl(name, compute, "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     # Where torch.func transforms enter: the Function knows what to do at each of their levels.
     _library.impl(name, function.apply, "FuncTorchDynamicLayerFrontMode")

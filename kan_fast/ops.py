@@ -18,25 +18,18 @@ among them. Each formula stands once, in an autograd.Function; who arrives how:
 Arguments, shapes and dtypes are those of backends/reference.py, then the name of the backend; operators take "auto" too.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from kan_fast import batching
-from kan_fast.backends import get
+from kan_fast.backends import choose, fake, get
+from kan_fast.derivatives import Contraction, Maybe, enter, forward_rule, refuse_grid, save, saved, total, weighted
 from kan_fast.operators import dispatched, forward_mode, register
 
-_C = torch._C
 _is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
 _operators = torch.ops.kan_fast
-
-Maybe = Tensor | None
 
 
 def contract_output(
@@ -52,7 +45,7 @@ def contract_output(
 ) -> Tensor:
     """sum_{i, f} scale * phi_f^(n)(x) * weight -> (B, O), differentiable in x, scale and both weights."""
     args = x, scale, spline_weight, base_weight, grid, activation, outside, n, backend
-    result: Tensor = _operators.contract_output(*args) if _is_compiling() else _enter(_ContractOutput, args)
+    result: Tensor = _operators.contract_output(*args) if _is_compiling() else enter(_ContractOutput, args)
     return result
 
 
@@ -69,7 +62,7 @@ def contract_input(
 ) -> Tensor:
     """sum_{f, o} phi_f^(n)(x) * weight * g -> (B, I), differentiable in x, g and both weights."""
     args = x, spline_weight, base_weight, g, grid, activation, outside, n, backend
-    result: Tensor = _operators.contract_input(*args) if _is_compiling() else _enter(_ContractInput, args)
+    result: Tensor = _operators.contract_input(*args) if _is_compiling() else enter(_ContractInput, args)
     return result
 
 
@@ -86,7 +79,7 @@ def contract_weight(
 ) -> tuple[Tensor, Tensor]:
     """sum_b scale * phi_f^(n)(x) * g -> (I, G + k, O) and (I, O), differentiable in x, scale and g."""
     args = x, scale, g, grid, spline_order, activation, outside, n, backend
-    result: tuple[Tensor, Tensor] = _operators.contract_weight(*args) if _is_compiling() else _enter(_ContractWeight, args)
+    result: tuple[Tensor, Tensor] = _operators.contract_weight(*args) if _is_compiling() else enter(_ContractWeight, args)
     return result
 
 
@@ -104,82 +97,9 @@ def contract_backward(
     """(contract_input of order n + 1, *contract_weight of order n), differentiable in x, g and both weights."""
     args = x, spline_weight, base_weight, g, grid, activation, outside, n, backend
     result: tuple[Tensor, Tensor, Tensor] = (
-        _operators.contract_backward(*args) if _is_compiling() else _enter(_ContractBackward, args)
+        _operators.contract_backward(*args) if _is_compiling() else enter(_ContractBackward, args)
     )
     return result
-
-
-def _enter(operation: type["_Contraction"], args: tuple[Any, ...]) -> Any:
-    return (operation.apply if _tracked(args) else operation.forward)(*args)
-
-
-def _tracked(args: tuple[Any, ...]) -> bool:
-    """Whether a derivative may be asked for, or a torch.func transform is at work."""
-    return (
-        (_is_grad_enabled() and _C._any_requires_grad(*args))
-        or _C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _run(name: str, args: tuple[Any, ...]) -> Any:
-    """The operation itself, below autograd: by the operator where somebody watches, else by the backend."""
-    if dispatched(args[0]):
-        return getattr(_operators, name)(*args)
-    return getattr(get(args[-1]), name)(*args[:-1])
-
-
-class _Contraction(torch.autograd.Function):
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """torch's own without binding the signature on every call, which in torch 2.13 is 29 us of its 35."""
-        if _C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-
-def _save(ctx: Any, *tensors: Maybe) -> None:
-    ctx.save_for_backward(*tensors)
-    if forward_mode():
-        ctx.set_materialize_grads(False)
-        ctx.save_for_forward(*tensors)
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """Saved tensors; those that a finished torch.func transform wrapped come unwrapped (torch.func.vjp needs it)."""
-    unwrap = functorch.unwrap_if_dead
-    return tuple([tensor if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors])
-
-
-def _forward_rule(rule: Callable[..., Any]) -> Any:
-    """A jvp that forward mode may differentiate again: rule(ctx, saved tensors, *tangents).
-
-    torch calls jvp with forward mode off, so that an outer torch.func.jvp would see constants and give zeros in silence
-    (pytorch issue 197867). The rule runs one level down instead, where the tensors have lost the tangents of this level
-    and keep those of the outer ones, with forward mode on.
-    """
-
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        top = functorch.peek_interpreter_stack()
-        if top is None or top.key() != functorch.TransformType.Jvp:
-            return rule(ctx, ctx.saved_tensors, *tangents)  # plain dual levels do not nest
-        level = top.level()
-        saved, tangents = (
-            tuple([None if tensor is None else functorch._unwrap_for_grad(tensor, level) for tensor in tensors])
-            for tensors in (ctx.saved_tensors, tangents)
-        )
-        interpreter = retrieve_current_functorch_interpreter()
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
-            result = rule(ctx, saved, *tangents)
-        if isinstance(result, Tensor):
-            return functorch._wrap_for_grad(result, level)
-        return tuple([functorch._wrap_for_grad(part, level) for part in result])
-
-    return staticmethod(jvp)
-
-
-def _refuse_grid() -> None:
-    raise RuntimeError("grid: the knots are not differentiable, expected a grid that does not require grad")
 
 
 def _order(spline_weight: Tensor, grid: Tensor) -> int:
@@ -194,16 +114,14 @@ def _weights(d_spline: Maybe, d_base: Maybe, shape: Any, activation: str) -> tup
     return d_spline, d_base, "none" if d_base is None else activation
 
 
-def _times(scale: Maybe, factor: Tensor) -> Tensor:
-    return factor if scale is None else scale * factor
+def _run(name: str, args: tuple[Any, ...]) -> Any:
+    """The operation itself, below autograd: by the operator where somebody watches, else by the backend."""
+    if dispatched(args[0]):
+        return getattr(_operators, name)(*args)
+    return getattr(get(args[-1]), name)(*args[:-1])
 
 
-def _sum(*terms: Maybe) -> Maybe:
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], present[0]) if present else None
-
-
-class _ContractOutput(_Contraction):
+class _ContractOutput(Contraction):
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_output", args)
@@ -213,18 +131,18 @@ class _ContractOutput(_Contraction):
         x, scale, spline_weight, base_weight, grid, *ctx.options = inputs
         need_x, need_scale, _, _, need_grid, *_ = ctx.needs_input_grad
         if need_grid:
-            _refuse_grid()
+            refuse_grid()
         if need_x or need_scale or forward_mode():
-            _save(ctx, x, scale, spline_weight, base_weight, grid)
+            save(ctx, x, scale, spline_weight, base_weight, grid)
         else:  # linear in the weights, so their gradients do not read them
             ctx.order = _order(spline_weight, grid)
-            _save(ctx, x, scale, None, None, grid)
+            save(ctx, x, scale, None, None, grid)
 
     @staticmethod
     def backward(ctx: Any, g: Maybe) -> Any:
         if g is None:
             return (None,) * 9
-        x, scale, spline_weight, base_weight, grid = _saved(ctx)
+        x, scale, spline_weight, base_weight, grid = saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_scale, need_spline, need_base, *_ = ctx.needs_input_grad
         dx = d_scale = d_spline = d_base = None
@@ -233,7 +151,7 @@ class _ContractOutput(_Contraction):
         else:
             if need_x:
                 dx = contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 1, backend)
-                dx = _times(scale, dx)
+                dx = weighted(scale, dx)
             if need_scale:
                 d_scale = contract_input(x, spline_weight, base_weight, g, grid, *ctx.options)
             if need_spline or need_base:
@@ -241,29 +159,29 @@ class _ContractOutput(_Contraction):
                 d_spline, d_base = contract_weight(x, scale, g, grid, order, *ctx.options)
         return dx, d_scale, d_spline if need_spline else None, d_base if need_base else None, None, None, None, None, None
 
-    @_forward_rule
-    def jvp(ctx: Any, saved: Any, dx: Maybe, d_scale: Maybe, d_spline: Maybe, d_base: Maybe, d_grid: Maybe, *_: None) -> Maybe:
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, d_spline: Maybe, d_base: Maybe, d_grid: Maybe, *_: None) -> Maybe:
         if d_grid is not None:
-            _refuse_grid()
-        x, scale, spline_weight, base_weight, grid = saved
+            refuse_grid()
+        x, scale, spline_weight, base_weight, grid = known
         activation, outside, n, backend = ctx.options
         by_x = by_scale = by_weight = None
         if dx is not None:
-            scaled = _times(scale, dx)
+            scaled = weighted(scale, dx)
             by_x = contract_output(x, scaled, spline_weight, base_weight, grid, activation, outside, n + 1, backend)
         if d_scale is not None:
             by_scale = contract_output(x, d_scale, spline_weight, base_weight, grid, *ctx.options)
         if d_spline is not None or d_base is not None:
             d_spline, d_base, activation = _weights(d_spline, d_base, spline_weight.shape, activation)
             by_weight = contract_output(x, scale, d_spline, d_base, grid, activation, outside, n, backend)
-        return _sum(by_x, by_scale, by_weight)
+        return total(by_x, by_scale, by_weight)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_output(contract_output, info.batch_size, in_dims, args)
 
 
-class _ContractInput(_Contraction):
+class _ContractInput(Contraction):
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_input", args)
@@ -273,19 +191,19 @@ class _ContractInput(_Contraction):
         x, spline_weight, base_weight, g, grid, *ctx.options = inputs
         need_x, need_spline, need_base, need_g, need_grid, *_ = ctx.needs_input_grad
         if need_grid:
-            _refuse_grid()
+            refuse_grid()
         ctx.order = _order(spline_weight, grid)
         if not (need_x or need_g or forward_mode()):
             spline_weight = base_weight = None
         if not (need_x or need_spline or need_base or forward_mode()):
             g = None
-        _save(ctx, x, spline_weight, base_weight, g, grid)
+        save(ctx, x, spline_weight, base_weight, g, grid)
 
     @staticmethod
     def backward(ctx: Any, a: Maybe) -> Any:
         if a is None:
             return (None,) * 9
-        x, spline_weight, base_weight, g, grid = _saved(ctx)
+        x, spline_weight, base_weight, g, grid = saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_spline, need_base, need_g, *_ = ctx.needs_input_grad
         dx = d_spline = d_base = dg = None
@@ -297,11 +215,11 @@ class _ContractInput(_Contraction):
             dg = contract_output(x, a, spline_weight, base_weight, grid, *ctx.options)
         return dx, d_spline if need_spline else None, d_base if need_base else None, dg, None, None, None, None, None
 
-    @_forward_rule
-    def jvp(ctx: Any, saved: Any, dx: Maybe, d_spline: Maybe, d_base: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Maybe:
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_spline: Maybe, d_base: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Maybe:
         if d_grid is not None:
-            _refuse_grid()
-        x, spline_weight, base_weight, g, grid = saved
+            refuse_grid()
+        x, spline_weight, base_weight, g, grid = known
         activation, outside, n, backend = ctx.options
         by_x = by_weight = by_g = None
         if dx is not None:
@@ -311,14 +229,14 @@ class _ContractInput(_Contraction):
         if d_spline is not None or d_base is not None:
             d_spline, d_base, activation = _weights(d_spline, d_base, spline_weight.shape, activation)
             by_weight = contract_input(x, d_spline, d_base, g, grid, activation, outside, n, backend)
-        return _sum(by_x, by_weight, by_g)
+        return total(by_x, by_weight, by_g)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_input(contract_input, info.batch_size, in_dims, args)
 
 
-class _ContractWeight(_Contraction):
+class _ContractWeight(Contraction):
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_weight", args)
@@ -328,10 +246,10 @@ class _ContractWeight(_Contraction):
         x, scale, g, grid, *ctx.options = inputs
         need_x, need_scale, _, need_grid, *_ = ctx.needs_input_grad
         if need_grid:
-            _refuse_grid()
+            refuse_grid()
         ctx.set_materialize_grads(False)
         ctx.out_features = g.shape[1]
-        _save(ctx, x, scale, g if need_x or need_scale or forward_mode() else None, grid)
+        save(ctx, x, scale, g if need_x or need_scale or forward_mode() else None, grid)
 
     @staticmethod
     def backward(ctx: Any, a_spline: Maybe, a_base: Maybe) -> Any:
@@ -340,41 +258,41 @@ class _ContractWeight(_Contraction):
             a_base = None  # that of the empty second result
         if a_spline is None and a_base is None:
             return (None,) * 9
-        x, scale, g, grid = _saved(ctx)
+        x, scale, g, grid = saved(ctx)
         shape = x.shape[1], grid.shape[1] - order - 1, ctx.out_features
         a_spline, a_base, activation = _weights(a_spline, a_base, shape, activation)
         need_x, need_scale, need_g, *_ = ctx.needs_input_grad
         dx = d_scale = dg = None
         if need_x:
-            dx = _times(scale, contract_input(x, a_spline, a_base, g, grid, activation, outside, n + 1, backend))
+            dx = weighted(scale, contract_input(x, a_spline, a_base, g, grid, activation, outside, n + 1, backend))
         if need_scale:
             d_scale = contract_input(x, a_spline, a_base, g, grid, activation, outside, n, backend)
         if need_g:
             dg = contract_output(x, scale, a_spline, a_base, grid, activation, outside, n, backend)
         return dx, d_scale, dg, None, None, None, None, None, None
 
-    @_forward_rule
-    def jvp(ctx: Any, saved: Any, dx: Maybe, d_scale: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Any:
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Any:
         if d_grid is not None:
-            _refuse_grid()
-        x, scale, g, grid = saved
+            refuse_grid()
+        x, scale, g, grid = known
         order, activation, outside, n, backend = ctx.options
         terms = []
         if dx is not None:
-            scaled = _times(scale, dx)
+            scaled = weighted(scale, dx)
             terms.append(contract_weight(x, scaled, g, grid, order, activation, outside, n + 1, backend))
         if d_scale is not None:
             terms.append(contract_weight(x, d_scale, g, grid, *ctx.options))
         if dg is not None:
             terms.append(contract_weight(x, scale, dg, grid, *ctx.options))
-        return tuple(_sum(*parts) for parts in zip(*terms, strict=True))
+        return tuple(total(*parts) for parts in zip(*terms, strict=True))
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_weight(contract_weight, info.batch_size, in_dims, args)
 
 
-class _ContractBackward(_Contraction):
+class _ContractBackward(Contraction):
     @staticmethod
     def forward(*args: Any) -> Any:
         return _run("contract_backward", args)
@@ -383,13 +301,13 @@ class _ContractBackward(_Contraction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, spline_weight, base_weight, g, grid, *ctx.options = inputs
         if ctx.needs_input_grad[4]:
-            _refuse_grid()
+            refuse_grid()
         ctx.set_materialize_grads(False)
-        _save(ctx, x, spline_weight, base_weight, g, grid)
+        save(ctx, x, spline_weight, base_weight, g, grid)
 
     @staticmethod
     def backward(ctx: Any, a: Maybe, a_spline: Maybe, a_base: Maybe) -> Any:
-        x, spline_weight, base_weight, g, grid = _saved(ctx)
+        x, spline_weight, base_weight, g, grid = saved(ctx)
         activation, outside, n, backend = ctx.options
         need_x, need_spline, need_base, need_g, *_ = ctx.needs_input_grad
         dx = d_spline = d_base = dg = None
@@ -407,16 +325,16 @@ class _ContractBackward(_Contraction):
             a_spline, a_base, activation = _weights(a_spline, a_base, spline_weight.shape, activation)
             if need_x:
                 by_weight = contract_input(x, a_spline, a_base, g, grid, activation, outside, n + 1, backend)
-                dx = _sum(dx, by_weight)
+                dx = total(dx, by_weight)
             if need_g:
-                dg = _sum(dg, contract_output(x, None, a_spline, a_base, grid, activation, outside, n, backend))
+                dg = total(dg, contract_output(x, None, a_spline, a_base, grid, activation, outside, n, backend))
         return dx, d_spline if need_spline else None, d_base if need_base else None, dg, None, None, None, None, None
 
-    @_forward_rule
-    def jvp(ctx: Any, saved: Any, dx: Maybe, d_spline: Maybe, d_base: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Any:
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_spline: Maybe, d_base: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Any:
         if d_grid is not None:
-            _refuse_grid()
-        x, spline_weight, base_weight, g, grid = saved
+            refuse_grid()
+        x, spline_weight, base_weight, g, grid = known
         activation, outside, n, backend = ctx.options
         order = _order(spline_weight, grid)
         d_input: list[Tensor] = []
@@ -433,22 +351,41 @@ class _ContractBackward(_Contraction):
             d_input.append(contract_input(x, d_spline, d_base, g, grid, activation, outside, n + 1, backend))
         if not d_weight:  # weights alone have tangents, which their own gradients do not depend on
             empty = x.new_zeros(0, g.shape[1]) if base_weight is None else torch.zeros_like(base_weight)
-            return _sum(*d_input), torch.zeros_like(spline_weight), empty
-        return _sum(*d_input), *(_sum(*parts) for parts in zip(*d_weight, strict=True))
+            return total(*d_input), torch.zeros_like(spline_weight), empty
+        return total(*d_input), *(total(*parts) for parts in zip(*d_weight, strict=True))
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
         return batching.contract_backward((contract_input, contract_weight), info.batch_size, in_dims, args)
 
 
+def _register(name: str, arguments: str, results: str, weight_at: int, function: type[Contraction]) -> None:
+    """The operator of a contraction; "auto" chooses by the dtype of the argument at `weight_at`, that of weights."""
+
+    def chosen(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *args[:-1], choose(args[-1], args[0].device, args[weight_at].dtype)
+
+    def compute(*args: Any) -> Any:
+        *rest, backend = chosen(args)
+        return getattr(get(backend), name)(*rest)
+
+    def without_values(*args: Any) -> Any:
+        return getattr(fake, name)(*args[:-1])
+
+    options = "str activation, str outside, int n, str backend"
+    register(f"{name}({arguments}, {options}) -> {results}", function, compute, without_values, chosen)
+
+
 _WEIGHTS = "Tensor spline_weight, Tensor? base_weight"
-register("contract_output", f"Tensor x, Tensor? scale, {_WEIGHTS}, Tensor grid", "Tensor", 2, _ContractOutput)
-register("contract_input", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "Tensor", 1, _ContractInput)
-register(
+_register("contract_output", f"Tensor x, Tensor? scale, {_WEIGHTS}, Tensor grid", "Tensor", 2, _ContractOutput)
+_register("contract_input", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "Tensor", 1, _ContractInput)
+_register(
     "contract_weight",
     "Tensor x, Tensor? scale, Tensor g, Tensor grid, int spline_order",
     "(Tensor, Tensor)",
     2,
     _ContractWeight,
 )
-register("contract_backward", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "(Tensor, Tensor, Tensor)", 1, _ContractBackward)
+_register(
+    "contract_backward", f"Tensor x, {_WEIGHTS}, Tensor g, Tensor grid", "(Tensor, Tensor, Tensor)", 1, _ContractBackward
+)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kan_fast.chunks import chunks
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.ranks import sum_over_ranks
 from kan_fast.spline import bases
-from kan_fast.traverse import Data, chunks, kan_layers, network_layers, watch_inputs, whole_weights
+from kan_fast.traverse import Data, kan_layers, network_layers, watch_inputs, whole_weights
 
 METHODS = ("coefficient", "activation", "attribution")
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kan_fast.chunks import chunks
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import sum_over_ranks
-from kan_fast.traverse import chunks, kan_layers
+from kan_fast.traverse import kan_layers
 
 
 def advanced_regularization(model: nn.Module, l1_factor: float = 1e-4, smoothness_factor: float = 1e-3) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tools share: finding the layers of a model, feeding data through it, and splitting work into chunks."""
+"""What the tools share: finding the layers of a model, and feeding data through it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
@@ -9,10 +9,6 @@ from torch import Tensor, nn
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.nn.layer import masked
 from kan_fast.ranks import rows_of_all_ranks, whole, world_size
-
-# No tool holds more than this many numbers of a (samples, in, out) or (samples, in, bases) tensor at once:
-# 32 MiB in float64, enough to keep a GPU busy and small beside any model.
-CHUNK_ELEMENTS = 2**22
 
 Data = Tensor | Iterable[Any]
 
@@ -99,10 +95,3 @@ def layer_inputs(model: nn.Module, data: Data, max_samples: int, all_ranks: bool
     if missing:
         raise ValueError(f"model: its forward never called {', '.join(missing)}")
     return {name: torch.cat(seen[layer]) for name, layer in layers.items()}
-
-
-def chunks(total: int, row_elements: int) -> Iterator[slice]:
-    """Slices of range(total) such that a slice's rows, of `row_elements` numbers each, stay below CHUNK_ELEMENTS."""
-    step = max(1, CHUNK_ELEMENTS // max(1, row_elements))
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))

@@ -225,7 +225,7 @@ def test_refit_in_chunks_is_the_same(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     old, new = make_grid(generator, 4, 5, 3), make_grid(generator, 4, 5, 3)
     whole = _refit_matrix(x, old, new, 3, "linear")
-    monkeypatch.setattr("kan_fast.traverse.CHUNK_ELEMENTS", 700)
+    monkeypatch.setattr("kan_fast.chunks.CHUNK_ELEMENTS", 700)
     # Orthogonal transformations in another order: eps times the condition number, below 1e6 by the ridge.
     torch.testing.assert_close(_refit_matrix(x, old, new, 3, "linear"), whole, rtol=0, atol=1e-9)
 

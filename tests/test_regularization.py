@@ -100,7 +100,7 @@ def test_chunks_change_nothing(monkeypatch):
         return penalty, torch.autograd.grad(penalty, [x, *model.parameters()])
 
     whole, whole_gradients = value_and_gradients()
-    monkeypatch.setattr("kan_fast.traverse.CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("kan_fast.chunks.CHUNK_ELEMENTS", 100)
     rows = []
     edge_values = type(model.layers[0]).edge_values
 

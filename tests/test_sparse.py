@@ -7,12 +7,14 @@ import pytest
 import torch
 import truth
 from samples import every_outside, make_grid
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import benchmarks.sparse
-import kan_fast.traverse
-from kan_fast import KAN, KANLayer, SparseKANLayer, prune_kan, sparsify
-from kan_fast.sparse import random_edges
+import kan_fast.chunks
+from kan_fast import KAN, KANLayer, SparseKANLayer, edges, export_onnx, export_program, prune_kan, sparsify
+from kan_fast.edges import Features
+from kan_fast.nn.sparse import random_edges
 
 ACTIVATIONS = ("silu", "gelu", None, torch.sin)
 
@@ -36,7 +38,7 @@ def inputs(rows=9, features=6):
 def small_chunks(request, monkeypatch):
     """With 40 numbers to a chunk every row is a chunk of its own, and four edges are one."""
     if request.param:
-        monkeypatch.setattr(kan_fast.traverse, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", request.param)
 
 
 @every_outside
@@ -100,13 +102,70 @@ def test_derivatives(activation, outside, small_chunks):
     torch.testing.assert_close(third(layer), third(dense), rtol=1e-9, atol=1e-9)
 
 
-def test_transforms():
-    dense = pruned_layer()
+def total(model):
+    return lambda x: model(x).sin().sum()
+
+
+@pytest.mark.parametrize("activation", ["silu", None, torch.sin])
+def test_transforms(activation):
+    """Forward mode at every level, over and under backward mode and vmap."""
+    dense = pruned_layer(base_activation=activation, outside="linear")
     layer = SparseKANLayer.from_dense(dense)
-    x = inputs(3)
-    for transform in (torch.func.jacrev, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
-        got, want = (torch.func.vmap(transform(model))(x) for model in (layer, dense))
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    x, tangent = inputs(3), inputs(3)
+    jacfwd, jacrev, vmap = torch.func.jacfwd, torch.func.jacrev, torch.func.vmap
+    for transform in (
+        lambda f: torch.func.jvp(f, (x,), (tangent,))[1],
+        lambda f: jacfwd(f)(x),
+        lambda f: vmap(jacrev(f))(x),
+        lambda f: vmap(jacrev(jacrev(f)))(x),
+        lambda f: vmap(jacfwd(jacfwd(f)))(x),
+        lambda f: torch.func.hessian(total(f))(x),
+        lambda f: jacfwd(jacfwd(torch.func.grad(total(f))))(x),
+        lambda f: vmap(f, in_dims=1)(torch.stack([x, tangent], 1)),
+        lambda f: vmap(f)(x.new_empty(0, 2, 6)),
+    ):
+        torch.testing.assert_close(transform(layer), transform(dense), rtol=1e-9, atol=1e-9)
+
+
+def test_forward_mode_by_weights():
+    """Every argument has its tangent: all parameters at once, against a difference; and ensembles by vmap."""
+    layer = SparseKANLayer(6, 4, 3, bias=True, dtype=torch.float64)
+    x = inputs()
+    values = dict(layer.named_parameters())
+    tangents = {name: torch.randn_like(value) for name, value in values.items()}
+
+    def function(values):
+        return torch.func.functional_call(layer, values, (x,))
+
+    _, slope = torch.func.jvp(function, (values,), (tangents,))
+    # Linear in the weights: the difference is exact but for its rounding.
+    moved = function({name: value + tangents[name] for name, value in values.items()})
+    torch.testing.assert_close(slope, moved - function(values), rtol=1e-12, atol=1e-12)
+    many = {name: torch.stack([value, value + tangents[name]]) for name, value in values.items()}
+    torch.testing.assert_close(torch.func.vmap(function)(many), torch.stack([function(values), moved]), rtol=1e-13, atol=1e-13)
+
+
+def operator_arguments(operation, requires_grad=True):
+    layer = SparseKANLayer(5, 4, 3, dtype=torch.float64)
+    features = Features("silu", layer.grid, 3, "linear")
+    x, g, scale = (torch.randn(3, width, dtype=torch.float64) for width in (5, 4, 5))
+    weight = torch.randn(12, 9, dtype=torch.float64)
+    three = {"edge_output": (x, scale, weight), "edge_input": (x, weight, g), "edge_weight": (x, scale, g)}[operation]
+    return *(tensor.requires_grad_(requires_grad) for tensor in three), *edges._rest(layer.edge_list(), features, 1)
+
+
+@pytest.mark.parametrize("operation", ["edge_output", "edge_input", "edge_weight"])
+def test_operators(operation):
+    """By torch's own checks, every derivative against differences, and the exporters' form against the one in chunks."""
+    operator = getattr(torch.ops.kan_fast, operation).default
+    args = operator_arguments(operation)
+    torch.library.opcheck(operator, args)
+    assert gradcheck(lambda *three: operator(*three, *args[3:]), args[:3], check_forward_ad=True)
+    assert gradgradcheck(lambda *three: operator(*three, *args[3:]), args[:3], check_fwd_over_rev=True)
+    torch.testing.assert_close(edges.WHOLE[operator](*args), operator(*args), rtol=1e-13, atol=1e-13)
+    knots = args[3].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="^grid: the knots are not differentiable"):
+        operator(*args[:3], knots, *args[4:])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -209,17 +268,74 @@ def test_dtypes_and_shapes():
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+def test_checkpoints(tmp_path):
+    """Weights alone, into a layer without memory, with other edges; and what does not fit says why."""
+    layer = SparseKANLayer(20, 6, 3, bias=True)
+    x = torch.randn(5, 20)
+    torch.save(layer.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    assert set(state) == {"spline_weight", "base_weight", "bias", "grid", "edges"}
+    empty = SparseKANLayer(20, 6, edges=state["edges"], bias=True, device="meta")
+    assert all(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    assert empty(x.to("meta")).shape == (5, 6)
+    for load in (
+        lambda: empty.load_state_dict(state, assign=True),
+        lambda: empty.to_empty(device="cpu").load_state_dict(state),
+    ):
+        load()
+        assert torch.equal(empty(x), layer(x))
+    with pytest.raises(RuntimeError, match=r"edges: the checkpoint has .* \(2, 18\), the layer has 12 of them; make it with"):
+        SparseKANLayer(20, 6, 2, bias=True).load_state_dict(state)
+    state["edges"] = state["edges"].flip(1)
+    with pytest.raises(RuntimeError, match="edges: expected pairs sorted by output, then input"):
+        layer.load_state_dict(state)
+
+
 @pytest.mark.filterwarnings("ignore")  # of what dynamo does itself
-def test_compile():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
     torch.compiler.reset()
     layer = SparseKANLayer.from_dense(pruned_layer())
     x = inputs().requires_grad_()
-    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     torch.testing.assert_close(fast(x), layer(x), rtol=1e-12, atol=1e-12)
     for got, want in zip(
         *(torch.autograd.grad(f(x).square().sum(), [x, *layer.parameters()]) for f in (fast, layer)), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    tangent = torch.randn_like(x)
+
+    def slope(x):
+        return torch.func.jvp(layer, (x,), (tangent,))[1]
+
+    torch.testing.assert_close(torch.compile(slope, backend="aot_eager")(x), slope(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.export does itself
+def test_export(tmp_path):
+    """A program of standard operators for any batch, the same numbers."""
+    layer = SparseKANLayer.from_dense(pruned_layer(outside="linear", base_activation=torch.sin))
+    x = inputs()
+    program = export_program(layer, x)
+    assert not any("kan_fast" in str(node.target) for node in program.graph.nodes)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    run = torch.export.load(tmp_path / "layer.pt2").module()
+    for rows in (1, 9, 30):
+        x = inputs(rows)
+        torch.testing.assert_close(run(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.onnx does itself
+def test_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = nn.Sequential(SparseKANLayer(7, 5, 3, bias=True), SparseKANLayer(5, 2, 2, outside="linear"))
+    export_onnx(model, tmp_path / "model.onnx", torch.rand(4, 7))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    x = torch.randn(30, 7)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    # Sums of at most 3 * 9 terms of order 1 in float32, in another order.
+    torch.testing.assert_close(torch.tensor(got), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_batched_and_single_fits_agree():
 def test_chunks_change_nothing(monkeypatch):
     y = torch.stack([torch.sin(4 * X + 1), torch.exp(X)], 1)
     whole = fit_edges(X[:, None].expand(-1, 2), y, ["sin", "exp"])
-    monkeypatch.setattr("kan_fast.traverse.CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("kan_fast.chunks.CHUNK_ELEMENTS", 1000)
     parts = fit_edges(X[:, None].expand(-1, 2), y, ["sin", "exp"])
     assert [fit.parameters for fit in parts] == [pytest.approx(fit.parameters, abs=1e-9) for fit in whole]
 

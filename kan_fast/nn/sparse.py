@@ -10,7 +10,10 @@ from kan_fast import spline
 from kan_fast.activations import activation
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
-from kan_fast.nn import KANLayer, init
+from kan_fast.nn import init
+from kan_fast.nn.layer import KANLayer
+
+_INDEX = ("_used", "_place", "_per_output", "_by_input", "_per_used")
 
 
 class SparseKANLayer(nn.Module):
@@ -34,6 +37,11 @@ class SparseKANLayer(nn.Module):
     bias: nn.Parameter | None
     grid: Tensor
     edges: Tensor
+    _used: Tensor
+    _place: Tensor
+    _per_output: Tensor
+    _by_input: Tensor
+    _per_used: Tensor
 
     def __init__(
         self,
@@ -64,7 +72,7 @@ class SparseKANLayer(nn.Module):
         if edges is None:
             assert fan_in is not None
             edges = random_edges(in_features, out_features, fan_in)
-        pairs = _sorted_pairs(edges, in_features, out_features).to(device)
+        pairs = _sorted_pairs(edges, in_features, out_features)
         options: dict[str, Any] = {"device": device, "dtype": like.spline_weight.dtype}
         num_edges = pairs.shape[1]
         self.spline_weight = nn.Parameter(torch.empty(num_edges, like.spline_weight.shape[1], **options))
@@ -73,7 +81,9 @@ class SparseKANLayer(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
         self.register_buffer("grid", like.grid.to(device).repeat(in_features, 1))
         self.register_buffer("edges", pairs)
-        self._known: tuple[Tensor, Edges] | None = None
+        self._index_edges()
+        for name in ("edges", *_INDEX):
+            setattr(self, name, getattr(self, name).to(device))
         self.reset_parameters()
 
     @property
@@ -87,6 +97,8 @@ class SparseKANLayer(nn.Module):
 
         KANLayer's rule (nn/init.py) with the number of edges that an output has in place of in_features.
         """
+        if self.grid.is_meta:
+            return
         k = self.spline_order
         grid = spline.uniform_grid(1, self.grid_size, k, self.grid_range, self.grid.device, self.grid.dtype)
         self.grid.copy_(grid.expand_as(self.grid))
@@ -103,10 +115,8 @@ class SparseKANLayer(nn.Module):
             self.bias.zero_()
 
     def edge_list(self) -> Edges:
-        """The edges with what the contractions need to know of them; made when a new `edges` is first used."""
-        if self._known is None or self._known[0] is not self.edges:
-            self._known = self.edges, edge_list(self.edges, self.in_features, self.out_features)
-        return self._known[1]
+        """The edges with what the contractions need to know of them."""
+        return Edges(self._used, self._place, self.edges[1], self._per_output, self._by_input, self._per_used)
 
     def masked_weights(self) -> tuple[Tensor, Tensor | None]:
         """spline_weight (E, G + k) and base_weight (E,) or None, as KANLayer has them: no edge is masked."""
@@ -120,7 +130,7 @@ class SparseKANLayer(nn.Module):
             )
         if (x.dtype == torch.float64) != (self.spline_weight.dtype == torch.float64):
             raise TypeError(f"x: float64 goes only with float64, got x of {x.dtype} and weights of {self.spline_weight.dtype}")
-        rows = x.reshape(-1, self.in_features)
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
         edges = self.edge_list()
         function, base = self.base_activation, self.base_weight
         fused = isinstance(function, str)
@@ -184,9 +194,37 @@ class SparseKANLayer(nn.Module):
             self.grid = knots.to(self.grid.device, torch.float32)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._known = None  # `edges` was written in place
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """The edges come with the checkpoint, of the same number; with another one an error says what to do."""
+        pairs = state_dict.get(prefix + "edges")
+        if pairs is not None:
+            if pairs.shape != self.edges.shape:
+                error_msgs.append(
+                    f"{prefix}edges: the checkpoint has edges of shape {tuple(pairs.shape)}, the layer has"
+                    f" {self.edges.shape[1]} of them; make it with SparseKANLayer(..., edges=state_dict[{prefix + 'edges'!r}])"
+                )
+                return
+            if not pairs.is_meta and not torch.equal(pairs, _sorted_pairs(pairs, self.in_features, self.out_features)):
+                error_msgs.append(f"{prefix}edges: expected pairs sorted by output, then input")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if pairs is not None and not self.edges.is_meta:
+            self._index_edges()
+
+    def _index_edges(self) -> None:
+        """What follows from `edges`, in buffers, so that it moves with the layer and tracers see tensors."""
+        known = edge_list(self.edges, self.in_features, self.out_features)
+        for name in _INDEX:
+            self.register_buffer(name, getattr(known, name[1:]), persistent=False)
 
 
 def sparsify(model: nn.Module, max_density: float = 0.25) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_fast.chunks import CHUNK_ELEMENTS
 from kan_fast.nn import KAN
 from kan_fast.pruning import _alive
 from kan_fast.symbolic.fit import SymbolicFit, fit_edges, to_expression
 from kan_fast.symbolic.library import Library, require_sympy
 from kan_fast.symbolic.module import SymbolicKAN, SymbolicLayer, r2_score, snap_edges
-from kan_fast.traverse import CHUNK_ELEMENTS, Data, first_rows, network_layers
+from kan_fast.traverse import Data, first_rows, network_layers
 
 # Larger expressions are left as they come: SymPy would take minutes.
 _MOST_OPERATIONS = 150

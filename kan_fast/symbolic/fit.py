@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_fast.chunks import chunks
 from kan_fast.symbolic.library import Library, SymbolicFunction, require_sympy, resolve_library
-from kan_fast.traverse import chunks
 
 # Unexplained variance below this share is taken for the error of the curve itself (a trained spline).
 _FLOOR = 1e-6

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kan_fast.chunks import CHUNK_ELEMENTS, chunks
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.symbolic.fit import SymbolicFit
 from kan_fast.symbolic.library import SymbolicFunction
-from kan_fast.traverse import CHUNK_ELEMENTS, chunks, network_layers
+from kan_fast.traverse import network_layers
 
 # Layer, input and output of an edge.
 Edge = tuple[int, int, int]
