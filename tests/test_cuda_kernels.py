@@ -17,12 +17,13 @@ pytestmark = [
 
 PRODUCTS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
 CASES = [(kernel, *product) for kernel in ("any", "dense", "sparse") for product in PRODUCTS]
-if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-    CASES += [(kernel, *product) for kernel in ("wgmma", "wgmma_sparse") for product in PRODUCTS[2:]]
+CASES += [(kernel, *product) for kernel in ("wgmma", "wgmma_sparse") for product in PRODUCTS[2:]]
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "precision"), CASES)
 def test_each_kernel(monkeypatch, kernel, dtype, precision):
+    if kernel.startswith("wgmma") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("warpgroups multiply on compute capability 9.0 alone")
     monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     place = Place("native", CUDA)
