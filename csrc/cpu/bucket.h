@@ -207,14 +207,20 @@ template <class T> inline bool vanishes(const Problem<T>& p, const Order<T>& ord
   return p.outside == kZero || !order.spline || order.n >= (p.outside == kClamp ? 1 : 2);
 }
 
-// Locates and sorts the rows of one input. smallest_window: of the orders that this sorting serves.
+// smallest_window: of the orders that these intervals serve.
 template <class T>
-inline void sort_tile(const Problem<T>& p, const Knots<T>& k, const Order<T>& order, int smallest_window, int buckets,
-                      const T* x, int rows, Located<T>& at, uint16_t* sorted, uint16_t* start) {
+inline void locate_rows(const Problem<T>& p, const Knots<T>& k, const Order<T>& order, int smallest_window, int buckets,
+                        const T* x, int rows, Located<T>& at) {
   // A derivative without spline has zeros for coefficients; NaN keeps a bucket there, where 0 times its total is NaN.
   if (!order.spline) for (int r = 0; r < rows; ++r) at.interval[r] = uint16_t(x[r] == x[r] ? k.low + buckets : k.low);
   else if (smallest_window <= 2) locate<true>(k, p.outside, vanishes(p, order), buckets, x, rows, at);
   else locate<false>(k, p.outside, vanishes(p, order), buckets, x, rows, at);
+}
+
+template <class T>
+inline void sort_tile(const Problem<T>& p, const Knots<T>& k, const Order<T>& order, int smallest_window, int buckets,
+                      const T* x, int rows, Located<T>& at, uint16_t* sorted, uint16_t* start) {
+  locate_rows(p, k, order, smallest_window, buckets, x, rows, at);
   sort_rows(at.interval, k.low, rows, buckets, sorted, start);
 }
 

@@ -20,9 +20,9 @@ template <class T> struct Row {
 };
 
 // y (V N) = one row's outputs o .. o + V N - 1; sums over inputs are blocked as the bucketed kernels' are.
-// offset: the first coefficient row of the window in interval 0; end: the interval without spline.
+// end: the interval without spline.
 template <class T, int M, int V>
-void accumulate_row(const Problem<T>& p, const Row<T>& row, int offset, int end, int64_t o, T* y) {
+void accumulate_row(const Problem<T>& p, const Row<T>& row, int end, int64_t o, T* y) {
   using Vt = Vec<T>;
   constexpr int N = Simd<T>::N;
   alignas(64) static const T zeros[V * N] = {};
@@ -33,7 +33,7 @@ void accumulate_row(const Problem<T>& p, const Row<T>& row, int offset, int end,
     const ptrdiff_t i1 = smaller<ptrdiff_t>(I, i0 + kBlockInputs);
     for (ptrdiff_t i = i0; i < i1; ++i) {
       if (row.interval[i] != end) {
-        const ptrdiff_t first = ptrdiff_t(row.interval[i]) + offset;
+        const ptrdiff_t first = ptrdiff_t(row.interval[i]) - p.spline_order;
         const T* c = p.spline_weight + (i * bases + first) * O + o;
         if (first >= 0 && first + M <= bases) {
           KAN_UNROLL for (int m = 0; m < M; ++m) {
@@ -60,19 +60,19 @@ void accumulate_row(const Problem<T>& p, const Row<T>& row, int offset, int end,
 constexpr int kWidest = kRegisters == 32 ? 8 : 4;  // vectors of a tile: as many as leave registers for sums and totals
 
 template <class T, int M>
-void accumulate(const Problem<T>& p, const Row<T>& row, int offset, int end, int64_t o0, int64_t o1, T* y) {
+void accumulate(const Problem<T>& p, const Row<T>& row, int end, int64_t o0, int64_t o1, T* y) {
   constexpr int N = Simd<T>::N;
   for (int64_t o = o0; o < o1;) {
     if (o1 - o >= kWidest * N) {
-      accumulate_row<T, M, kWidest>(p, row, offset, end, o, y + o);
+      accumulate_row<T, M, kWidest>(p, row, end, o, y + o);
       o += kWidest * N;
     } else if (o1 - o >= 2 * N) {
-      accumulate_row<T, M, 2>(p, row, offset, end, o, y + o);
+      accumulate_row<T, M, 2>(p, row, end, o, y + o);
       o += 2 * N;
     } else {
       // The last tile begins early enough to be whole: some outputs are computed twice, to the same bits.
       o = smaller(o, o1 - N);
-      accumulate_row<T, M, 1>(p, row, offset, end, o, y + o);
+      accumulate_row<T, M, 1>(p, row, end, o, y + o);
       o += N;
     }
   }
@@ -89,7 +89,7 @@ void output_range(const Problem<T>& p, const Runtime& runtime, int64_t b0, int64
   const Order<T> order(p, p.n_output, p.scale);
   const int64_t I = p.in_features;
   const int buckets = bucket_count(p), M = order.window;
-  const int low = p.outside == kZero ? 0 : p.spline_order;
+  const int end = (p.outside == kZero ? 0 : p.spline_order) + buckets;
   Arena arena(runtime);
   KnotsOfBlock<T>::reserve(p, arena);
   arena.reserve<Tile<T>>(1);
@@ -117,8 +117,7 @@ void output_range(const Problem<T>& p, const Runtime& runtime, int64_t b0, int64
         memset(x, 0, sizeof x);
         memcpy(x, p.x + b * I + i, sizeof(T) * size_t(count));
         if (p.scale) memcpy(scale, p.scale + b * I + i, sizeof(T) * size_t(count));
-        if (M <= 2) locate<true>(k, p.outside, vanishes(p, order), buckets, x, count, at);
-        else locate<false>(k, p.outside, vanishes(p, order), buckets, x, count, at);
+        locate_rows(p, k, order, M, buckets, x, count, at);
         prepare_tile(p, k, order, x, p.scale ? scale : nullptr, count, at, tile);
         memcpy(row.interval + i, at.interval, sizeof(uint16_t) * size_t(count));
         for (int q = 0; q < count; ++q) {
@@ -133,14 +132,13 @@ void output_range(const Problem<T>& p, const Runtime& runtime, int64_t b0, int64
       }
     }
     T* y = p.y + b * p.out_features;
-    const int offset = -low + (p.outside == kZero ? 0 : p.spline_order) - p.spline_order + p.n_output, end = low + buckets;
     switch (M) {
-      case 1: accumulate<T, 1>(p, row, offset, end, o0, o1, y); break;
-      case 2: accumulate<T, 2>(p, row, offset, end, o0, o1, y); break;
-      case 3: accumulate<T, 3>(p, row, offset, end, o0, o1, y); break;
-      case 4: accumulate<T, 4>(p, row, offset, end, o0, o1, y); break;
-      case 5: accumulate<T, 5>(p, row, offset, end, o0, o1, y); break;
-      default: accumulate<T, 6>(p, row, offset, end, o0, o1, y); break;
+      case 1: accumulate<T, 1>(p, row, end, o0, o1, y); break;
+      case 2: accumulate<T, 2>(p, row, end, o0, o1, y); break;
+      case 3: accumulate<T, 3>(p, row, end, o0, o1, y); break;
+      case 4: accumulate<T, 4>(p, row, end, o0, o1, y); break;
+      case 5: accumulate<T, 5>(p, row, end, o0, o1, y); break;
+      default: accumulate<T, 6>(p, row, end, o0, o1, y); break;
     }
   }
 }
