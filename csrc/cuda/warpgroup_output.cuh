@@ -180,15 +180,7 @@ __global__ void __launch_bounds__(kGroupThreads)
       while (now.number < steps.all) {
         KAN_UNROLL_ALL
         for (int turn = 0; turn < 2; ++turn) {
-          // Lane: an input; its activation for the 16 rows of the warp, which are then read as fragments.
-          warp_barrier();
-          const int64_t i = now.input + lane;
-          for (int r = 0; r < 16; ++r) {
-            const Point point = load_point(p, b0 + r, i);
-            const bool inside = b0 + r < p.batch && i < end;
-            put(base_values[r * kBasePitch + lane], inside ? activate(a.activation, point.x) * point.scale : 0.0f);
-          }
-          warp_barrier();
+          write_base_values<16>(a, b0, now.input, end, lane, base_values);
           KAN_UNROLL_ALL
           for (int k = 0; k < 2; ++k)
             load_matrices(left[turn][k], base_values + (lane & 15) * kBasePitch + 16 * k + (lane >> 4) * 8);

@@ -72,6 +72,20 @@ KAN_DEVICE Item item_at(const WideArguments& a, int64_t b, int64_t i, Point poin
   return evaluate(a, i, point.x, point.scale);
 }
 
+// Base activations of a warp's rows b0 .. b0 + kRows - 1 and 32 inputs from `first` on, none beyond `end`: values (kRows,
+// kBasePitch), each lane an input. They are then read as fragments.
+template <int kRows, class T>
+KAN_DEVICE void write_base_values(const WideArguments& a, int64_t b0, int64_t first, int64_t end, int lane, T* values) {
+  warp_barrier();
+  const int64_t i = first + lane;
+  for (int r = 0; r < kRows; ++r) {
+    const Point point = load_point(a.p, b0 + r, i);
+    const bool inside = b0 + r < a.p.batch && i < end;
+    put(values[r * kBasePitch + lane], inside ? activate(a.activation, point.x) * point.scale : 0.0f);
+  }
+  warp_barrier();
+}
+
 // 16 bytes of a row of global memory, `left` of whose numbers exist, to shared memory; the rest becomes zeros.
 template <class T> KAN_DEVICE void stage_16_bytes(T* to, const T* from, int64_t left, bool aligned) {
   constexpr int kNumbers = 16 / sizeof(T);

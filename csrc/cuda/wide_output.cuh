@@ -87,15 +87,7 @@ __global__ void __launch_bounds__(kWideThreads) output_wide(WideArguments a, flo
         const T* weights = stages + stage * kStageNumbers;
 
         if (now.chunk < 0) {
-          // Lane: an input; its activation for the 32 rows of the warp, which are then read as fragments.
-          warp_barrier();
-          const int64_t i = now.input + lane;
-          for (int r = 0; r < 32; ++r) {
-            const Point point = load_point(p, b0 + r, i);
-            const bool inside = b0 + r < p.batch && i < end;
-            put(base_values[r * kBasePitch + lane], inside ? activate(a.activation, point.x) * point.scale : 0.0f);
-          }
-          warp_barrier();
+          write_base_values<32>(a, b0, now.input, end, lane, base_values);
           if constexpr (kIsHalf<P>) {
             KAN_UNROLL_ALL
             for (int k = 0; k < kStepDepth; k += 16) {
