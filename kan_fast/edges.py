@@ -239,6 +239,23 @@ def _known(ctx: Any, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     return *three, *_packed((grid, *tensors[4:], *ctx.options))
 
 
+def _scaled_jvp(operation: Callable[..., Tensor]) -> Any:
+    """Of an operation (x, scale, third, edges, features, n) that is linear in scale and in the third tensor."""
+
+    @forward_rule
+    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, d_third: Maybe, d_grid: Maybe, *_: None) -> Maybe:
+        if d_grid is not None:
+            refuse_grid()
+        x, scale, third, edges, features, n = _known(ctx, known)
+        return total(
+            None if dx is None else operation(x, weighted(scale, dx), third, edges, features, n + 1),
+            None if d_scale is None else operation(x, d_scale, third, edges, features, n),
+            None if d_third is None else operation(x, scale, d_third, edges, features, n),
+        )
+
+    return jvp
+
+
 class _EdgeOutput(_Edge):
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -258,16 +275,7 @@ class _EdgeOutput(_Edge):
                 d_weight = edge_weight(x, scale, g, edges, features, n)
         return dx, d_scale, d_weight, *(None,) * 11
 
-    @forward_rule
-    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, d_weight: Maybe, d_grid: Maybe, *_: None) -> Maybe:
-        if d_grid is not None:
-            refuse_grid()
-        x, scale, weight, edges, features, n = _known(ctx, known)
-        return total(
-            None if dx is None else edge_output(x, weighted(scale, dx), weight, edges, features, n + 1),
-            None if d_scale is None else edge_output(x, d_scale, weight, edges, features, n),
-            None if d_weight is None else edge_output(x, scale, d_weight, edges, features, n),
-        )
+    jvp = _scaled_jvp(edge_output)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:
@@ -325,16 +333,7 @@ class _EdgeWeight(_Edge):
                 dg = edge_output(x, scale, a, edges, features, n)
         return dx, d_scale, dg, *(None,) * 11
 
-    @forward_rule
-    def jvp(ctx: Any, known: Any, dx: Maybe, d_scale: Maybe, dg: Maybe, d_grid: Maybe, *_: None) -> Maybe:
-        if d_grid is not None:
-            refuse_grid()
-        x, scale, g, edges, features, n = _known(ctx, known)
-        return total(
-            None if dx is None else edge_weight(x, weighted(scale, dx), g, edges, features, n + 1),
-            None if d_scale is None else edge_weight(x, d_scale, g, edges, features, n),
-            None if dg is None else edge_weight(x, scale, dg, edges, features, n),
-        )
+    jvp = _scaled_jvp(edge_weight)
 
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> Any:

@@ -14,9 +14,10 @@ from kan_fast.backends import NAMES, choose
 from kan_fast.checks import DTYPES
 from kan_fast.functional import BaseActivation, kan_linear
 from kan_fast.nn import init
+from kan_fast.nn.knots import KnotsStayWide, at_least_float32
 
 
-class KANLayer(nn.Module):
+class KANLayer(KnotsStayWide):
     """One Kolmogorov-Arnold layer: a learnable function on every edge between inputs and outputs, summed per output.
 
     forward: (..., in_features) -> (..., out_features), see `kan_fast.functional.kan_linear` for formula, dtypes,
@@ -71,7 +72,7 @@ class KANLayer(nn.Module):
         base_weight = None if base_activation is None else nn.Parameter(torch.empty(shape, **options))
         self.register_parameter("base_weight", base_weight)
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[1], **options)) if bias else None)
-        options["dtype"] = _at_least_float32(options["dtype"])
+        options["dtype"] = at_least_float32(options["dtype"])
         knots = torch.empty(shape[0], grid_size + 2 * spline_order + 1, **options)
         self.register_buffer("grid", knots)
         self.register_buffer("edge_mask", None)
@@ -144,7 +145,7 @@ class KANLayer(nn.Module):
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, in_features) with in_features = {self.in_features}, got {tuple(x.shape)}")
         spline_weight, base_weight = self.masked_weights()
-        dtype = _at_least_float32(x.dtype)
+        dtype = at_least_float32(x.dtype)
         x = x.to(dtype)
         phi = spline.bases(x, self.grid.to(dtype), self.spline_order, self.outside, derivative)
         values = torch.bmm(phi.transpose(0, 1), spline_weight.to(dtype)).transpose(0, 1)
@@ -241,14 +242,6 @@ class KANLayer(nn.Module):
             function = _derivative(function)
         return function(x)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KANLayer":
-        """Casts and moves, except that knots never get narrower than float32."""
-        knots = self.grid
-        super()._apply(fn, recurse)
-        if self.grid.dtype != _at_least_float32(self.grid.dtype):
-            self.grid = knots.to(self.grid.device, torch.float32)
-        return self
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -297,10 +290,6 @@ def masked(spline_weight: Tensor, base_weight: Tensor | None, edge_mask: Tensor 
     pruned = ~edge_mask
     base_weight = None if base_weight is None else base_weight.masked_fill(pruned, 0)
     return spline_weight.masked_fill(pruned[:, None, :], 0), base_weight
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _one_of(name: str, value: int | None, alias: str, alias_value: int | None) -> int:

@@ -1,6 +1,5 @@
 """Sparse layers: KANs with many inputs, where an output hears a few of them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +10,13 @@ from kan_fast.activations import activation
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
 from kan_fast.nn import init
+from kan_fast.nn.knots import KnotsStayWide
 from kan_fast.nn.layer import KANLayer
 
 _INDEX = ("_used", "_place", "_per_output", "_by_input", "_per_used")
 
 
-class SparseKANLayer(nn.Module):
+class SparseKANLayer(KnotsStayWide):
     """A KANLayer that has some of its edges only, and stores and computes no others.
 
     forward: (..., in_features) -> (..., out_features), the formula of KANLayer summed over the edges there are. Time and
@@ -185,14 +185,6 @@ class SparseKANLayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, edges={self.edges.shape[1]},"
             f" grid_size={self.grid_size}, spline_order={self.spline_order}, bias={self.bias is not None}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseKANLayer":
-        """Casts and moves, except that knots never get narrower than float32."""
-        knots = self.grid
-        super()._apply(fn, recurse)
-        if self.grid.dtype not in (torch.float32, torch.float64):
-            self.grid = knots.to(self.grid.device, torch.float32)
-        return self
 
     def _load_from_state_dict(
         self,
