@@ -7,6 +7,7 @@ tensors (by the ranks together, by one process).
 import copy
 import functools
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -410,6 +411,10 @@ def main():
             torch.save(pairs, Path(folder) / f"{name}.pt")
     dist.barrier()  # a rank that leaves early takes gloo's threads from the others
     dist.destroy_process_group()
+    # DTensor's caches keep meshes, and these their groups: gloo's threads outlive the line above, and one that lets go of a
+    # tensor while the interpreter is taken down aborts the process (pytorch pull request 179291). So it is not taken down.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
