@@ -9,6 +9,7 @@
 # --minutes  total budget (default 8); what does not fit is left out and named, so the stages stand in order of worth
 # --dry-run  without a GPU: all that can be run is run, the rest is named
 # PYTHON     the interpreter (default: .venv/bin/python if there is one, else python3)
+# PEER_PATHS checkouts of rivals that are not on PyPI, separated by colons; what is not there is listed as absent
 #
 # A new stage is one line: stage NAME LIMIT_S COMMAND..., or missing NAME REASON where it cannot run.
 set -uo pipefail
@@ -19,7 +20,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:?--minutes: expected a number}; shift 2 ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,13p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,14p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "unknown option $1; see --help" >&2; exit 2 ;;
     *) out=$1; shift ;;
   esac
@@ -142,7 +143,10 @@ else
 fi
 
 # 4. The benchmarks that matter most.
-bench() { local name=$1 limit=$2; shift 2; stage "$name" "$limit" "$PYTHON" -m benchmarks --out "$rows" "$@"; }
+rivals=()
+IFS=: read -ra folders <<< "${PEER_PATHS:-}"
+for folder in "${folders[@]}"; do rivals+=(--peer-path "$folder"); done
+bench() { local name=$1 limit=$2; shift 2; stage "$name" "$limit" "$PYTHON" -m benchmarks --out "$rows" "${rivals[@]}" "$@"; }
 if [ $gpu = 1 ]; then
   bench bench-layer 130 --device cuda --dtype float32 bfloat16 --seconds 0.4 --minutes 2 --memory --phases forward step \
     --peers linear cox-de-boor efficient-kan inkan fast-kan
