@@ -63,7 +63,11 @@ def test_dynamic_shapes_are_compiled_once(model, x):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("options", [{"base_activation": None}, {"base_activation": torch.sin}, {"outside": "linear"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"base_activation": None}, {"base_activation": torch.sin}, {"outside": "linear"}],
+    ids=["no base", "torch.sin", "linear outside"],
+)
 def test_layers_of_every_kind(options, x):
     layer = KANLayer(3, 2, dtype=torch.float64, **options)
     layer.edge_mask = torch.tensor([[True, False], [True, True], [False, True]])

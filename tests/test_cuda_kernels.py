@@ -5,13 +5,13 @@ import torch
 from conftest import Place
 from samples import OPERATIONS, make_problem
 
-from kan_fast.backends import get, native
+from kan_fast.backends import get, reason_not
 from tests.test_cuda_emulation import assert_wide_close
 
 CUDA = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(native.reason_not(CUDA, torch.float32) is not None, reason="no native backend for CUDA here"),
+    pytest.mark.skipif(reason_not("native", CUDA, torch.float32) is not None, reason="no native backend for CUDA here"),
 ]
 
 
