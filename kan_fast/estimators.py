@@ -139,7 +139,11 @@ class _KANEstimator(BaseEstimator):
         device = torch.device("cpu" if self.device is None else self.device)
         seed = int(check_random_state(self.random_state).randint(2**31))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            # torch.manual_seed would seed every GPU, those too whose states are not put back.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             self.model_ = KAN(
                 [X.shape[1], *self.hidden_layers, outputs],
                 self.grid_size,

@@ -185,12 +185,13 @@ def _split_dense(x: Tensor, inner: Tensor, size: int, uniform_share: float) -> T
         too_fine = share[part, :, None] / (pieces + 1) < finest
         worth = torch.where(too_fine, share[part, :, None] / pieces - 2, worth)
         chosen = worth.flatten(1).topk(extra, dim=1).indices // extra
-        cuts = torch.zeros_like(width[part]).scatter_add(1, chosen, torch.ones_like(chosen, dtype=x.dtype))
+        # Counted in integers: sums along a row of floats are not deterministic on GPUs.
+        cuts = torch.zeros_like(below[part, 1:]).scatter_add(1, chosen, torch.ones_like(chosen))
         end = (cuts + 1).cumsum(1)
-        index = torch.arange(size, device=x.device, dtype=x.dtype).expand(len(end), -1).contiguous()
+        index = torch.arange(size, device=x.device).expand(len(end), -1).contiguous()
         interval = torch.searchsorted(end, index, right=True)
         taken = cuts.gather(1, interval) + 1
-        position = (index - (end.gather(1, interval) - taken)) / taken
+        position = (index - (end.gather(1, interval) - taken)).to(x.dtype) / taken
         result[part, :size] = inner[part].gather(1, interval) + position * width[part].gather(1, interval)
         result[part, size] = inner[part, grid_size]
     return result

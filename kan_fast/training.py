@@ -70,11 +70,13 @@ def train_kan(
     metrics: name -> f(output, y), averaged over the validation data.
     grid_update_every: update_grid after every so many optimizer steps, up to step grid_update_until, on the rows that the
     epoch has shown so far (the last 16384); the optimizer's state is carried over (reset with L-BFGS).
-    device: moved there before training. autocast: dtype of torch.autocast; float16 scales the loss.
+    device: moved there before training. autocast: dtype of torch.autocast; float16 scales the loss, which L-BFGS, whose line
+    search compares losses with gradients, does not bear.
     early_stopping: stop after that many epochs without a better validation loss.
     checkpoint_dir: best.pt (state_dict of the model at the best epoch) and last.pt (everything) are written there after
     every epoch. resume: go on from last.pt; model, optimizer, scheduler, random numbers of torch and Python, and a
-    generator of the loader's own are as they were, so the run is the one that was never interrupted.
+    generator of the loader's own are as they were, so the run is the one that was never interrupted. On another kind of
+    device than before it goes on too, to rounding, with that device's own random numbers.
     restore_best: end with the best weights instead of the last.
     progress: a bar by tqdm; None means if tqdm is there. callback(epoch, history): called after every epoch.
 
@@ -145,6 +147,8 @@ class _Run:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.device = next(model.parameters()).device
         self.autocast = autocast
+        if autocast == torch.float16 and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("autocast: expected None or bfloat16 with L-BFGS, which cannot scale the loss, got float16")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.history = History()
         self.steps = 0
@@ -305,7 +309,8 @@ class _Run:
         _write(state, folder / "last.pt")
 
     def load(self, folder: Path, loader: Batches) -> None:
-        state = torch.load(folder / "last.pt", map_location=self.device, weights_only=True)
+        # By way of the CPU: optimisers keep step counts there, and know themselves what goes to the device.
+        state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         load_model_state(self.model, state["model"])
         self.best_state = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -320,11 +325,11 @@ class _Run:
         mine = state["ranks"][rank() % len(state["ranks"])]
         version, numbers, gauss = mine["random"]
         random.setstate((version, tuple(numbers), gauss))
-        torch.set_rng_state(mine["torch"].cpu())
-        if mine["cuda"] is not None:
-            torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
+        torch.set_rng_state(mine["torch"])
+        if mine["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(mine["cuda"][: torch.cuda.device_count()])
         if mine["loader"] is not None:
-            loader.generator.set_state(mine["loader"].cpu())  # type: ignore[attr-defined]
+            loader.generator.set_state(mine["loader"])  # type: ignore[attr-defined]
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:

@@ -65,6 +65,20 @@ def place64(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """For what has no backend of its own choice."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -10,11 +10,6 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from kan_fast import KAN, KANFeedForward, KANLayer
 
 
-@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
-def device(request):
-    return request.param
-
-
 def data(rows=256, device="cpu", dtype=torch.float32):
     """y = exp(sin(pi x_0) + x_1^2)"""
     x = torch.rand(rows, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1

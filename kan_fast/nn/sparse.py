@@ -83,7 +83,7 @@ class SparseKANLayer(KnotsStayWide):
         self.register_buffer("edges", pairs)
         self._index_edges()
         for name in ("edges", *_INDEX):
-            setattr(self, name, getattr(self, name).to(device))
+            setattr(self, name, getattr(self, name).to(self.grid.device))
         self.reset_parameters()
 
     @property

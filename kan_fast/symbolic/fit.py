@@ -55,12 +55,13 @@ def fit_symbolic_function(
     domain: tuple[float, float] = (-1.0, 1.0),
     samples: int = 400,
     complexity_weight: float = 1.5,
+    device: torch.device | str | None = None,
 ) -> SymbolicFit:
     """Find the formula c * f(a * x + b) + d behind a curve.
 
     x, y (N,): points of it, tensors or what torch.as_tensor takes. Or x a function and y None: a tensor (samples,) of evenly
-    spaced points of `domain` goes in, float64, or float32 where the function raises TypeError or ValueError for that;
-    values come out.
+    spaced points of `domain` on `device` goes in, float64, or float32 where the function raises TypeError or ValueError for
+    that; values come out.
     library: names of default_library() and SymbolicFunctions of your own; None means the 29 built-in ones.
     The choice has the lowest complexity_weight * complexity + log2(1 - r2 + 1e-6): a candidate may be more complex by one
     only if it leaves 2**complexity_weight times less unexplained. A candidate with a singularity between the smallest and
@@ -69,8 +70,9 @@ def fit_symbolic_function(
     if y is None:
         if not callable(x):
             raise TypeError(f"y: expected values for x, or a function in place of x, got None and {type(x).__name__}")
-        x, y = _sampled(x, domain, samples)
-    x, y = (torch.as_tensor(t).detach().double().flatten() for t in (x, y))
+        x, y = _sampled(x, domain, samples, device)
+    x = torch.as_tensor(x).detach().double().flatten()
+    y = torch.as_tensor(y).detach().to(x).flatten()
     if x.shape != y.shape or len(x) < 5:
         raise ValueError(f"x, y: expected as many values of each, 5 at least, got {len(x)} and {len(y)}")
     if not (x.isfinite().all() and y.isfinite().all()):
@@ -124,11 +126,13 @@ def fit_edges(
     return fits
 
 
-def _sampled(function: Callable[[Tensor], Any], domain: tuple[float, float], samples: int) -> tuple[Tensor, Tensor]:
+def _sampled(
+    function: Callable[[Tensor], Any], domain: tuple[float, float], samples: int, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
     low, high = domain
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"domain: expected finite low < high, got {domain}")
-    x = torch.linspace(low, high, samples, dtype=torch.float64)
+    x = torch.linspace(low, high, samples, dtype=torch.float64, device=device)
     with torch.no_grad():
         try:
             return x, torch.as_tensor(function(x))
