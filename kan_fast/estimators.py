@@ -1,7 +1,8 @@
 """KANs as scikit-learn estimators: pipelines, cross-validation and grid search take them like any other."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError(
         "KANRegressor and KANClassifier need scikit-learn 1.6 or newer: pip install 'kan_fast[sklearn]'"
@@ -28,16 +29,20 @@ except ImportError as error:
 _KEPT_ROWS = 2000
 
 
+# Target and weight of every row.
+_Target = tuple[Tensor, Tensor]
+
+
 class _Batches:
-    """Pairs of tensors in random batches, an epoch at a time."""
+    """x (N, ...), y (N, ...) and weights (N) in random batches, an epoch at a time."""
 
-    def __init__(self, x: Tensor, y: Tensor, size: int) -> None:
-        self.x, self.y, self.size = x, y, size
+    def __init__(self, x: Tensor, target: _Target, size: int) -> None:
+        self.x, self.target, self.size = x, target, size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, _Target]]:
         order = torch.randperm(len(self.x), device=self.x.device)
         for part in order.split(self.size):
-            yield self.x[part], self.y[part]
+            yield self.x[part], _rows(self.target, part)
 
 
 class _KANEstimator(BaseEstimator):
@@ -126,8 +131,19 @@ class _KANEstimator(BaseEstimator):
     def _output_names(self) -> list[str]:
         raise NotImplementedError
 
-    def _fit(self, X: Any, y: Tensor, outputs: int, loss: Any) -> None:
-        """X (n, features), checked; y as the loss takes it."""
+    def _check_weights(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        """X, y and weights, NumPy arrays, of the rows whose weight is not 0; the weights have mean 1."""
+        if sample_weight is None:
+            return X, y, np.ones(len(X))
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        kept = weight > 0
+        if not kept.any():
+            raise ValueError("sample_weight: expected a weight above zero at least, got all zero")
+        weight = weight[kept]
+        return X[kept], y[kept], weight / weight.mean()
+
+    def _fit(self, X: Any, y: Tensor, weight: Any, outputs: int, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """X (n, features), weight (n), checked; y (n, ...) as the loss takes it, which gives a value for every row."""
         dtype = getattr(torch, str(self.dtype), None)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: expected 'float32' or 'float64', got {self.dtype!r}")
@@ -155,8 +171,8 @@ class _KANEstimator(BaseEstimator):
                 device=device,
                 dtype=dtype,
             )
-            x, y = self._scaled(X), y.to(device)
-            self._samples = x[torch.randperm(len(x), device=device)[:_KEPT_ROWS]]
+            x, target = self._scaled(X), (y.to(device), torch.tensor(weight, dtype=dtype, device=device))
+            self._samples = x[_representative(weight).to(device)]
             held_out = None
             if self.early_stopping is not None:
                 order = torch.randperm(len(x), device=device)
@@ -166,17 +182,21 @@ class _KANEstimator(BaseEstimator):
                         "validation_fraction: expected a share of the samples that leaves some to train on, got"
                         f" {self.validation_fraction} of {len(x)}"
                     )
-                held_out = [(x[order[:count]], y[order[:count]])]
-                x, y = x[order[count:]], y[order[count:]]
+                held_out = [(x[order[:count]], _rows(target, order[:count]))]
+                x, target = x[order[count:]], _rows(target, order[count:])
+
+            def weighted(output: Tensor, target: _Target) -> Tensor:
+                return (target[1] * loss(output, target[0])).mean()
+
             self.history_ = train_kan(
                 self.model_,
-                cast(Any, _Batches(x, y, len(x) if self.optimizer == "lbfgs" else self.batch_size)),
+                _Batches(x, target, len(x) if self.optimizer == "lbfgs" else self.batch_size),
                 held_out,
                 self.epochs,
                 self.lr,
                 weight_decay=self.weight_decay,
                 optimizer=self.optimizer,
-                loss=loss,
+                loss=weighted,
                 activation_l1=self.activation_l1,
                 activation_entropy=self.activation_entropy,
                 early_stopping=self.early_stopping,
@@ -199,6 +219,22 @@ class _KANEstimator(BaseEstimator):
         return y.double().cpu()
 
 
+def _rows(target: _Target, index: Tensor) -> _Target:
+    return target[0][index], target[1][index]
+
+
+def _representative(weight: Any) -> Tensor:
+    """Indices of up to _KEPT_ROWS rows, each as often as its weight (n) says, NumPy: at random where the weights are equal.
+
+    Otherwise by systematic sampling: evenly spaced points of the line on which the weights lie one after the other.
+    """
+    if (weight == weight[0]).all():
+        return torch.randperm(len(weight))[:_KEPT_ROWS]
+    ends = np.cumsum(weight)
+    points = (np.arange(_KEPT_ROWS) + 0.5) * (ends[-1] / _KEPT_ROWS)
+    return torch.as_tensor(np.searchsorted(ends, points).clip(max=len(ends) - 1))
+
+
 class KANRegressor(RegressorMixin, _KANEstimator):
     """A KAN that is trained to the least squared error: fit(X (n, features), y (n,) or (n, outputs)), predict(X), score(X, y).
 
@@ -208,20 +244,30 @@ class KANRegressor(RegressorMixin, _KANEstimator):
     were best on them. dtype: "float32" or "float64". random_state: int, RandomState or None; torch's global random
     numbers are neither used nor changed.
 
+    A sample_weight of w counts a row as w rows. Where all rows fit into one batch and none are held out, integer weights and
+    rows that are repeated or left out give the same fit, to the rounding of dtype; otherwise rows are dealt out to batches
+    differently, and the fits agree in the gradient that they expect of a batch: the mean over its rows of w / mean(w) times
+    the row's loss.
+
     Attributes after fit: model_ (the KAN of scaled inputs and targets), history_, n_features_in_, feature_names_in_,
     feature_importances_, formula_. plot() draws the network.
     """
 
-    def fit(self, X: Any, y: Any) -> "KANRegressor":
-        """X (n, features), y (n,) or (n, outputs), NumPy arrays, data frames or lists of finite numbers."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "KANRegressor":
+        """X (n, features), y (n,) or (n, outputs), NumPy arrays, data frames or lists of finite numbers.
+
+        sample_weight (n,): not negative, one for all rows, or None for equal weights.
+        """
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, multi_output=True)
+        X, y, weight = self._check_weights(X, y, sample_weight)
         self._one_output = y.ndim == 1
         y = y.reshape(len(y), -1).astype(np.float64)
-        self._mean, spread = y.mean(0), y.std(0)
+        self._mean = np.average(y, axis=0, weights=weight)
+        spread = np.sqrt(np.average((y - self._mean) ** 2, axis=0, weights=weight))
         self._spread = np.where(spread > 0, spread, 1.0)
         dtype = getattr(torch, str(self.dtype), torch.float32)
         target = torch.tensor((y - self._mean) / self._spread, dtype=dtype)
-        self._fit(X, target, y.shape[1], nn.functional.mse_loss)
+        self._fit(X, target, weight, y.shape[1], lambda output, y: (output - y).square().mean(1))
         return self
 
     def predict(self, X: Any) -> Any:
@@ -253,12 +299,18 @@ class KANClassifier(ClassifierMixin, _KANEstimator):
     Parameters as KANRegressor's. Attributes after fit: classes_, and those of KANRegressor.
     """
 
-    def fit(self, X: Any, y: Any) -> "KANClassifier":
-        """X (n, features), NumPy array, data frame or lists of finite numbers; y (n,) labels of any kind."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "KANClassifier":
+        """X (n, features), NumPy array, data frame or lists of finite numbers; y (n,) labels of any kind.
+
+        sample_weight (n,): not negative, one for all rows, or None for equal weights. A class whose rows all weigh nothing
+        is not among classes_.
+        """
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
+        X, y, weight = self._check_weights(X, y, sample_weight)
         self.classes_, index = np.unique(y, return_inverse=True)
-        self._fit(X, torch.as_tensor(index), len(self.classes_), nn.functional.cross_entropy)
+        loss = functools.partial(nn.functional.cross_entropy, reduction="none")
+        self._fit(X, torch.as_tensor(index), weight, len(self.classes_), loss)
         return self
 
     def predict_proba(self, X: Any) -> Any:

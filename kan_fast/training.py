@@ -20,7 +20,8 @@ from kan_fast.nn import KANLayer
 from kan_fast.ranks import rank, states_of_all_ranks, sum_over_ranks, world_size
 from kan_fast.regularization import activation_regularization
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Target = Tensor | tuple[Tensor, ...]
+Loss = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[Any]
 
 # Rows of the present epoch that a grid update sees, the latest ones.
@@ -56,8 +57,9 @@ def train_kan(
 ) -> History:
     """Train a model and return its History, which unpacks as (train_losses, val_losses).
 
-    train_loader, val_loader: iterables of (x (N, ...), y (N, ...)), gone through once an epoch. epochs counts from the very
-    beginning, those before a resume included. Without val_loader the train loss stands for the validation loss.
+    train_loader, val_loader: iterables of (x (N, ...), y (N, ...)), gone through once an epoch; y may be a tuple or list of
+    tensors (targets and weights, say), which loss and metrics get as a tuple. epochs counts from the very beginning, those
+    before a resume included. Without val_loader the train loss stands for the validation loss.
 
     optimizer: "adamw" (lr, weight_decay), "lbfgs" (lr, strong Wolfe line search; 20 iterations a batch, so give it one batch
     that holds all data), an Optimizer, or a function of the parameters that makes one. scheduler: "plateau" (factor 0.5,
@@ -167,7 +169,7 @@ class _Run:
             losses.append(data_loss)
             penalties.append(penalty)
             sizes.append(len(x))
-            finite.append(x.isfinite().all() & y.isfinite().all())
+            finite.append(_finite(x, y))
             self.steps += 1
             if self.grid_update_every:
                 recent = _latest([*recent, x.detach()])
@@ -195,7 +197,7 @@ class _Run:
                     output = self.model(x)
                     rows.append(torch.stack([measure(output, y).detach().double() for measure in measures]))
                 sizes.append(len(x))
-                finite.append(x.isfinite().all() & y.isfinite().all())
+                finite.append(_finite(x, y))
             if not sizes:
                 raise ValueError("val_loader: expected at least one batch, got none")
             means = self._means("validation", epoch, torch.stack(rows).cpu(), sizes, torch.stack(finite).cpu(), checked=1)
@@ -223,7 +225,7 @@ class _Run:
             self._fail(part, f"epoch {epoch} on another rank", True)
         return [total / rows for total in totals]
 
-    def _step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, x: Tensor, y: Target) -> tuple[Tensor, Tensor]:
         """One optimizer step; the loss and penalty before it."""
         first: list[Tensor] = []
 
@@ -246,7 +248,7 @@ class _Run:
             self.scaler.update()
         return first[0], first[1]
 
-    def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, x: Tensor, y: Target) -> tuple[Tensor, Tensor]:
         if any(self.activation):
             output, penalty = activation_regularization(self.model, x, *self.activation, return_output=True)
         else:
@@ -274,11 +276,16 @@ class _Run:
             f"the {part} loss is not finite at {where} ({reason}); the model has {kept}, back"
         )
 
-    def _pair(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _pair(self, batch: Any) -> tuple[Tensor, Target]:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"loader: expected batches (x, y), got {type(batch).__name__}")
-        x, y = (part.to(self.device, non_blocking=True) for part in batch)
-        return x, y
+        x, y = batch
+        if isinstance(y, tuple | list):
+            return self._placed(x), tuple(map(self._placed, y))
+        return self._placed(x), self._placed(y)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> Any:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
@@ -351,6 +358,11 @@ def _write(state: Any, path: Path) -> None:
     """Whole or not at all: an interruption must not leave half a checkpoint."""
     with replacing(path) as partial:
         torch.save(state, partial)
+
+
+def _finite(x: Tensor, y: Target) -> Tensor:
+    """Whether all numbers of a batch are: a scalar on the device."""
+    return torch.stack([part.isfinite().all() for part in (x, *(y if isinstance(y, tuple) else (y,)))]).all()
 
 
 def _latest(blocks: list[Tensor]) -> list[Tensor]:

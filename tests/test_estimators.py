@@ -23,7 +23,19 @@ from kan_fast import KAN, KANClassifier, KANRegressor
 mpl.use("agg")
 
 
-@parametrize_with_checks([KANRegressor(hidden_layers=(4,), epochs=40), KANClassifier(hidden_layers=(4,), epochs=40)])
+def expected_failures(estimator):
+    """scikit-learn compares to 1e-7, which weighted and repeated rows reach in float64 alone."""
+    if estimator.dtype == "float64":
+        return {}
+    return {"check_sample_weight_equivalence_on_dense_data": "sums of other terms, rounded in float32"}
+
+
+ESTIMATORS = [
+    kind(hidden_layers=(4,), epochs=40, dtype=dtype) for kind in (KANRegressor, KANClassifier) for dtype in ("float32", "float64")
+]
+
+
+@parametrize_with_checks(ESTIMATORS, expected_failed_checks=expected_failures)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
 
@@ -110,6 +122,65 @@ def test_formulas_of_a_classifier_are_its_logits():
     agree = model.classes_[logits.argmax(1)] == model.predict(x)
     # They may part where both classes are nearly as likely.
     assert agree.mean() > 0.97 and model.score(x, y) > 0.95
+
+
+@pytest.mark.parametrize(("options", "tolerance"), [({"epochs": 60}, 1e-9), ({"optimizer": "lbfgs", "epochs": 3}, 1e-6),
+                                                    ({"epochs": 60, "dtype": "float32"}, 1e-3)], ids=str)  # fmt: skip
+def test_a_weighted_row_is_several_rows(options, tolerance):
+    """Rounding, of 2e-16 or 1e-7, which steps of Adam multiply by 1e4 at most, and line searches by more."""
+    x, y = smooth(60)
+    weight = np.random.default_rng(0).integers(0, 4, 60)
+    options = {"hidden_layers": (3,), "random_state": 0, "dtype": "float64", **options}
+    order = np.random.default_rng(1).permutation(60)
+    repeated = KANRegressor(**options).fit(x.loc[x.index.repeat(weight)], y.repeat(weight))
+    weighted = KANRegressor(**options).fit(x.iloc[order], y.iloc[order], sample_weight=0.3 * weight[order])
+    np.testing.assert_allclose(weighted.predict(x), repeated.predict(x), rtol=0, atol=tolerance)
+    score = weighted.score(x, y, sample_weight=weight)
+    assert score == pytest.approx(repeated.score(x.loc[x.index.repeat(weight)], y.repeat(weight)), abs=tolerance)
+    assert abs(KANRegressor(**options).fit(x, y).predict(x) - weighted.predict(x)).max() > 100 * tolerance
+
+
+def test_weights_of_rows_in_many_batches():
+    """Equal inputs and two labels: the probability of a label is its share of the weight."""
+    x = np.repeat([[-1.0], [1.0]], 200, 0)
+    y = np.tile(["no", "yes"], 200)
+    weight = np.where(x[:, 0] < 0, np.where(y == "yes", 3.0, 1.0), np.where(y == "yes", 1.0, 1.5))
+    model = KANClassifier(hidden_layers=(), epochs=150, batch_size=64, lr=0.02, random_state=0)
+    model.fit(x, y, sample_weight=weight)
+    # Adam's steps of 0.02 on noisy batches leave some hundredths of unrest in the logits.
+    np.testing.assert_allclose(model.predict_proba([[-1.0], [1.0]])[:, 1], [0.75, 0.4], atol=0.04)
+    early = KANClassifier(hidden_layers=(), epochs=50, early_stopping=5, random_state=0).fit(x, y, sample_weight=weight)
+    assert early.score(x, y, sample_weight=weight) == pytest.approx((200 / 2 * 3 + 200 / 2 * 1.5) / weight.sum())
+    pipe = make_pipeline(StandardScaler(), KANClassifier(hidden_layers=(), epochs=50, random_state=0))
+    assert list(pipe.fit(x, y, kanclassifier__sample_weight=weight).predict([[-1.0], [1.0]])) == ["yes", "no"]
+
+
+def test_importances_count_by_weight():
+    """A feature that moves in rows of little weight only, and does all there."""
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, (400, 2))
+    rare = np.arange(400) < 100
+    x[~rare, 1] = 0
+    x[rare, 0] = 0
+    y = x.sum(1)
+    options = {"hidden_layers": (), "epochs": 100, "lr": 0.05, "random_state": 0}
+    equal = KANRegressor(**options).fit(x, y).feature_importances_
+    assert equal[1] > 0.25
+    lighter = KANRegressor(**options).fit(x, y, sample_weight=np.where(rare, 0.01, 1.0)).feature_importances_
+    # A share of 1 / 300 of the weight: 1 / 17 of the spread.
+    assert lighter[1] < 0.15
+
+
+@pytest.mark.parametrize("model", [KANRegressor(), KANClassifier()], ids=["regressor", "classifier"])
+def test_wrong_weights(model):
+    x, y = smooth(20)
+    y = (y > 1).astype(int)
+    with pytest.raises(ValueError, match=r"sample_weight"):
+        model.fit(x, y, sample_weight=-np.ones(20))
+    with pytest.raises(ValueError, match=r"zero"):
+        model.fit(x, y, sample_weight=np.zeros(20))
+    with pytest.raises(ValueError, match=r"sample_weight"):
+        model.fit(x, y, sample_weight=np.ones(19))
 
 
 def test_cross_validation_and_grid_search():

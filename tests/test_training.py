@@ -71,6 +71,28 @@ def test_uneven_batches_are_weighted_by_their_size():
     assert history.metrics["l1"][0] == pytest.approx(float((model(x) - y).abs().mean().detach()), rel=1e-12)
 
 
+def test_targets_in_parts():
+    """Weights beside the targets."""
+    x, y = make_data()
+    weight = torch.rand(len(x), dtype=torch.float64)
+
+    def weighted(output, target):
+        assert isinstance(target, tuple)
+        return (target[1] * (output - target[0]).square().squeeze(1)).mean()
+
+    model, plain = make_model(), make_model()
+    loader = DataLoader([(x[i], (y[i], weight[i])) for i in range(len(x))], 50)
+    history = train(model, loader, [(x, [y, weight])], epochs=2, loss=weighted, metrics={"same": weighted})
+    want = float((weight * (model(x) - y).square().squeeze(1)).mean().detach())
+    assert history.val_losses[-1] == pytest.approx(want, rel=1e-12)
+    assert history.metrics["same"] == history.val_losses
+    train(plain, [(part, (a, b)) for part, a, b in zip(x.split(50), y.split(50), weight.split(50))], epochs=2, loss=weighted)
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(FloatingPointError, match="hold NaN"):
+        train(model, [(x, (y, weight * torch.nan))], epochs=1, loss=weighted)
+
+
 def test_lbfgs_with_full_batches():
     model = make_model()
     history = train(model, [make_data()], epochs=5, lr=1.0, optimizer="lbfgs", scheduler=None)
