@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from kan_fast.atomic import replacing
-from kan_fast.grid import set_knots_in_place, update_grid
+from kan_fast.checkpoints import load_model_state, load_optimizer_state, model_state, write
+from kan_fast.grid import update_grid
 from kan_fast.history import History
-from kan_fast.nn import KANLayer
 from kan_fast.ranks import rank, states_of_all_ranks, sum_over_ranks, world_size
 from kan_fast.regularization import activation_regularization
 
@@ -76,14 +75,16 @@ def train_kan(
     search compares losses with gradients, does not bear.
     early_stopping: stop after that many epochs without a better validation loss.
     checkpoint_dir: best.pt (state_dict of the model at the best epoch) and last.pt (everything) are written there after
-    every epoch. resume: go on from last.pt; model, optimizer, scheduler, random numbers of torch and Python, and a
-    generator of the loader's own are as they were, so the run is the one that was never interrupted. On another kind of
-    device than before it goes on too, to rounding, with that device's own random numbers.
+    every epoch, with whole tensors: sharded models and others read the same files. resume: go on from last.pt; model,
+    optimizer, scheduler, random numbers of torch and Python, and a generator of the loader's own are as they were, so the run
+    is the one that was never interrupted. On another kind of device, or with other ranks, it goes on too, to rounding, where
+    no random numbers of the device or the ranks play a part.
     restore_best: end with the best weights instead of the last.
     progress: a bar by tqdm; None means if tqdm is there. callback(epoch, history): called after every epoch.
 
     In several processes (kan_fast.ranks) every rank calls it with its own part of the data and, for gradients, a model that is
-    wrapped in DistributedDataParallel or fully_shard; losses are means over all ranks, rank 0 writes the checkpoints.
+    wrapped in DistributedDataParallel or fully_shard; losses are means over all ranks, rank 0 writes the checkpoints, for which
+    sharded parameters and their optimizer states come together in its main memory.
 
     Raises FloatingPointError when a loss turns NaN or infinite; it says where, and the model has its best weights back.
     """
@@ -149,12 +150,15 @@ class _Run:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.device = next(model.parameters()).device
         self.autocast = autocast
-        if autocast == torch.float16 and isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("autocast: expected None or bfloat16 with L-BFGS, which cannot scale the loss, got float16")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            if autocast == torch.float16:
+                raise ValueError("autocast: expected None or bfloat16 with L-BFGS, which cannot scale the loss, got float16")
+            if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+                raise ValueError("optimizer: expected one that takes sharded parameters, got L-BFGS: use it with whole ones")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.history = History()
         self.steps = 0
-        self.best_state = _copy_state(model)
+        self.best_state = model_state(model)
 
     def train_epoch(self, epoch: int, loader: Batches) -> None:
         self.model.train()
@@ -206,7 +210,7 @@ class _Run:
                 history.metrics[name].append(value)
         if history.val_losses[-1] < history.best_loss:
             history.best_epoch = epoch
-            self.best_state = _copy_state(self.model)
+            self.best_state = model_state(self.model)
 
     def _means(
         self, part: str, epoch: int, table: Tensor, sizes: list[int], finite: Tensor, checked: int | None = None
@@ -235,10 +239,11 @@ class _Run:
                 data_loss, penalty = self._losses(x, y)
             self.scaler.scale(data_loss + penalty).backward()
             first[:] = first or [data_loss.detach(), penalty.detach()]
-            return data_loss + penalty
+            return (data_loss + penalty).detach()
 
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            self.optimizer.step(closure)
+            # Searching along a line, every rank must take the same steps; the gradient is a mean over ranks too.
+            self.optimizer.step(lambda: float(sum_over_ranks(closure())) / world_size())
         else:
             closure()
             if self.clip_norm is not None:
@@ -298,29 +303,26 @@ class _Run:
             "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None,
             "loader": None if generator is None else generator.get_state(),
         }
-        of_ranks = states_of_all_ranks(of_this_rank)
-        if rank() > 0:
-            return
-        if self.history.best_epoch == len(self.history.val_losses) - 1:
-            _write(self.best_state, folder / "best.pt")
         state = {
-            "model": self.model.state_dict(),
+            "model": model_state(self.model, copy=False),
             "best": self.best_state,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": self.history.state_dict(),
             "steps": self.steps,
-            "ranks": of_ranks,
+            "ranks": states_of_all_ranks(of_this_rank),
         }
-        _write(state, folder / "last.pt")
+        if self.history.best_epoch == len(self.history.val_losses) - 1:
+            write(self.best_state, folder / "best.pt")
+        write(state, folder / "last.pt")
 
     def load(self, folder: Path, loader: Batches) -> None:
         # By way of the CPU: optimisers keep step counts there, and know themselves what goes to the device.
         state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         load_model_state(self.model, state["model"])
         self.best_state = state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if (self.scheduler is None) != (state["scheduler"] is None):
             raise ValueError("scheduler: expected one exactly if the interrupted run had one")
         if self.scheduler is not None:
@@ -337,27 +339,6 @@ class _Run:
             torch.cuda.set_rng_state_all(mine["cuda"][: torch.cuda.device_count()])
         if mine["loader"] is not None:
             loader.generator.set_state(mine["loader"])  # type: ignore[attr-defined]
-
-
-def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """model.load_state_dict(state), after giving every KANLayer the grid size that the state has."""
-    for name, layer in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(layer, KANLayer) and f"{prefix}spline_weight" in state:
-            weight, grid = state[f"{prefix}spline_weight"], state[f"{prefix}grid"]
-            if weight.shape != layer.spline_weight.shape:
-                set_knots_in_place(layer, grid.to(layer.grid), weight.to(layer.spline_weight))
-    model.load_state_dict(state)
-
-
-def _copy_state(model: nn.Module) -> dict[str, Any]:
-    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in model.state_dict().items()}
-
-
-def _write(state: Any, path: Path) -> None:
-    """Whole or not at all: an interruption must not leave half a checkpoint."""
-    with replacing(path) as partial:
-        torch.save(state, partial)
 
 
 def _finite(x: Tensor, y: Target) -> Tensor:

@@ -5,26 +5,24 @@ tensors (by the ranks together, by one process).
 """
 
 import copy
-import functools
 import itertools
 import os
 import sys
 from pathlib import Path
 
+import distributed_training  # noqa: F401  its checks enter the table
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_common import CHECKS, ROWS, by_layer, check, data, mine, network, whole
 from samples import OPERATIONS, make_problem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, TensorDataset
 
 from kan_fast import (
-    KAN,
     activation_regularization,
     adaptive_grid_refinement,
     edge_scores,
@@ -34,31 +32,9 @@ from kan_fast import (
     train_kan,
     update_grid,
 )
+from kan_fast.checkpoints import load_model_state
 from kan_fast.parallel import ShardInputs, ShardOutputs, parallelize_kan
 from kan_fast.ranks import on_this_rank, rows_of_all_ranks
-
-ROWS = 12
-CHECKS = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def network(*dims, **options):
-    torch.manual_seed(0)
-    return KAN(dims or (5, 7, 2), dtype=torch.float64, **options)
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(ROWS, 5, generator=generator).double(), torch.randn(ROWS, 2, generator=generator).double()
-
-
-def mine(tensor):
-    """This rank's rows, as many as the others'."""
-    return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def train(model, x, y, penalty=None):
@@ -79,10 +55,6 @@ def train(model, x, y, penalty=None):
     return torch.stack(losses), *map(whole, model.parameters())
 
 
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def mean_of_ranks(losses):
     dist.all_reduce(losses)
     return losses / dist.get_world_size()
@@ -96,12 +68,6 @@ def data_parallel(wrap, penalty=None, **options):
         want = train(copy.deepcopy(model), x, y, penalty)
     losses, *parameters = train(wrap(model), mine(x), mine(y), penalty)
     return list(zip((mean_of_ranks(losses), *parameters), want, strict=True))
-
-
-def by_layer(model):
-    for layer in model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
 
 
 @check
@@ -179,6 +145,10 @@ def what_sharded_models_refuse():
         adaptive_grid_refinement(model, x)
     with pytest.raises(ValueError, match="^branch: expected 'both' for sharded weights"):
         prune_kan(model, 0.3, data=x, branch="spline")
+    with pytest.raises(ValueError, match=r"^model: layers.0.spline_weight is sharded with shape \(5, 8, 7\).* has \(5, 10, 7\)"):
+        load_model_state(model, network(grid_size=7).state_dict())
+    with pytest.raises(ValueError, match="^optimizer: expected one that takes sharded parameters, got L-BFGS"):
+        train_kan(model, [data()], epochs=1, optimizer="lbfgs")
     parallel = parallelize_kan(network(), init_device_mesh("cpu", (dist.get_world_size(),)))
     for tool in (update_grid, edge_scores):
         with pytest.raises(ValueError, match="^model: expected layers with all of their inputs and outputs"):
@@ -363,38 +333,6 @@ def scores_on_all_rows():
 @check
 def pruning_on_all_rows():
     return with_tool(lambda model, x: list(prune_kan(model, 0.3, data=x, relative=True).removed.values()))
-
-
-@check
-def failure_of_one_rank():
-    """NaN in the data of one rank ends the training of all, with the best weights back."""
-    x, y = (mine(tensor).clone() for tensor in data())
-    if dist.get_rank() == 1:
-        x[0, 0] = torch.nan
-    model = network()
-    message = "the batch's data hold NaN" if dist.get_rank() == 1 else "on another rank"
-    with pytest.raises(FloatingPointError, match=message):
-        train_kan(DistributedDataParallel(model), [(x, y)], epochs=2, progress=False)
-    return list(zip(model.state_dict().values(), network().state_dict().values(), strict=True))
-
-
-@check
-def training_loop():
-    """train_kan with a penalty, grid updates and a plateau: every rank sees the losses of all rows."""
-    x, y = data()
-    options = {"epochs": 6, "lr": 2e-2, "activation_l1": 0.01, "activation_entropy": 0.02, "progress": False}
-    options |= {"grid_update_every": 2, "grid_update_until": 4, "scheduler": functools.partial(ReduceLROnPlateau, patience=0)}
-    model = network()
-    with on_this_rank():
-        want = copy.deepcopy(model)
-        alone = train_kan(want, [(x, y)], [(x, y)], **options)
-    loader = DataLoader(TensorDataset(mine(x), mine(y)), batch_size=ROWS)
-    together = train_kan(DistributedDataParallel(model), loader, [(mine(x), mine(y))], **options)
-    pairs = [
-        (torch.tensor(getattr(together, name)), torch.tensor(getattr(alone, name)))
-        for name in ("train_losses", "val_losses", "penalties", "learning_rates")
-    ]
-    return pairs + list(zip(model.state_dict().values(), want.state_dict().values(), strict=True))
 
 
 def main():

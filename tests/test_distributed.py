@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-FOUR_RANKS = ("data_and_tensor_parallel",)
+FOUR_RANKS = ("data_and_tensor_parallel", "checkpoints_of_data_and_tensor_parallel")
 TWO_RANKS = tuple(name for name in distributed_worker.CHECKS if name not in FOUR_RANKS)
 
 

@@ -30,8 +30,9 @@ def expected_failures(estimator):
     return {"check_sample_weight_equivalence_on_dense_data": "sums of other terms, rounded in float32"}
 
 
+DTYPES = ("float32", "float64")
 ESTIMATORS = [
-    kind(hidden_layers=(4,), epochs=40, dtype=dtype) for kind in (KANRegressor, KANClassifier) for dtype in ("float32", "float64")
+    kind(hidden_layers=(4,), epochs=40, dtype=dtype) for kind in (KANRegressor, KANClassifier) for dtype in DTYPES
 ]
 
 

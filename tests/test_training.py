@@ -6,9 +6,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from kan_fast import KAN
+from kan_fast.checkpoints import load_model_state
 from kan_fast.history import History
 from kan_fast.regularization import activation_regularization, advanced_regularization
-from kan_fast.training import load_model_state, train_kan
+from kan_fast.training import train_kan
 
 
 def make_data(samples=200, seed=0):
