@@ -106,6 +106,7 @@ def assert_close_to_reference(problem, operation, n, mine):
 
 
 WIDE = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
+every_wide_kernel = pytest.mark.parametrize("kernel", ["dense", "sparse"])
 every_product = pytest.mark.parametrize(("dtype", "precision"), WIDE, ids=lambda value: str(value).removeprefix("torch."))
 
 
@@ -164,7 +165,7 @@ def assert_outputs_close(place, dtype, precision, cases):
 
 
 @every_product
-@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+@every_wide_kernel
 def test_wide_output(place, use, kernel, dtype, precision):
     use(kernel, precision)
     assert_outputs_close(place, dtype, precision, [*OUTPUTS, ((40, 3, 9), 4, 3, "uniform", "zero", 1)])
@@ -187,7 +188,39 @@ def test_wide_gradients(place, use, dtype, precision):
             assert_wide_close(place, problem, "contract_input", 1, precision)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+LONG_SUMS = {"contract_output": (2, 1000, 8), "contract_weight": (9000, 1, 8), "contract_input": (2, 1, 9000)}
+
+
+def assert_long_sum_is_rounded(place, operation):
+    """Tensor cores cut sums off: thousands of terms of one sign, added up there, miss float32 by up to 2^-23 for each."""
+    problem = make_problem(place, torch.float32, LONG_SUMS[operation], outside="clamp", activation="relu")
+    for tensor in (problem.x, problem.spline_weight, problem.base_weight, problem.g):
+        tensor.abs_()
+    assert_close_to_truth(place, problem, operation, 0, False)
+
+
+@every_wide_kernel
+@pytest.mark.parametrize("operation", LONG_SUMS)
+def test_long_sums_are_rounded(place, use, kernel, operation):
+    use(kernel)
+    assert_long_sum_is_rounded(place, operation)
+
+
+@pytest.mark.slow
+def test_long_sums_of_tensor_cores_would_be_found(use, monkeypatch):
+    use("dense")
+    change = ("cuda/products.cuh", r"float part\[4\] = \{\};", "float(&part)[4] = sum, gone[4] = {};"), (
+        "cuda/products.cuh",
+        r"sum\[r\] \+= part",
+        "sum[r] += gone",
+    )
+    monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=change)))
+    for operation in LONG_SUMS:
+        with pytest.raises(AssertionError, match="error"):
+            assert_long_sum_is_rounded(Place("emulated", CPU), operation)
+
+
+@every_wide_kernel
 def test_wide_kernels_carry_nan(place, use, kernel):
     use(kernel, "high")
     problem = make_problem(place, torch.float32, (40, 20, 33), outside="clamp")

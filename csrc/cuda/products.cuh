@@ -48,7 +48,19 @@ KAN_DEVICE void multiply_half_sparse(Sums& c, const uint32_t (&a)[2][4], const u
   }
 }
 
-// tf32, a as float32 numbers: one product, or three of numbers split in two (the fourth is below float32's rounding).
+// sum += a b in true float32: three products of numbers split in two (the fourth is below float32's rounding), the small ones
+// first. Tensor cores cut sums off instead of rounding them, always towards zero: they add up these three alone, and the long
+// sum is rounded to nearest by ordinary additions.
+template <class Product> KAN_DEVICE void add_three_products(float (&sum)[4], Product product) {
+  float part[4] = {};
+  product(part, true, false);
+  product(part, false, true);
+  product(part, false, false);
+  KAN_UNROLL_ALL
+  for (int r = 0; r < 4; ++r) sum[r] += part[r];
+}
+
+// tf32, a as float32 numbers.
 template <Products P, bool kSparse>
 KAN_DEVICE void multiply_tf32(Sums& c, const float (&a)[2][4], const uint32_t (&e)[2], const float* stage, int k, int live, int lane) {
   constexpr int kRows = kSparse ? 4 : 2;
@@ -62,10 +74,6 @@ KAN_DEVICE void multiply_tf32(Sums& c, const float (&a)[2][4], const uint32_t (&
       low[m][r] = kSplit ? to_tf32(a[m][r] - as_float(high[m][r])) : 0u;
     }
   const float* column = stage + (k + (lane & 3)) * kStagePitch + (lane >> 2);
-  auto product = [&](float(&to)[4], const uint32_t(&left)[4], const uint32_t(&right)[4], uint32_t metadata) {
-    if constexpr (kSparse) mma_sparse_tf32(to, left, right, metadata);
-    else mma_tf32(to, left, right[0], right[1]);
-  };
   KAN_UNROLL_ALL
   for (int n = 0; n < kWideColumns / 8; ++n) {
     if (n * 8 >= live) break;
@@ -78,11 +86,14 @@ KAN_DEVICE void multiply_tf32(Sums& c, const float (&a)[2][4], const uint32_t (&
     }
     KAN_UNROLL_ALL
     for (int m = 0; m < 2; ++m) {
-      if constexpr (kSplit) {
-        product(c[m][n], low[m], b, e[m]);
-        product(c[m][n], high[m], b_low, e[m]);
-      }
-      product(c[m][n], high[m], b, e[m]);
+      auto product = [&](float(&to)[4], bool low_left, bool low_right) {
+        const uint32_t(&left)[4] = low_left ? low[m] : high[m];
+        const uint32_t(&right)[4] = low_right ? b_low : b;
+        if constexpr (kSparse) mma_sparse_tf32(to, left, right, e[m]);
+        else mma_tf32(to, left, right[0], right[1]);
+      };
+      if constexpr (kSplit) add_three_products(c[m][n], product);
+      else product(c[m][n], false, false);
     }
   }
 }

@@ -1,7 +1,7 @@
 // contract_input of wide layers on tensor cores: the product g W^T, whose epilogue weighs by phi^(n) and sums over the bases.
 #pragma once
 #include "launch.h"
-#include "wide.cuh"
+#include "products.cuh"
 
 namespace kan::cuda {
 
@@ -68,11 +68,12 @@ template <Products P, class T> KAN_DEVICE void multiply_rows(InputSums& c, const
         }
         KAN_UNROLL_ALL
         for (int m = 0; m < 2; ++m) {
-          if constexpr (kSplit) {
-            mma_tf32(c[m][n], low[m], b[0], b[1]);
-            mma_tf32(c[m][n], high[m], b_low[0], b_low[1]);
-          }
-          mma_tf32(c[m][n], high[m], b[0], b[1]);
+          auto product = [&](float(&to)[4], bool low_left, bool low_right) {
+            const uint32_t(&right)[2] = low_right ? b_low : b;
+            mma_tf32(to, low_left ? low[m] : high[m], right[0], right[1]);
+          };
+          if constexpr (kSplit) add_three_products(c[m][n], product);
+          else product(c[m][n], false, false);
         }
       }
     }

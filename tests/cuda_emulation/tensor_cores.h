@@ -1,6 +1,9 @@
 // Matrix instructions, by the fragment layouts of the PTX manual. A lane's operands are what csrc/cuda/instructions.cuh says;
-// products are summed in double and rounded once, a little better than hardware.
+// sums are cut off as tensor cores cut them off, which shows wherever many of one sign are added one after the other.
 #pragma once
+
+#include <algorithm>
+#include <cmath>
 
 namespace kan::emulation {
 
@@ -31,14 +34,30 @@ template <Kind K> float right_number(void* const* lanes, int k, int n) {
   else return number_in<K>(lane(n * 4 + k % 8 / 2).b[k / 8], k % 2);
 }
 
+// The sum of exact terms: all are shifted to the exponent of the largest, where 2 bits beyond float32's 24 are kept, and the
+// sum of what is left is cut off to 24 bits. Nothing is rounded to nearest. With terms of few bits the result is exact.
+inline float truncated_sum(const double* terms, int count) {
+  double largest = 0, plain = 0;
+  for (int k = 0; k < count; ++k) largest = std::max(largest, std::fabs(terms[k])), plain += terms[k];
+  if (!std::isfinite(plain) || largest == 0) return float(plain);
+  constexpr uint64_t kExponent = uint64_t(2047) << 52, kKept = uint64_t(25) << 52;
+  const double unit = std::bit_cast<double>((std::bit_cast<uint64_t>(largest) & kExponent) - kKept), per_unit = 1 / unit;
+  int64_t units = 0;
+  for (int k = 0; k < count; ++k) units += int64_t(terms[k] * per_unit);
+  const double sum = double(units) * unit;
+  const float nearest = float(sum);
+  return std::fabs(nearest) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
 // c (16 x 8) += a (16 x kDepth) b; `left(m, k)` is what the left operand has there.
 template <Kind K, int kDepth, class Left> void add_product(void* const* lanes, Left left) {
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 8; ++n) {
       float& c = static_cast<Multiply*>(lanes[m % 8 * 4 + n / 2])->c[m / 8 * 2 + n % 2];
-      double sum = c;
-      for (int k = 0; k < kDepth; ++k) sum += double(left(m, k)) * right_number<K>(lanes, k, n);
-      c = float(sum);
+      double terms[kDepth + 1];
+      for (int k = 0; k < kDepth; ++k) terms[k] = double(left(m, k)) * right_number<K>(lanes, k, n);
+      terms[kDepth] = c;
+      c = truncated_sum(terms, kDepth + 1);
     }
 }
 
