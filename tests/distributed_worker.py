@@ -145,7 +145,7 @@ def what_sharded_models_refuse():
         adaptive_grid_refinement(model, x)
     with pytest.raises(ValueError, match="^branch: expected 'both' for sharded weights"):
         prune_kan(model, 0.3, data=x, branch="spline")
-    with pytest.raises(ValueError, match=r"^model: layers.0.spline_weight is sharded with shape \(5, 8, 7\).* has \(5, 10, 7\)"):
+    with pytest.raises(ValueError, match=r"^model: layers.0.spline_weight is sharded .* has \(5, 10, 7\)"):
         load_model_state(model, network(grid_size=7).state_dict())
     with pytest.raises(ValueError, match="^optimizer: expected one that takes sharded parameters, got L-BFGS"):
         train_kan(model, [data()], epochs=1, optimizer="lbfgs")
