@@ -22,7 +22,10 @@ def kan_layers(model: nn.Module) -> dict[str, KANLayer]:
 
 
 def network_layers(model: KAN) -> list[KANLayer]:
-    """model.layers, in order."""
+    """model.layers, in order; raises TypeError where one is not a KANLayer, as after `sparsify`."""
+    for place, layer in enumerate(model.layers):
+        if not isinstance(layer, KANLayer):
+            raise TypeError(f"model: expected KANLayers, got {type(layer).__name__} as layer {place}: see its to_dense()")
     return cast("list[KANLayer]", list(model.layers))
 
 

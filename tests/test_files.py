@@ -13,7 +13,7 @@ import torch
 from samples import make_grid
 from torch import nn
 
-from kan_fast import KAN, KANLayer, adaptive_grid_refinement, compact, prune_kan
+from kan_fast import KAN, KANLayer, SparseKANLayer, adaptive_grid_refinement, compact, prune_kan, sparsify
 from kan_fast.nn.tensor_file import read_tensors, write_tensors
 
 ROOT = str(Path(__file__).parents[1])
@@ -41,6 +41,42 @@ def test_round_trip(tmp_path, options):
     model.save(tmp_path / "model.kan")
     assert_same(KAN.load(tmp_path / "model.kan"), model)
     assert os.listdir(tmp_path) == ["model.kan"]
+
+
+@pytest.mark.parametrize("options", [{"bias": True, "outside": "linear"}, {"base_activation": None, "dtype": torch.float64},
+                                     {"base_activation": torch.sin, "dtype": torch.bfloat16}], ids=str)  # fmt: skip
+def test_round_trip_of_sparse_layers(tmp_path, options):
+    model = KAN([6, 8, 3], **options)
+    model.layers[0].edge_mask = torch.rand(6, 8) < 0.3
+    model.layers[0].edge_mask[2] = False
+    assert sparsify(model, 0.5) == ["layers.0"]
+    model.layers[0].grid += torch.rand(6, 1).to(model.layers[0].grid.dtype)
+    model.save(tmp_path / "model")
+    function = options.get("base_activation") if callable(options.get("base_activation")) else None
+    back = KAN.load(tmp_path / "model", base_activation=function, backend="reference")
+    assert isinstance(back.layers[0], SparseKANLayer) and back.layers[1].backend == "reference"
+    assert repr(back.layers[0]) == repr(model.layers[0])
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
+    x = torch.rand(20, 6).to(back.layers[1].spline_weight.dtype) * 4 - 2
+    assert torch.equal(back.layers[0](x), model.layers[0](x))
+    back(x).sum().backward()
+    with pytest.raises(TypeError, match="got SparseKANLayer as layer 0: see its to_dense"):
+        compact(model)
+    state, metadata = read_tensors(tmp_path / "model")
+    state["layers.0.edges"][0, 0] = 6
+    write_tensors(tmp_path / "model", state, metadata)
+    with pytest.raises(ValueError, match=r"damaged: .* layer 0 do not fit: edges: expected inputs from 0 to 5"):
+        KAN.load(tmp_path / "model", base_activation=function)
+
+
+def test_wide_sparse_layers_are_saved_by_their_edges(tmp_path):
+    model = KAN.from_layers([SparseKANLayer(100_000, 4, 3, grid_size=2, spline_order=1), KANLayer(4, 1)])
+    model.save(tmp_path / "wide")
+    # 100,000 inputs with 5 knots in float32, and little else.
+    assert os.path.getsize(tmp_path / "wide") < 2.1e6
+    x = torch.rand(2, 100_000)
+    assert torch.equal(KAN.load(tmp_path / "wide")(x), model(x))
 
 
 def test_round_trip_of_pruned_refined_compacted(tmp_path):
@@ -93,7 +129,7 @@ def test_only_what_can_be_loaded_is_saved(tmp_path):
         model.save(tmp_path / "m")
     model = KAN([2, 3, 1])
     model.layers[1] = nn.Linear(3, 1)
-    with pytest.raises(TypeError, match="expected KANLayers, got Linear at 1"):
+    with pytest.raises(TypeError, match="expected KANLayers and SparseKANLayers, got Linear at 1"):
         model.save(tmp_path / "m")
     assert not os.listdir(tmp_path)
 
@@ -160,7 +196,7 @@ def rewritten(path, change_config=None, change_tensors=None):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        (lambda c: c.update(version=2), None, "written in version 2 .* newer kan_fast; this one reads up to version 1"),
+        (lambda c: c.update(version=3), None, "written in version 3 .* newer kan_fast; this one reads up to version 2"),
         (lambda c: (c.update(version=9), c.pop("layers")), None, "written in version 9"),
         (lambda c: c.update(version=0), None, "not one that KAN.save writes"),
         (lambda c: c.update(layers=[]), None, "not one that KAN.save writes"),

@@ -21,6 +21,7 @@ from kan_fast import (
     compact,
     prune_kan,
     replace_layers,
+    sparsify,
     update_grid,
 )
 from kan_fast.pruning import edge_scores, node_scores
@@ -302,7 +303,9 @@ def test_files_know_no_device(device, tmp_path):
     truth, model = pair(device)
     prune_kan(model, 0.5, relative=True)
     small = compact(model, drop_inputs=True)
-    for network, name in ((model, "model"), (small, "small")):
+    sparse = copy.deepcopy(model)
+    assert sparsify(sparse, 1.0)
+    for network, name in ((model, "model"), (small, "small"), (sparse, "sparse")):
         network.save(tmp_path / name)
         for place in ("cpu", device):
             back = KAN.load(tmp_path / name, device=place)

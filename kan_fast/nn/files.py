@@ -3,7 +3,8 @@
 import copy
 import json
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +12,40 @@ from torch import Tensor, nn
 from kan_fast.activations import fused_name
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.layer import KANLayer
+from kan_fast.nn.sparse import SparseKANLayer
 from kan_fast.nn.tensor_file import read_tensors, write_tensors
 
-# Raised by one when a reader of the present version could not understand a file any more.
-_VERSION = 1
+# Raised by one when a reader of the present version could not understand a file any more: 2 has sparse layers.
+_VERSION = 2
 _KEY = "kan_fast.KAN"
 
 Path = str | os.PathLike[str]
+Layer = KANLayer | SparseKANLayer
 
 
-def save_layers(path: Path, network: nn.Module, layers: list[KANLayer]) -> None:
+def save_layers(path: Path, network: nn.Module, layers: Sequence[nn.Module]) -> None:
     """Write a network's layers and the buffer input_index that `compact` may have given it; see KAN.save."""
+    known: list[Layer] = []
     for place, layer in enumerate(layers):
-        if type(layer) is not KANLayer:
-            raise TypeError(f"layers: expected KANLayers, got {type(layer).__name__} at {place}; save its state_dict instead")
+        if type(layer) not in (KANLayer, SparseKANLayer):
+            raise TypeError(
+                f"layers: expected KANLayers and SparseKANLayers, got {type(layer).__name__} at {place}; save its state_dict"
+                " instead"
+            )
+        known.append(cast(Layer, layer))
     state: dict[str, Tensor] = network.state_dict()
     extra = [name for name in state if not name.startswith("layers.") and name != "input_index"]
     if extra:
         raise TypeError(f"network: expected layers alone, got also {', '.join(extra)}; save its state_dict instead")
-    config = {"version": _VERSION, "layers": [_config(layer) for layer in layers]}
+    # Older readers understand files without sparse layers.
+    version = _VERSION if any(isinstance(layer, SparseKANLayer) for layer in known) else 1
+    config = {"version": version, "layers": [_config(layer) for layer in known]}
     write_tensors(path, state, {"format": "pt", _KEY: json.dumps(config)})
 
 
 def load_layers(
     path: Path, base_activation: BaseActivation, backend: str | None, device: torch.device | str | None
-) -> tuple[list[KANLayer], Tensor | None]:
+) -> tuple[list[Layer], Tensor | None]:
     """The layers in a file, and its input_index or None; see KAN.load."""
     state, metadata = read_tensors(path)
     if _KEY not in metadata:
@@ -44,12 +54,10 @@ def load_layers(
     layers = []
     for place, options in enumerate(_parse(path, metadata[_KEY])):
         options["base_activation"] = _chosen(path, options.get("base_activation"), base_activation)
-        if backend is not None:
-            options["backend"] = backend
         prefix = f"layers.{place}."
         own = {name.removeprefix(prefix): state.pop(name).to(device) for name in list(state) if name.startswith(prefix)}
         try:
-            layer = KANLayer(**options, device="meta")
+            layer = _layer(options, own.get("edges"), backend)
             layer.load_state_dict(own, assign=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged: weights and configuration of layer {place} do not fit: {error}") from None
@@ -59,9 +67,19 @@ def load_layers(
     return layers, None if input_index is None else input_index.to(device)
 
 
-def _config(layer: KANLayer) -> dict[str, Any]:
-    """The arguments of KANLayer, those of JSON's types. The dtype is that of the weights."""
+def _layer(options: dict[str, Any], edges: Tensor | None, backend: str | None) -> Layer:
+    """The layer of a configuration, without numbers."""
+    if options.pop("sparse", False):
+        return SparseKANLayer(**options, edges=edges, device="meta")
+    if backend is not None:
+        options["backend"] = backend
+    return KANLayer(**options, device="meta")
+
+
+def _config(layer: Layer) -> dict[str, Any]:
+    """The layer's arguments, those of JSON's types; of the edges the tensors tell. The dtype is that of the weights."""
     name = fused_name(layer.base_activation)
+    kind = {"sparse": True} if isinstance(layer, SparseKANLayer) else {"backend": layer.backend}
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
@@ -71,7 +89,7 @@ def _config(layer: KANLayer) -> dict[str, Any]:
         "base_activation": name if name is None or isinstance(name, str) else {"custom": repr(name)},
         "bias": layer.bias is not None,
         "outside": layer.outside,
-        "backend": layer.backend,
+        **kind,
     }
 
 
@@ -86,7 +104,8 @@ def _parse(path: Path, text: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"{path}: written in version {version} of the format by a newer kan_fast; this one reads up to version {_VERSION}"
         )
-    if version != _VERSION or not isinstance(layers, list) or not layers or not all(isinstance(o, dict) for o in layers):
+    known = version in range(1, _VERSION + 1)
+    if not known or not isinstance(layers, list) or not layers or not all(isinstance(o, dict) for o in layers):
         raise ValueError(f"{path}: damaged: its configuration is not one that KAN.save writes: {text[:100]}")
     return layers
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.files import load_layers, save_layers
 from kan_fast.nn.layer import KANLayer
+from kan_fast.nn.sparse import SparseKANLayer
 
 
 class KAN(nn.Module):
@@ -32,7 +33,7 @@ class KAN(nn.Module):
         )
 
     @classmethod
-    def from_layers(cls, layers: Sequence[KANLayer]) -> "KAN":
+    def from_layers(cls, layers: Sequence[KANLayer | SparseKANLayer]) -> "KAN":
         """The network of these very layers, each as wide as the one before it; raises ValueError otherwise."""
         widths = [layer.in_features for layer in layers[:1]] + [layer.out_features for layer in layers]
         for place, layer in enumerate(layers):
@@ -62,10 +63,10 @@ class KAN(nn.Module):
         """Write the network to one file: a safetensors file whose metadata hold the layers' arguments as JSON.
 
         Masks, knots, different grid sizes and the `input_index` of `compact` are kept, requires_grad is not. An existing
-        file is replaced when the new one is complete. Raises TypeError for layers that are not plain KANLayers and for
-        further parameters or buffers.
+        file is replaced when the new one is complete. SparseKANLayers that `sparsify` has put in are kept too. Raises
+        TypeError for other layers, and for further parameters or buffers.
         """
-        save_layers(path, self, self._kan_layers())
+        save_layers(path, self, list(self.layers))
 
     @classmethod
     def load(
