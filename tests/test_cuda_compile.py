@@ -19,6 +19,7 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 SAMPLE = [
     ("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80"),
     ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"), ("warpgroup_output_bfloat16", "90a"),
+    ("narrow_output", "90a"), ("narrow_input", "80"), ("narrow_weight", "120"),
 ]  # fmt: skip
 
 
@@ -74,6 +75,14 @@ def check(source, architecture, folder):
             # Products stay under way while the next left operand is made: two kinds of steps, each unrolled twice.
             assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code[kernel])) == 4, kernel
             assert "FENCE.VIEW.ASYNC" in code[kernel]
+    if source.startswith("narrow"):
+        kernels = [kernel for kernel in facts if "_narrowI" in kernel]
+        assert len(kernels) == 7
+        for kernel in kernels:
+            # 16 bytes to an access of x, g and the tables; of y and dx too.
+            assert re.search(r"LDGSTS\S*\.128", code[kernel]), kernel
+            assert re.search(r"LDS\S*\.128", code[kernel]), kernel
+            assert source == "narrow_weight" or re.search(r"STG\S*\.128", code[kernel]), kernel
 
 
 @pytest.mark.parametrize(("source", "architecture"), SAMPLE)

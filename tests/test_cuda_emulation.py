@@ -30,19 +30,33 @@ def place(library, monkeypatch):
     return Place("emulated", CPU)
 
 
+@pytest.fixture
+def use(monkeypatch):
+    """Forces a kernel, and how float32 is multiplied."""
+
+    def force(kernel, precision="highest"):
+        monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+
+    return force
+
+
+@pytest.mark.parametrize("kernel", ["any", "narrow"])
 @every_operation
 @every_outside
 @every_activation
-def test_activations_and_outside_modes(place, operation, activation, outside):
-    for k, n in ((3, 0), (3, 1), (2, 2), (1, 0), (4, 3)):
+def test_activations_and_outside_modes(place, use, kernel, operation, activation, outside):
+    use(kernel)
+    for k, n in ((3, 0), (3, 1), (2, 2), (1, 0), (3, 3) if kernel == "narrow" else (4, 3)):
         problem = make_problem(place, torch.float32, (37, 5, 6), k=k, activation=activation, outside=outside)
         assert_close_to_truth(place, problem, operation, n, with_scale=n % 2 == 1)
 
 
 @every_operation
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", range(6))
-def test_orders_of_spline_and_derivative(place, operation, k, kind):
+@pytest.mark.parametrize(("kernel", "k"), [*[("any", k) for k in range(6)], *[("narrow", k) for k in range(4)]])
+def test_orders_of_spline_and_derivative(place, use, kernel, operation, k, kind):
+    use(kernel)
     for n in range(7):
         problem = make_problem(place, torch.float32, (29, 3, 5), 1 + 3 * (n % 2), k, kind, "silu", OUTSIDE[(n + k) % 3])
         assert_close_to_truth(place, problem, operation, n)
@@ -50,8 +64,10 @@ def test_orders_of_spline_and_derivative(place, operation, k, kind):
 
 @every_operation
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(place, operation, dtype):
-    for n, shape in ((0, (40, 9, 70)), (1, (33, 3, 2))):
+@pytest.mark.parametrize("kernel", ["any", "narrow"])
+def test_dtypes(place, use, kernel, operation, dtype):
+    use("any" if dtype == torch.float64 else kernel)
+    for n, shape in ((0, (40, 9, 70 if kernel == "any" else 20)), (1, (33, 3, 2))):
         problem = make_problem(place, dtype, shape, kind="uneven")
         assert_close_to_truth(place, problem, operation, n, with_scale=n == 0)
         if dtype != torch.float64:
@@ -63,18 +79,22 @@ def test_dtypes(place, operation, dtype):
     [(0, 3, 4), (5, 0, 4), (5, 3, 0), (0, 0, 0), (1, 1, 1), (2, 1, 16), (70, 9, 130), (9, 17, 65), (1500, 2, 1)],
     ids=str,
 )
-def test_shapes(place, shape):
+@pytest.mark.parametrize("kernel", ["any", ""])
+def test_shapes(place, use, kernel, shape):
+    use(kernel)
     for operation in OPERATIONS:
         for kind, outside, grid_size in (("uniform", "zero", 5), ("uneven", "linear", 40)):
             problem = make_problem(place, torch.float32, shape, grid_size, kind=kind, outside=outside)
             assert_close_to_truth(place, problem, operation, 0, outside == "zero")
 
 
+@pytest.mark.parametrize(("kernel", "outputs"), [("any", 33), ("narrow", 5)])
 @every_outside
 @pytest.mark.parametrize("activation", ["none", "silu", "relu"])
-def test_nan_and_infinity(place, activation, outside):
+def test_nan_and_infinity(place, use, kernel, outputs, activation, outside):
     """The row is NaN, its gradient at that input is NaN, everything else is untouched; infinity is as far out as any x."""
-    problem = make_problem(place, torch.float32, (40, 20, 33), activation=activation, outside=outside)
+    use(kernel)
+    problem = make_problem(place, torch.float32, (40, 20, outputs), activation=activation, outside=outside)
     if outside != "linear":  # where a spline goes on for ever
         problem.x[7, 3] = torch.inf if activation == "none" else 1e30
     backend = backends.get("emulated")
@@ -108,17 +128,6 @@ def assert_close_to_reference(problem, operation, n, mine):
 WIDE = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
 every_wide_kernel = pytest.mark.parametrize("kernel", ["dense", "sparse"])
 every_product = pytest.mark.parametrize(("dtype", "precision"), WIDE, ids=lambda value: str(value).removeprefix("torch."))
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Forces a kernel, and how float32 is multiplied."""
-
-    def force(kernel, precision="highest"):
-        monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-
-    return force
 
 
 def assert_wide_close(place, problem, operation, n, precision, with_scale=True):
@@ -244,7 +253,7 @@ def test_a_kernel_that_cannot_serve_is_refused(place, use):
         with pytest.raises(Fault, match="does not serve"):
             backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
     use("fastest")
-    with pytest.raises(Fault, match="expected any, dense, sparse, wgmma or wgmma_sparse"):
+    with pytest.raises(Fault, match="expected any, narrow, dense, sparse, wgmma or wgmma_sparse"):
         backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
 
 

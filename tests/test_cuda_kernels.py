@@ -6,7 +6,7 @@ from conftest import Place
 from samples import OPERATIONS, make_problem
 
 from kan_fast.backends import get, reason_not
-from tests.test_cuda_emulation import assert_wide_close
+from tests.test_cuda_emulation import as_tuple, assert_wide_close
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -18,6 +18,21 @@ pytestmark = [
 PRODUCTS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
 CASES = [(kernel, *product) for kernel in ("any", "dense", "sparse") for product in PRODUCTS]
 CASES += [(kernel, *product) for kernel in ("wgmma", "wgmma_sparse") for product in PRODUCTS[2:]]
+CASES += [("narrow", torch.float32, "highest"), *(("narrow", *product) for product in PRODUCTS[2:])]
+
+# shape, grid_size, kind, outside
+WIDE = [
+    ((300, 70, 136), 5, "uniform", "zero"),
+    ((129, 33, 65), 20, "uneven", "linear"),
+    ((1000, 256, 256), 5, "uniform", "clamp"),
+]
+NARROW = [
+    ((65537, 2, 5), 5, "uniform", "zero"),
+    ((100001, 5, 1), 5, "uneven", "linear"),
+    ((70, 3, 32), 12, "repeated", "clamp"),
+    ((30000, 16, 8), 5, "uniform", "zero"),
+    ((3001, 32, 3), 20, "uneven", "zero"),
+]
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "precision"), CASES)
@@ -27,15 +42,13 @@ def test_each_kernel(monkeypatch, kernel, dtype, precision):
     monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     place = Place("native", CUDA)
-    for shape, grid_size, kind, outside in (
-        ((300, 70, 136), 5, "uniform", "zero"),
-        ((129, 33, 65), 20, "uneven", "linear"),
-        ((1000, 256, 256), 5, "uniform", "clamp"),
-    ):
+    for shape, grid_size, kind, outside in NARROW if kernel == "narrow" else WIDE:
         problem = make_problem(place, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=torch.float32)
         for operation in OPERATIONS:
             for n in (0, 1):
                 assert_wide_close(place, problem, operation, n, precision, with_scale=n == 1)
-        args = problem.args("contract_output", 0)
-        first = get("native").contract_output(*args)
-        assert all(torch.equal(first, get("native").contract_output(*args)) for _ in range(100))
+        for operation in OPERATIONS if kernel == "narrow" else ("contract_output",):
+            run, args = getattr(get("native"), operation), problem.args(operation, 0)
+            first = as_tuple(run(*args))
+            for _ in range(100):
+                assert all(map(torch.equal, first, as_tuple(run(*args))))

@@ -19,9 +19,7 @@ template Activation<double> make_activation<double>(int, int);
 WideArguments make_wide(const Problem& p, void* workspace, size_t offset_of_cubics) {
   const auto* cubics = reinterpret_cast<const Cubic*>(static_cast<const char*>(workspace) + offset_of_cubics);
   WideArguments a{p, make_activation<float>(p.activation, p.n), static_cast<const Described<float>*>(workspace), cubics, {}, false};
-  float knots[2 * kMaxCubicOrder + 2];
-  for (int j = 0; j < 2 * p.spline_order + 2; ++j) knots[j] = float(j);
-  make_cubics(knots, 2 * p.spline_order + 2, p.spline_order, p.spline_order, p.n, a.uniform);
+  make_uniform_cubics(p, a.uniform);
   const int64_t size = p.weight_dtype == kFloat32 ? 4 : 2;
   auto good = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   a.aligned = p.out_features * size % 16 == 0 && good(p.spline_weight) && good(p.base_weight) && good(p.g);

@@ -1,6 +1,7 @@
 // Which kernel serves which problem: the one place that decides.
 //
 //   any     every dtype, order, derivative and shape, by multiply-add
+//   narrow  few inputs and outputs: float32, bfloat16, float16, orders up to 3, by tables in shared memory (narrow.cuh)
 //   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
 //   wgmma, wgmma_sparse  the two for bfloat16 and float16, contract_output by warpgroups: compute capability 9.0 alone, and never
@@ -9,6 +10,7 @@
 // KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. The choices below follow from counting
 // instructions and bytes: no figure here was measured on a GPU.
 #include "launch.h"
+#include "narrow.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -18,7 +20,7 @@ namespace kan::cuda {
 
 namespace {
 
-enum class Family { any, dense, sparse, wgmma, wgmma_sparse };
+enum class Family { any, narrow, dense, sparse, wgmma, wgmma_sparse };
 
 bool is_warpgroup(Family family) { return family == Family::wgmma || family == Family::wgmma_sparse; }
 
@@ -62,19 +64,27 @@ const char* why_not_warpgroup(const Problem& p, const Device& device) {
   return nullptr;
 }
 
-// An instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall.
-Family choose(const Problem& p, const Device& device) {
-  const char* no = why_not_wide(p);
+// A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
+// kNarrowTables leave room for too few warps on a multiprocessor.
+Family choose_freely(const Problem& p, const Device& device, Operation operation) {
+  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) return Family::dense;
+  constexpr int64_t kNarrowTables = 72 * 1024;
+  const bool narrow = why_not_narrow(p, device, operation) == nullptr && plan_narrow(p, device, operation).shared <= kNarrowTables;
+  return narrow ? Family::narrow : Family::any;
+}
+
+Family choose(const Problem& p, const Device& device, Operation operation) {
   const char* wanted = std::getenv("KAN_FAST_CUDA_KERNEL");
-  if (wanted == nullptr || *wanted == '\0')
-    return no == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32 ? Family::dense : Family::any;
-  constexpr const char* kNames[] = {"any", "dense", "sparse", "wgmma", "wgmma_sparse"};
+  if (wanted == nullptr || *wanted == '\0') return choose_freely(p, device, operation);
+  constexpr const char* kNames[] = {"any", "narrow", "dense", "sparse", "wgmma", "wgmma_sparse"};
+  constexpr int kNumber = sizeof(kNames) / sizeof(*kNames);
   const std::string name = wanted;
   int found = 0;
-  while (found < 5 && name != kNames[found]) ++found;
-  if (found == 5)
-    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, dense, sparse, wgmma or wgmma_sparse");
+  while (found < kNumber && name != kNames[found]) ++found;
+  if (found == kNumber)
+    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, narrow, dense, sparse, wgmma or wgmma_sparse");
   const Family family = Family(found);
+  const char* no = family == Family::narrow ? why_not_narrow(p, device, operation) : why_not_wide(p);
   if (no == nullptr && is_warpgroup(family)) no = why_not_warpgroup(p, device);
   if (family != Family::any && no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
   return family;
@@ -164,24 +174,32 @@ int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Sl
 }  // namespace
 
 size_t workspace_of_output(const Problem& p, const Device& device) {
-  const Family family = choose(p, device);
+  const Family family = choose(p, device, Operation::output);
+  if (family == Family::narrow) return 0;
   if (family == Family::any) return size_of_described(p);
   const Slices slices = slices_of_output(family, p, device);
   return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
 }
 
 size_t workspace_of_input(const Problem& p, const Device& device) {
-  return size_of_described(p) + (choose(p, device) == Family::any ? 0 : rounded(size_of_cubics(p)));
+  const Family family = choose(p, device, Operation::input);
+  if (family == Family::narrow) return 0;
+  return size_of_described(p) + (family == Family::any ? 0 : rounded(size_of_cubics(p)));
 }
 
 size_t workspace_of_weight(const Problem& p, const Device& device) {
-  const Slices slices = choose(p, device) == Family::any ? slices_any(p, device) : slices_of_weight(p, device);
-  return slices.offset + size_of_parts(slices, p.in_features * (p.bases() + 1) * p.out_features, compute_size(p));
+  const Family family = choose(p, device, Operation::weight);
+  const int64_t numbers = p.in_features * (p.bases() + 1) * p.out_features;
+  if (family == Family::narrow) return rounded(size_t(plan_narrow(p, device, Operation::weight).blocks * numbers) * 4);
+  const Slices slices = family == Family::any ? slices_any(p, device) : slices_of_weight(p, device);
+  return slices.offset + size_of_parts(slices, numbers, compute_size(p));
 }
 
 int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
-  const Family family = choose(p, device);
+  const Family family = choose(p, device, Operation::output);
   if (family == Family::any) KAN_BY_TYPE(launch_output_any, p, workspace, stream)
+  if (family == Family::narrow)
+    return launch_output_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::output)), stream);
   const Slices slices = slices_of_output(family, p, device);
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
@@ -195,12 +213,18 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
 }
 
 int launch_contract_input(const Problem& p, const Device& device, void* workspace, void* stream) {
-  if (choose(p, device) != Family::any) return input_wide(p, make_wide(p, workspace, size_of_described(p)), stream);
+  const Family family = choose(p, device, Operation::input);
+  if (family == Family::narrow)
+    return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
+  if (family != Family::any) return input_wide(p, make_wide(p, workspace, size_of_described(p)), stream);
   KAN_BY_TYPE(launch_input_any, p, workspace, stream)
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {
-  if (choose(p, device) == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
+  const Family family = choose(p, device, Operation::weight);
+  if (family == Family::narrow)
+    return launch_weight_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::weight)), workspace, stream);
+  if (family == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
   const Slices slices = slices_of_weight(p, device);
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const int error = weight_wide(p, make_wide(p, workspace, size_of_described(p)), parts, slices, stream);

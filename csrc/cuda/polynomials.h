@@ -7,23 +7,28 @@ namespace kan::cuda {
 
 constexpr int kMaxCubicOrder = 3;
 
-struct Cubic {
-  float c[4];  // c[0] + c[1] u + c[2] u^2 + c[3] u^3
+template <class C> struct alignas(16) CubicOf {
+  C c[4];  // c[0] + c[1] u + c[2] u^2 + c[3] u^3
+
+  KAN_INLINE C at(C u) const { return ((c[3] * u + c[2]) * u + c[1]) * u + c[0]; }
+  KAN_INLINE C slope_at(C u) const { return (3 * c[3] * u + 2 * c[2]) * u + c[1]; }
+
+  friend KAN_INLINE CubicOf operator+(const CubicOf& a, const CubicOf& b) {
+    return {{a.c[0] + b.c[0], a.c[1] + b.c[1], a.c[2] + b.c[2], a.c[3] + b.c[3]}};
+  }
+  friend KAN_INLINE CubicOf operator-(const CubicOf& a, const CubicOf& b) {
+    return {{a.c[0] - b.c[0], a.c[1] - b.c[1], a.c[2] - b.c[2], a.c[3] - b.c[3]}};
+  }
+  friend KAN_INLINE CubicOf operator*(const CubicOf& a, C s) { return {{a.c[0] * s, a.c[1] * s, a.c[2] * s, a.c[3] * s}}; }
+  // Of degree 3 or less, as all products here are.
+  friend KAN_INLINE CubicOf operator*(const CubicOf& a, const CubicOf& b) {
+    return {{a.c[0] * b.c[0], a.c[0] * b.c[1] + a.c[1] * b.c[0], a.c[0] * b.c[2] + a.c[1] * b.c[1] + a.c[2] * b.c[0],
+             a.c[0] * b.c[3] + a.c[1] * b.c[2] + a.c[2] * b.c[1] + a.c[3] * b.c[0]}};
+  }
+  KAN_INLINE CubicOf& operator+=(const CubicOf& b) { return *this = *this + b; }
+  KAN_INLINE CubicOf& operator-=(const CubicOf& b) { return *this = *this - b; }
 };
-KAN_INLINE Cubic operator+(const Cubic& a, const Cubic& b) {
-  return {{a.c[0] + b.c[0], a.c[1] + b.c[1], a.c[2] + b.c[2], a.c[3] + b.c[3]}};
-}
-KAN_INLINE Cubic operator-(const Cubic& a, const Cubic& b) {
-  return {{a.c[0] - b.c[0], a.c[1] - b.c[1], a.c[2] - b.c[2], a.c[3] - b.c[3]}};
-}
-KAN_INLINE Cubic operator*(const Cubic& a, float s) { return {{a.c[0] * s, a.c[1] * s, a.c[2] * s, a.c[3] * s}}; }
-KAN_INLINE Cubic& operator+=(Cubic& a, const Cubic& b) { return a = a + b; }
-KAN_INLINE Cubic& operator-=(Cubic& a, const Cubic& b) { return a = a - b; }
-// Of degree 3 or less, as all products here are.
-KAN_INLINE Cubic operator*(const Cubic& a, const Cubic& b) {
-  return {{a.c[0] * b.c[0], a.c[0] * b.c[1] + a.c[1] * b.c[0], a.c[0] * b.c[2] + a.c[1] * b.c[1] + a.c[2] * b.c[0],
-           a.c[0] * b.c[3] + a.c[1] * b.c[2] + a.c[2] * b.c[1] + a.c[3] * b.c[0]}};
-}
+using Cubic = CubicOf<float>;
 
 // w: the values of order P - 1 in a window become the derivatives of order P, and so on up to K.
 template <int P, int K, class V, class Inverse> KAN_INLINE void differentiate_up(Inverse inverse, V* w) {
@@ -37,34 +42,41 @@ template <int P, int K, class V, class Inverse> KAN_INLINE void differentiate_up
 }
 
 // n-th derivative of the window of order K in interval j; knots beyond the stored ones are of no consequence.
-template <int K, int N> KAN_INLINE void cubics_of_order(const float* t, int count, int j, int n, Cubic* w) {
+template <int K, int N, class C> KAN_INLINE void cubics_of_order(const C* t, int count, int j, int n, CubicOf<C>* w) {
   if constexpr (N <= K) {
     if (n != N) return cubics_of_order<K, N + 1>(t, count, j, n, w);
-    float near[2 * K + 1];  // knots j + 1 - K .. j + K
+    C near[2 * K + 1];  // knots j + 1 - K .. j + K
     KAN_UNROLL_WINDOW
     for (int m = 0; m < 2 * K; ++m) {
       int at = j + 1 - K + m;
       at = at > 0 ? at : 0;
       near[m] = t[at < count ? at : count - 1];
     }
-    const float here = t[j], width = t[j + 1] - here;
+    const C here = t[j], width = t[j + 1] - here;
     auto inverse = [&](int p, int r) {
-      const float support = near[K + r] - near[K - p + r];
-      return support > 0 ? 1 / support : 0.0f;
+      const C support = near[K + r] - near[K - p + r];
+      return support > 0 ? 1 / support : C(0);
     };
-    basis<K - N>(Cubic{{1, 0, 0, 0}}, [&](int i) { return Cubic{{here - near[K - i], width, 0, 0}}; },
-                 [&](int i) { return Cubic{{near[K - 1 + i] - here, -width, 0, 0}}; }, inverse, w);
+    basis<K - N>(CubicOf<C>{{1, 0, 0, 0}}, [&](int i) { return CubicOf<C>{{here - near[K - i], width, 0, 0}}; },
+                 [&](int i) { return CubicOf<C>{{near[K - 1 + i] - here, -width, 0, 0}}; }, inverse, w);
     differentiate_up<K - N + 1, K>(inverse, w);
   }
 }
 
 // w[0 .. 3]; what an order below 3 lacks is zero, and so is a derivative above the order.
-KAN_INLINE void make_cubics(const float* t, int count, int order, int j, int n, Cubic* w) {
-  for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = Cubic{};
+template <class C> KAN_INLINE void make_cubics(const C* t, int count, int order, int j, int n, CubicOf<C>* w) {
+  for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = CubicOf<C>{};
   if (order == 0) cubics_of_order<0, 0>(t, count, j, n, w);
   else if (order == 1) cubics_of_order<1, 0>(t, count, j, n, w);
   else if (order == 2) cubics_of_order<2, 0>(t, count, j, n, w);
   else cubics_of_order<3, 0>(t, count, j, n, w);
+}
+
+// The same for knots 1 apart; knots h apart: times 1 / h^n.
+template <class C> inline void make_uniform_cubics(const Problem& p, CubicOf<C>* w) {
+  C knots[2 * kMaxCubicOrder + 2];
+  for (int j = 0; j < 2 * p.spline_order + 2; ++j) knots[j] = C(j);
+  make_cubics(knots, 2 * p.spline_order + 2, p.spline_order, p.spline_order, p.n, w);
 }
 
 // What the wide kernels are given. `uniform`: the cubics of knots 1 apart; `uneven` (in_features, knots - 1, 4): of all others.

@@ -1,0 +1,138 @@
+// Host side of the kernels of narrow layers: whether they serve a problem, and where things lie in shared memory.
+#include "narrow.h"
+
+namespace kan::cuda {
+
+namespace {
+
+// Bytes of shared memory that leave room for some blocks more; threads of a multiprocessor that registers suffice for.
+constexpr int64_t kRoomy = 56 * 1024, kResidentThreads = 768;
+
+int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+int size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// 16 bytes beyond a multiple of 32, so that lanes in a column of a tile meet few banks twice.
+int64_t pitch_of(int64_t bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
+
+Staged staged(const void* data, int64_t columns, int dtype, int64_t rows, int64_t& offset) {
+  Staged m{static_cast<const char*>(data), int(columns * size_of(dtype)), 0, size_of(dtype), int(offset), is_aligned(data)};
+  m.pitch = int(pitch_of(m.row));
+  if (data != nullptr) offset = round_up(offset + rows * m.pitch);
+  return m;
+}
+
+// Bytes of the operands' tiles.
+int64_t stage_of(const Problem& p, Operation operation, int64_t rows, NarrowPlan& plan) {
+  int64_t bytes = 0;
+  plan.x = staged(p.x, p.in_features, p.x_dtype, rows, bytes);
+  plan.scale = staged(p.scale, p.in_features, p.x_dtype, rows, bytes);
+  plan.g = staged(operation == Operation::output ? nullptr : p.g, p.out_features, p.weight_dtype, rows, bytes);
+  return bytes;
+}
+
+// A warp walks by itself, over tiles of its own.
+void plan_walk(const Problem& p, Operation operation, int64_t number, NarrowPlan& plan) {
+  const int64_t tile_rows = 32 / plan.groups * kNarrowRows, results = operation == Operation::output ? p.out_features : p.in_features;
+  plan.stage = int(stage_of(p, operation, tile_rows, plan));
+  plan.result_pitch = int(pitch_of(results * number) / number);
+  plan.result = int(round_up(tile_rows * plan.result_pitch * number));
+  plan.aligned = is_aligned(operation == Operation::output ? p.y : p.dx);
+  plan.tiles = (p.batch + tile_rows - 1) / tile_rows;
+  plan.warps = kNarrowWarps;
+  auto shared = [&] { return plan.buffers + int64_t(plan.warps) * (2 * plan.stage + plan.result); };
+  // Half the warps where a block would leave too little to others.
+  while (plan.warps > 1 && shared() > kRoomy) plan.warps /= 2;
+  plan.shared = shared();
+  plan.blocks = (plan.tiles + plan.warps - 1) / plan.warps;
+}
+
+// The warps of a block share tiles.
+void plan_teams(const Problem& p, int64_t number, NarrowPlan& plan) {
+  const int64_t jobs = p.in_features * plan.groups, sums = (p.bases() + 1) * plan.lane_columns * 32 * number;  // of a job
+  auto shared = [&] {
+    plan.stage = int(stage_of(p, Operation::weight, plan.teams * plan.lane_rows * 32, plan));
+    plan.bins = int(plan.buffers + 2 * int64_t(plan.stage));
+    return plan.bins + plan.teams * plan.share * sums;
+  };
+  plan.teams = 1;
+  plan.share = 1;
+  for (plan.lane_rows = 4; plan.lane_rows > 1 && shared() > kRoomy; plan.lane_rows /= 2) {}
+  for (plan.shares = 1;; ++plan.shares) {
+    plan.share = int((jobs + plan.shares - 1) / plan.shares);
+    if (plan.share == 1 || shared() <= kRoomy) break;
+  }
+  plan.shares = int((jobs + plan.share - 1) / plan.share);
+  const int turns = (plan.share + kNarrowWarps - 1) / kNarrowWarps;
+  plan.team = (plan.share + turns - 1) / turns;
+  plan.teams = kNarrowWarps / plan.team;
+  while (plan.teams > 1 && shared() > kRoomy) --plan.teams;
+  plan.shared = shared();
+  plan.warps = plan.team * plan.teams;
+  const int64_t tile_rows = plan.teams * plan.lane_rows * 32;
+  plan.tiles = plan.blocks = (p.batch + tile_rows - 1) / tile_rows;
+}
+
+}  // namespace
+
+NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operation) {
+  NarrowPlan plan{};
+  const bool is_double = p.weight_dtype == kFloat64, is_weight = operation == Operation::weight;
+  const int64_t number = is_double ? 8 : 4, inputs = p.in_features, outputs = p.out_features;
+  plan.groups = outputs <= kNarrowColumns ? 1 : outputs <= 2 * kNarrowColumns ? 2 : 4;
+  plan.lane_columns = int((outputs + plan.groups - 1) / plan.groups);
+  if (plan.lane_columns == 7) plan.lane_columns = 8;
+  const int columns = plan.groups * plan.lane_columns;
+  plan.pieces = (p.outside == kZero ? p.knots() - 1 : p.grid_size) + 2;
+  plan.edge_pitch = columns | 1;  // 16 bytes each: pieces in different banks
+
+  int64_t offset = 0;
+  auto reserve = [&](int64_t bytes) {
+    const int64_t begin = offset;
+    offset = round_up(offset + bytes);
+    return int(begin);
+  };
+  const int64_t rows = inputs * plan.pieces;
+  plan.places = reserve(inputs * (is_double ? 64 : 32));
+  plan.starts = reserve(rows * number);
+  plan.inverses = reserve(rows * number);
+  plan.base = reserve(p.base_weight ? inputs * columns * number : 0);
+  plan.edges = reserve(is_weight ? 0 : rows * plan.edge_pitch * 4 * number);
+  // What only makes other tables lies where tiles will.
+  if (!is_weight) plan.buffers = int(offset);
+  plan.cubics = reserve(rows * (kMaxCubicOrder + 1) * 4 * number);
+  plan.firsts = reserve(rows * 4);
+  if (is_weight) plan.buffers = int(offset);
+  plan.knots = reserve(inputs * p.knots() * number);
+  plan.described = reserve(inputs * int64_t(is_double ? sizeof(Described<double>) : sizeof(Described<float>)));
+  if (is_weight) plan_teams(p, number, plan);
+  else plan_walk(p, operation, number, plan);
+  if (plan.shared < offset) plan.shared = offset;
+
+  // As many blocks as are at work at once.
+  const int64_t resident = at_most((device.shared_memory + 1024) / (plan.shared + 1024), kResidentThreads / (plan.warps * 32));
+  const int64_t together = (resident > 0 ? resident : 1) * device.multiprocessors, shares = is_weight ? plan.shares : 1;
+  plan.blocks = at_most(plan.blocks, (together + shares - 1) / shares);
+  return plan;
+}
+
+const char* why_not_narrow(const Problem& p, const Device& device, Operation operation) {
+  if (p.weight_dtype == kFloat64) return "float64";
+  if (p.spline_order > kMaxCubicOrder) return "spline orders above 3";
+  if (p.batch == 0 || p.in_features == 0 || p.out_features == 0) return "empty tensors";
+  if (p.out_features > 4 * kNarrowColumns) return "more than 32 outputs";
+  constexpr int64_t kMany = int64_t(1) << 16;  // no offset of theirs exceeds an int
+  if (p.in_features > kMany || p.in_features * p.knots() > kMany || plan_narrow(p, device, operation).shared > device.shared_memory)
+    return "tables beyond the shared memory";
+  return nullptr;
+}
+
+template <class C> NarrowArguments<C> make_narrow(const Problem& p, const NarrowPlan& plan) {
+  NarrowArguments<C> a{p, make_activation<C>(p.activation, p.n), {}, plan};
+  make_uniform_cubics(p, a.uniform);
+  return a;
+}
+template NarrowArguments<float> make_narrow<float>(const Problem&, const NarrowPlan&);
+
+}  // namespace kan::cuda

@@ -1,0 +1,66 @@
+// Layers of few inputs and outputs: what their kernels are given, and how a block's shared memory is laid out.
+#pragma once
+#include "polynomials.h"
+
+namespace kan::cuda {
+
+enum class Operation { output, input, weight };
+
+// Threads of a block at the most; rows of a lane in one tile (contract_weight: see NarrowPlan); its outputs at the most.
+constexpr int kNarrowThreads = 256, kNarrowWarps = kNarrowThreads / 32, kNarrowRows = 2, kNarrowColumns = 8;
+
+// A matrix of `batch` rows, a tile of whose rows is copied to shared memory, into `offset` of a stage. Lengths in bytes.
+struct Staged {
+  const char* data;  // or null
+  int row, pitch, size, offset;
+  bool aligned;  // tiles begin at multiples of 16 bytes
+};
+
+// Offsets in bytes into shared memory. A piece of an input: below all of its intervals, one of them, or above.
+struct NarrowPlan {
+  int warps, pieces;
+  int lane_columns, groups;    // outputs of a lane; lanes that share a row, each with its own outputs: a power of two
+  int edge_pitch;              // edges from piece to piece
+  int share, shares;           // contract_weight: jobs of a block, and into how many shares they are cut
+  int lane_rows;               // of a tile
+  int team, teams;             // warps that share the jobs of a row; such teams
+  int places, starts, inverses, firsts, cubics, base, edges;
+  int knots, described;        // needed to make the others only
+  int buffers, stage, result;  // bytes: where tiles begin, of one stage of one, of a warp's results
+  int result_pitch;            // numbers
+  int bins;                    // contract_weight's sums
+  int64_t shared, tiles, blocks;
+  Staged x, scale, g;
+  bool aligned;                // the result begins at a multiple of 16 bytes
+};
+
+template <class C> struct NarrowArguments {
+  Problem p;
+  Activation<C> activation;
+  CubicOf<C> uniform[kMaxCubicOrder + 1];
+  NarrowPlan plan;
+};
+
+// Null, or what of a problem the kernels do not serve.
+const char* why_not_narrow(const Problem& p, const Device& device, Operation operation);
+NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operation);
+template <class C> NarrowArguments<C> make_narrow(const Problem& p, const NarrowPlan& plan);
+
+template <class C> int launch_output_narrow(const NarrowArguments<C>&, void* stream);
+template <class C> int launch_input_narrow(const NarrowArguments<C>&, void* stream);
+// parts (in, bases + 1, out, plan.blocks): sums that blocks leave.
+template <class C> int launch_weight_narrow(const NarrowArguments<C>&, void* parts, void* stream);
+
+// call(n) with the number of outputs of a lane as a constant.
+#define KAN_BY_COLUMNS(columns, call)  \
+  switch (columns) {                   \
+    case 1: return call(1);            \
+    case 2: return call(2);            \
+    case 3: return call(3);            \
+    case 4: return call(4);            \
+    case 5: return call(5);            \
+    case 6: return call(6);            \
+    default: return call(8);           \
+  }
+
+}  // namespace kan::cuda

@@ -1,0 +1,70 @@
+// contract_input of narrow layers: a lane takes kNarrowRows rows and kOut outputs of all inputs. The edges' cubics are weighed
+// by g and added up first, so that one is left to evaluate for an item.
+#include "narrow.cuh"
+
+namespace kan::cuda {
+
+namespace {
+
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) input_narrow(NarrowArguments<C> a) {
+  const Problem& p = a.p;
+  const NarrowPlan& plan = a.plan;
+  char* shared = shared_memory<char>();
+  make_tables(a, shared, true);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 32 / plan.groups, column = lane / side * kOut;
+  const int inputs = int(p.in_features), outputs = int(p.out_features), pieces = plan.pieces;
+  const bool has_base = p.base_weight != nullptr;
+  char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
+  C* results = at_offset<C>(buffers, 2 * plan.stage);
+
+  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage) {
+    C pulled[kNarrowRows][kOut];
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r)
+      KAN_UNROLL_ALL
+      for (int o = 0; o < kOut; ++o) {
+        const char* row = stage + plan.g.offset + (r * side + lane % side) * plan.g.pitch;
+        pulled[r][o] = column + o < outputs ? read<C>(row, column + o, p.weight_dtype) : C(0);
+      }
+    for (int i = 0; i < inputs; ++i) {
+      const Place<C> place = at_offset<Place<C>>(shared, plan.places)[i];
+      const C *starts = at_offset<C>(shared, plan.starts) + i * pieces, *inverses = at_offset<C>(shared, plan.inverses) + i * pieces;
+      const CubicOf<C>* edges = at_offset<CubicOf<C>>(shared, plan.edges) + i * pieces * plan.edge_pitch + column;
+      const C* base = at_offset<C>(shared, plan.base) + i * plan.groups * kOut + column;
+      KAN_UNROLL_ALL
+      for (int r = 0; r < kNarrowRows; ++r) {
+        const int row = r * side + lane % side;
+        const C x = read<C>(stage + plan.x.offset + row * plan.x.pitch, i, p.x_dtype);
+        const Located<C> at = locate(p, plan, place, starts, inverses, x);
+        const CubicOf<C>* edge = edges + at.piece * plan.edge_pitch;
+        CubicOf<C> sum{};
+        C weight = 0;
+        KAN_UNROLL_ALL
+        for (int o = 0; o < kOut; ++o) {
+          sum += edge[o] * pulled[r][o];
+          if (has_base) weight += base[o] * pulled[r][o];
+        }
+        C value = sum.at(at.u);
+        if (has_base) value += activate(a.activation, x) * weight;
+        for (int mask = side; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
+        if (column == 0) results[row * plan.result_pitch + i] = value;
+      }
+    }
+    warp_barrier();
+    write_rows(results, plan.result_pitch, inputs, p.dx, p.x_dtype, first, rows, plan.aligned, lane);
+  });
+}
+
+template <class C, int kOut> int launch_columns(const NarrowArguments<C>& a, void* stream) {
+  return launch(input_narrow<C, kOut>, Blocks{a.plan.blocks}, a.plan.warps * 32, size_t(a.plan.shared), stream, a);
+}
+
+}  // namespace
+
+template <> int launch_input_narrow<float>(const NarrowArguments<float>& a, void* stream) {
+#define KAN_CALL(n) launch_columns<float, n>(a, stream)
+  KAN_BY_COLUMNS(a.plan.lane_columns, KAN_CALL)
+#undef KAN_CALL
+}
+
+}  // namespace kan::cuda

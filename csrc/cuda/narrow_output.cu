@@ -1,0 +1,74 @@
+// contract_output of narrow layers: a lane takes kNarrowRows rows and kOut outputs through all inputs.
+#include "narrow.cuh"
+
+namespace kan::cuda {
+
+namespace {
+
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, kOut > 4 ? 2 : 3) output_narrow(NarrowArguments<C> a) {
+  const Problem& p = a.p;
+  const NarrowPlan& plan = a.plan;
+  char* shared = shared_memory<char>();
+  make_tables(a, shared, true);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 32 / plan.groups, column = lane / side * kOut;
+  const int inputs = int(p.in_features), outputs = int(p.out_features), pieces = plan.pieces;
+  const bool has_base = p.base_weight != nullptr;
+  char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
+  C* results = at_offset<C>(buffers, 2 * plan.stage);
+
+  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage) {
+    C total[kNarrowRows][kOut] = {};
+    for (int i = 0; i < inputs; ++i) {
+      const Place<C> place = at_offset<Place<C>>(shared, plan.places)[i];
+      const C *starts = at_offset<C>(shared, plan.starts) + i * pieces, *inverses = at_offset<C>(shared, plan.inverses) + i * pieces;
+      const CubicOf<C>* edges = at_offset<CubicOf<C>>(shared, plan.edges) + i * pieces * plan.edge_pitch + column;
+      C base[kOut];
+      KAN_UNROLL_ALL
+      for (int o = 0; o < kOut; ++o)
+        base[o] = has_base ? at_offset<C>(shared, plan.base)[i * plan.groups * kOut + column + o] : C(0);
+      KAN_UNROLL_ALL
+      for (int r = 0; r < kNarrowRows; ++r) {
+        const int row = r * side + lane % side;
+        const C x = read<C>(stage + plan.x.offset + row * plan.x.pitch, i, p.x_dtype);
+        const C scale = p.scale ? read<C>(stage + plan.scale.offset + row * plan.scale.pitch, i, p.x_dtype) : C(1);
+        const Located<C> at = locate(p, plan, place, starts, inverses, x);
+        const CubicOf<C>* edge = edges + at.piece * plan.edge_pitch;
+        const C activation = has_base ? activate(a.activation, x) * scale : C(0);
+        KAN_UNROLL_ALL
+        for (int o = 0; o < kOut; ++o) {
+          total[r][o] += edge[o].at(at.u) * scale;
+          if (has_base) total[r][o] += activation * base[o];
+        }
+      }
+    }
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      C* row = results + (r * side + lane % side) * plan.result_pitch + column;
+      if (kOut % 4 == 0 && plan.groups * kOut == outputs) {
+        KAN_UNROLL_ALL
+        for (int o = 0; o + 3 < kOut; o += 4)
+          *reinterpret_cast<CubicOf<C>*>(row + o) = {{total[r][o], total[r][o + 1], total[r][o + 2], total[r][o + 3]}};
+      } else {
+        KAN_UNROLL_ALL
+        for (int o = 0; o < kOut; ++o)
+          if (column + o < outputs) row[o] = total[r][o];
+      }
+    }
+    warp_barrier();
+    write_rows(results, plan.result_pitch, outputs, p.y, p.weight_dtype, first, rows, plan.aligned, lane);
+  });
+}
+
+template <class C, int kOut> int launch_columns(const NarrowArguments<C>& a, void* stream) {
+  return launch(output_narrow<C, kOut>, Blocks{a.plan.blocks}, a.plan.warps * 32, size_t(a.plan.shared), stream, a);
+}
+
+}  // namespace
+
+template <> int launch_output_narrow<float>(const NarrowArguments<float>& a, void* stream) {
+#define KAN_CALL(n) launch_columns<float, n>(a, stream)
+  KAN_BY_COLUMNS(a.plan.lane_columns, KAN_CALL)
+#undef KAN_CALL
+}
+
+}  // namespace kan::cuda
