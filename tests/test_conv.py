@@ -5,8 +5,10 @@ import torch
 import truth
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kan_fast import KAN, KANConv2d, KANFeedForward, KANLayer, prune_kan, update_grid
+import kan_fast.chunks
+from kan_fast import KAN, KANConv2d, KANFeedForward, KANLayer, available_backends, prune_kan, update_grid
 from kan_fast.traverse import kan_layers
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -24,6 +26,13 @@ ARGUMENTS = [
     {"kernel_size": 4, "padding": "same", "padding_mode": "replicate"},
     {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular", "stride": 2},
 ]
+
+
+@pytest.fixture(params=[None, 2000, 500, 1], ids=["at once", "images", "lines", "single lines"])
+def parts(request, monkeypatch):
+    """An image of 9 x 8 pixels of 4 channels has some 2000 numbers in patches of 9, a line some 250."""
+    if request.param:
+        monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", request.param)
 
 
 def make(arguments, **options):
@@ -57,7 +66,7 @@ def by_unfolding(conv, x):
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_convolution_is_unfolding_and_the_formula(arguments):
+def test_convolution_is_unfolding_and_the_formula(arguments, parts):
     conv = make(arguments, grid_size=4, spline_order=2, outside="linear")
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
     y = conv(x)
@@ -82,7 +91,10 @@ def test_with_linear_edges_it_is_a_convolution(arguments):
     torch.testing.assert_close(conv(x), plain(x), **EXACT)
 
 
-def test_gradients_of_the_convolution():
+@pytest.mark.parametrize("elements", [None, 40, 1])
+def test_gradients_of_the_convolution(elements, monkeypatch):
+    if elements:
+        monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", elements)
     conv = make({"kernel_size": 2, "padding": 1, "groups": 2}, outside="linear")
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(conv, (x,))
@@ -93,6 +105,79 @@ def test_gradients_of_the_convolution():
         return torch.func.functional_call(conv, dict(zip(parameters, values, strict=True)), (x.detach(),))
 
     assert torch.autograd.gradcheck(of_weights, tuple(parameters.values()))
+
+
+def derivatives(conv, x, v):
+    """Output, gradients of x and parameters, and second derivatives by all of them."""
+    leaves = [x, *conv.parameters()]
+    y = conv(x)
+    first = torch.autograd.grad((y * v).sum() + y.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    return y, *first, *second
+
+
+@pytest.mark.parametrize("activation", ["silu", torch.sin])
+@pytest.mark.parametrize("arguments", [ARGUMENTS[1], ARGUMENTS[3], ARGUMENTS[6], ARGUMENTS[10]], ids=str)
+def test_parts_have_the_derivatives_of_the_whole(arguments, activation, monkeypatch):
+    conv = make(arguments, outside="linear", base_activation=activation)
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    v = torch.randn_like(conv(x))
+    want = derivatives(conv, x, v)
+    for elements in (6000, 2000, 500, 1):
+        monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", elements)
+        for mine, whole in zip(derivatives(conv, x, v), want, strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-10, atol=1e-10)
+    # Batched gradients, forward mode and transforms find their way too.
+    few = conv(x)[:, 0, 0].flatten()
+    batched = torch.autograd.grad(few, x, torch.eye(len(few), dtype=few.dtype), is_grads_batched=True, retain_graph=True)[0]
+    for place in range(len(few)):
+        torch.testing.assert_close(batched[place], torch.autograd.grad(few[place], x, retain_graph=True)[0], **EXACT)
+    torch.testing.assert_close(torch.func.grad(lambda x: (conv(x) * v).sum() + conv(x).square().sum())(x), want[1])
+
+
+class Sizes(TorchDispatchMode):
+    """The largest result of any operation that is not a view."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor) and not value._is_view():
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 12, 12), (1, 3, 75, 75)], ids=["images", "lines"])
+def test_patches_exist_in_parts(shape, monkeypatch):
+    """Nothing is larger than the input, the output or a part, forwards and backwards; and the patches are not kept."""
+    monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", 5000)
+    conv = KANConv2d(3, 4, 3, padding=1, backend="native" if "native" in available_backends("cpu") else "reference")
+    x = torch.randn(shape, requires_grad=True)
+    pixels = shape[0] * shape[2] * shape[3]
+    limit = max(2 * x.numel(), 4 * pixels)
+    assert limit < 27 * pixels / 3
+    with Sizes() as forwards:
+        y = conv(x)
+    with Sizes() as backwards:
+        y.square().sum().backward()
+    if conv.kernels[0].backend == "native":
+        assert max(forwards.largest, backwards.largest) <= limit
+    monkeypatch.undo()
+    want = torch.autograd.grad(conv(x).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_that_changes_before_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", 100)
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    y = make({"kernel_size": 3})(x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="^x: changed in place between the forward and the backward pass"):
+        y.sum().backward()
+    y = make({"kernel_size": 3, "padding": 1})(x)  # whose padding is a copy
+    x.mul_(2)
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -109,7 +194,8 @@ def test_dtypes_devices_and_memory_formats(place, dtype):
         assert KANConv2d(3, 5, 3, device=place.device)(x.float()).dtype == torch.bfloat16
 
 
-def test_one_graph():
+def test_one_graph(monkeypatch):
+    monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", 100)
     conv = KANConv2d(4, 8, 3, padding="same", groups=2)
     x = torch.randn(2, 4, 5, 6)
     torch.testing.assert_close(torch.compile(conv, fullgraph=True, backend="aot_eager")(x), conv(x))

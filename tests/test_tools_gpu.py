@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from twins import close, close_networks, data, fit, pair
 
+import kan_fast.chunks
 from kan_fast import (
     KAN,
     KANConv2d,
@@ -48,8 +49,6 @@ def test_penalties(device):
 
 
 def test_penalties_in_chunks(device, monkeypatch):
-    import kan_fast.chunks
-
     truth, model = pair(device)
     x, _ = data()
     want = activation_regularization(truth, x)
@@ -281,8 +280,11 @@ def test_sparse_layers(device):
     close(given(x.float()), given.to(device)(x.to(device, torch.float32)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("elements", [None, 500], ids=["at once", "in parts"])
 @pytest.mark.parametrize("arguments", [{"padding": 1, "groups": 2}, {"stride": 2, "dilation": 2, "padding_mode": "reflect"}])
-def test_convolution(device, arguments):
+def test_convolution(device, arguments, elements, monkeypatch):
+    if elements:
+        monkeypatch.setattr(kan_fast.chunks, "CHUNK_ELEMENTS", elements)
     torch.manual_seed(0)
     options = {"dtype": torch.float64, "outside": "linear", **arguments}
     truth = KANConv2d(4, 6, 3, backend="reference", **options)

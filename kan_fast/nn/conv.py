@@ -1,17 +1,24 @@
 """KANConv2d: nn.Conv2d with a learnable function on every weight's place."""
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kan_fast import chunks
 from kan_fast.nn.layer import KANLayer
 
 # The names of nn.Conv2d and those of F.pad.
 _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 Size2d = int | tuple[int, int]
+# First line and number of lines, several times.
+Lines = tuple[tuple[int, int], ...]
 
 
 class KANConv2d(nn.Module):
@@ -24,8 +31,12 @@ class KANConv2d(nn.Module):
     others. grid_size, spline_order and layer_kwargs (grid_range, base_activation, outside, backend) are KANLayer's.
 
     `kernels` holds a KANLayer(in_channels / groups * kh * kw, out_channels / groups) for every group, whose inputs stand in
-    the order of (channel, p, q), so that KAN tools work on it. The patches are laid out in memory once: kh * kw / stride^2
-    times the input, and the same again in training.
+    the order of (channel, p, q), so that KAN tools work on it.
+
+    Patches are laid out in memory for a part of the output at a time: images, or rows of one image, whose patches have up to
+    chunks.CHUNK_ELEMENTS numbers, or one row of pixels where that is more. Several parts are not kept for training: the
+    backward pass lays them out once more from the (padded) input, which is. In compiled and exported programs, forward mode
+    and torch.func all patches exist at once, kh * kw / stride^2 times the input.
 
     Raises ValueError for arguments that do not fit together.
     """
@@ -81,14 +92,43 @@ class KANConv2d(nn.Module):
                     f"x: expected at least {self._reach[axis]} pixels, padding included, for a kernel of {self.kernel_size}"
                     f" with dilation {self.dilation}, got {tuple(x.shape[-2:])}"
                 )
-        patches = x.unfold(-2, self._reach[0], self.stride[0]).unfold(-2, self._reach[1], self.stride[1])
-        # (..., channels, H', W', kh, kw) -> (..., H', W', channels, kh, kw)
-        patches = patches[..., :: self.dilation[0], :: self.dilation[1]].movedim(-5, -3)
-        parts = patches.split(self.in_channels // self.groups, -3)
-        y = torch.cat([kernel(part.flatten(-3)) for kernel, part in zip(self.kernels, parts, strict=True)], -1)
-        y = y.movedim(-1, -3)
+        y = (self._convolved(x) if x.dim() == 4 else self._convolved(x[None])[0]).movedim(-1, -3)
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return y if channels_last else y.contiguous()
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """Padded images (N, in_channels, H, W) -> (N, H', W', out_channels)"""
+        height, width = ((x.shape[axis - 2] - self._reach[axis]) // self.stride[axis] + 1 for axis in (0, 1))
+        line = width * self.in_channels * self.kernel_size[0] * self.kernel_size[1]  # a row of pixels, in patches
+        if _watched() or len(x) * height * line <= chunks.CHUNK_ELEMENTS:
+            return self._at_once(x, keep=True)
+        sizes = [part.stop - part.start for part in chunks.chunks(len(x), height * line)]
+        return torch.cat([self._by_lines(images, height, len(images) * line) for images in x.split(sizes)])
+
+    def _by_lines(self, x: Tensor, height: int, line: int) -> Tensor:
+        """Images (n, in_channels, H, W) of `height` lines each -> (n, height, W', out_channels)"""
+        places = [(rows.start, rows.stop - rows.start) for rows in chunks.chunks(height, line)]
+        bands = tuple((first * self.stride[0], (count - 1) * self.stride[0] + self._reach[0]) for first, count in places)
+        parts = [x] if len(bands) == 1 else _Bands.apply(x, bands)
+        return torch.cat([self._at_once(part, keep=False) for part in parts], 1)
+
+    def _at_once(self, x: Tensor, keep: bool) -> Tensor:
+        """(n, in_channels, h, W) -> (n, h', W', out_channels), whose patches autograd keeps or makes again."""
+        outputs = []
+        for group, kernel in enumerate(self.kernels):
+            patches = self._patches(x, group)
+            rows = patches.flatten(0, 2)
+            with nullcontext() if keep else _made_again(rows, x, functools.partial(self._patches, group=group)):
+                y = kernel(rows)
+            outputs.append(y.view(*patches.shape[:3], y.shape[1]))
+        return torch.cat(outputs, -1)
+
+    def _patches(self, x: Tensor, group: int) -> Tensor:
+        """(n, in_channels, h, W) -> (n, h', W', in_channels / groups * kh * kw)"""
+        channels = self.in_channels // self.groups
+        windows = x.narrow(1, group * channels, channels).unfold(2, self._reach[0], self.stride[0])
+        windows = windows.unfold(3, self._reach[1], self.stride[1])[..., :: self.dilation[0], :: self.dilation[1]]
+        return windows.movedim(1, 3).flatten(3)
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses."""
@@ -112,6 +152,65 @@ class KANConv2d(nn.Module):
         else:
             before = after = list(_pair("padding", self.padding, 0))
         return [before[1], after[1], before[0], after[0]]
+
+
+def _watched() -> bool:
+    """Whether a compiler, exporter, transform of torch.func or forward mode is at work, to whom parts would be in the way."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@contextmanager
+def _made_again(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Autograd does not keep `made`, which is make(source) in another shape, where operations inside save it."""
+    present, shape, version = [made], made.shape, source._version
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.shape == shape and saved.is_set_to(present[0]) else saved
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        if source._version != version:
+            raise RuntimeError("x: changed in place between the forward and the backward pass of a convolution that needs it")
+        return make(source.detach()).view(shape)
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        present.clear()  # or the hooks would keep it themselves
+
+
+class _Bands(torch.autograd.Function):
+    """(n, C, H, W) -> for each (first, size) the lines [first, first + size) of the images, which may overlap.
+
+    Slices, but for their gradient: theirs would fill and add images of zeros, one for each slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bands: Lines) -> tuple[Tensor, ...]:
+        ctx.bands, ctx.height = bands, x.shape[2]
+        return tuple(x.narrow(2, first, size) for first, size in bands)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _Overlapped.apply(ctx.height, ctx.bands, *gradients), None
+
+
+class _Overlapped(torch.autograd.Function):
+    """Bands -> the sum of them in their places, (n, C, height, W)"""
+
+    @staticmethod
+    def forward(ctx: Any, height: int, bands: Lines, *parts: Tensor) -> Tensor:
+        ctx.bands = bands
+        total = parts[0].new_zeros(*parts[0].shape[:2], height, parts[0].shape[3])
+        for (first, size), part in zip(bands, parts, strict=True):
+            total.narrow(2, first, size).add_(part)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, None, *_Bands.apply(gradient, ctx.bands)
 
 
 def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
