@@ -186,6 +186,14 @@ def test_dtypes_devices_and_memory_formats(place, dtype):
     x = torch.randn(2, 3, 6, 7, device=place.device, dtype=dtype)
     y = conv(x)
     assert y.dtype == dtype and y.shape == (2, 5, 6, 7)
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(conv(leaf).float().square().sum(), leaf)
+    wide, copy = KANConv2d(3, 5, 3, padding=1, device=place.device, dtype=torch.float32), leaf.detach().float().requires_grad_()
+    wide.load_state_dict(conv.state_dict())
+    (want,) = torch.autograd.grad(wide(copy).square().sum(), copy)
+    # Results, gradients by y and the nine terms of a pixel's gradient are rounded.
+    torch.testing.assert_close(dx.float(), want, rtol=0, atol=16 * torch.finfo(dtype).eps * float(want.abs().max()))
+    assert torch.autograd.grad(conv(leaf[:0]).sum(), leaf)[0].count_nonzero() == 0
     last = conv(x.to(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, y)

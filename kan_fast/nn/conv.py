@@ -12,13 +12,15 @@ from torch.nn import functional as F
 
 from kan_fast import chunks
 from kan_fast.nn.layer import KANLayer
+from kan_fast.operators import dispatched
 
 # The names of nn.Conv2d and those of F.pad.
 _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
-Size2d = int | tuple[int, int]
+Pair = tuple[int, int]
+Size2d = int | Pair
 # First line and number of lines, several times.
-Lines = tuple[tuple[int, int], ...]
+Lines = tuple[Pair, ...]
 
 
 class KANConv2d(nn.Module):
@@ -126,9 +128,9 @@ class KANConv2d(nn.Module):
     def _patches(self, x: Tensor, group: int) -> Tensor:
         """(n, in_channels, h, W) -> (n, h', W', in_channels / groups * kh * kw)"""
         channels = self.in_channels // self.groups
-        windows = x.narrow(1, group * channels, channels).unfold(2, self._reach[0], self.stride[0])
-        windows = windows.unfold(3, self._reach[1], self.stride[1])[..., :: self.dilation[0], :: self.dilation[1]]
-        return windows.movedim(1, 3).flatten(3)
+        part, shape = x.narrow(1, group * channels, channels), (self.kernel_size, self.dilation, self.stride)
+        patches: Tensor = _laid_out(part, *shape) if _watched() else _Patches.apply(part, *shape)
+        return patches
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses."""
@@ -179,6 +181,34 @@ def _made_again(made: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) 
             yield
     finally:
         present.clear()  # or the hooks would keep it themselves
+
+
+def _laid_out(x: Tensor, kernel_size: Pair, dilation: Pair, stride: Pair) -> Tensor:
+    """(n, C, h, W) -> (n, h', W', C * kh * kw)"""
+    reach = [d * (size - 1) + 1 for d, size in zip(dilation, kernel_size)]
+    windows = x.unfold(2, reach[0], stride[0]).unfold(3, reach[1], stride[1])
+    return windows[..., :: dilation[0], :: dilation[1]].movedim(1, 3).flatten(3)
+
+
+class _Patches(torch.autograd.Function):
+    """_laid_out, whose gradient F.fold sums two to twenty times as fast as autograd does along the views."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel_size: Pair, dilation: Pair, stride: Pair) -> Tensor:
+        ctx.size, ctx.shape = x.shape, (kernel_size, dilation, stride)
+        return _laid_out(x, kernel_size, dilation, stride)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        kernel_size, dilation, stride = ctx.shape
+        if dispatched(gradient):  # batched gradients, which F.fold takes one by one, with a warning
+            with torch.enable_grad():
+                x = torch.zeros(ctx.size, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+                (dx,) = torch.autograd.grad(_laid_out(x, *ctx.shape), x, gradient, create_graph=True)
+        else:
+            columns = gradient.flatten(1, 2).transpose(1, 2)
+            dx = F.fold(columns, ctx.size[2:], kernel_size, dilation, 0, stride)
+        return dx, None, None, None
 
 
 class _Bands(torch.autograd.Function):
