@@ -258,7 +258,7 @@ def test_a_kernel_that_cannot_serve_is_refused(place, use):
 
 
 # Those of wide kernels, which are all compiled again.
-HEAVY = ("copies", "overtaking", "columns", "metadata", "pairs")
+HEAVY = ("copies", "overtaking", "columns", "metadata", "too early", "pairs")
 # What a kernel must not survive: file, pattern, replacement.
 PLANTED = {
     "barrier": ("cuda/contract_output.cu", r"barrier\(\);\n      const int64_t inputs", "const int64_t inputs"),
@@ -272,7 +272,8 @@ PLANTED = {
         r"mma_bfloat16\(c\[m\]\[n\], a\[m\], b\[0\], b\[1\]\)",
         "mma_bfloat16(c[m][n], a[m], b[1], b[0])",
     ),
-    "metadata": ("cuda/fragments.cuh", r"e = \(odd_lane \? bits\[1\] : bits\[0\]\)", "e = (odd_lane ? bits[0] : bits[1])"),
+    "metadata": ("cuda/operand.cuh", r"\+ row / 8 % 2 \* 2;", ";"),
+    "too early": ("cuda/wide_output.cuh", r"make\(\(s \+ 1\) & 1\)", "make(s & 1)"),
     "pairs": ("cuda/fragments.cuh", r"begin == -1 \? word >> 16", "begin == -1 ? word << 16"),
     "divergence": ("cuda/contract_input.cu", r"if \(i >= inputs\) break;", "if (lane >= inputs) break;\nwarp_barrier();"),
 }

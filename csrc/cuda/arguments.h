@@ -25,12 +25,14 @@ template <class C> struct Activation {
 template <class C> Activation<C> make_activation(int kind, int n);  // activation.cpp
 
 // One input's knots: found once per launch (wide layers) or per block (narrow ones).
-template <class C> struct Described {
-  C origin;       // the first knot
+template <class C> struct alignas(8) Described {
   C inverse_h;    // 1 / spacing where the knots are even to a few ulp, else 0
+  C middle;       // halfway between knots `middle_interval` and the next
   C first, last;  // "zero": first and last knot; else the range [a, b]
+  C origin;       // the first knot
   int low, high;  // intervals that x may fall into
 };
+KAN_INLINE int middle_interval(int knots) { return (knots - 2) / 2; }
 
 template <class C> struct Arguments {
   Problem p;
@@ -43,6 +45,7 @@ template <class C> KAN_INLINE Described<C> describe(const Problem& p, const C* t
   const int count = p.knots(), order = p.spline_order;
   Described<C> d;
   d.origin = t[0];
+  d.middle = C(0.5) * (t[middle_interval(count)] + t[middle_interval(count) + 1]);
   d.inverse_h = is_uniform(t, count, epsilon) ? C(count - 1) / (t[count - 1] - t[0]) : C(0);
   const bool zero = p.outside == kZero;
   d.low = zero ? 0 : order;

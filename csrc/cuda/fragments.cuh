@@ -60,14 +60,11 @@ KAN_DEVICE void transpose_quad(uint32_t (&r)[4], int lane) {
 
 // 16-bit, dense: words of two neighbouring bases; r[j] = bases 2j, 2j + 1.
 template <Products P> KAN_DEVICE void spread_words(const uint32_t (&window)[2], int shift, uint32_t (&r)[4]) {
-  // At an odd shift the window begins in the upper half of a word.
-  const bool odd = shift & 1;
-  const uint32_t v0 = odd ? window[0] << 16 : window[0];
-  const uint32_t v1 = odd ? window[0] >> 16 | window[1] << 16 : window[1];
-  const uint32_t v2 = odd ? window[1] >> 16 : 0u;
-  const int begin = shift >> 1;
-  KAN_UNROLL_WINDOW
-  for (int j = 0; j < 4; ++j) r[j] = j == begin ? v0 : j == begin + 1 ? v1 : j == begin + 2 ? v2 : 0u;
+  // 128 bits in two halves. Of two shifts in opposite directions one is by a negative number, that is by far too many bits.
+  const uint64_t w = window[0] | uint64_t(window[1]) << 32;
+  const uint32_t bits = uint32_t(shift) * 16u;
+  const uint64_t low = shift_left(w, bits) | shift_right(w, 0u - bits), high = shift_left(w, bits - 64u) | shift_right(w, 64u - bits);
+  r[0] = uint32_t(low), r[1] = uint32_t(low >> 32), r[2] = uint32_t(high), r[3] = uint32_t(high >> 32);
 }
 
 // 16-bit, sparse: where the pair of one parity stands before it is kept within the list, and the word that is stored then.
@@ -96,12 +93,6 @@ KAN_INLINE uint32_t fold_metadata(int shift) {
   return 0x4444u | (0xaaaau & ((1u << (4 * uppers)) - 1));
 }
 
-// Ors over a quad: every lane gets it.
-KAN_DEVICE uint32_t or_quad(uint32_t value) {
-  value |= shuffle_xor(value, 1);
-  return value | shuffle_xor(value, 2);
-}
-
 // The operand of one half of a step (2 inputs), 16-bit dense: one m16 x k16 fragment.
 template <Products P> KAN_DEVICE void half_dense(const uint32_t (&window)[2], int shift, int lane, uint32_t (&a)[4]) {
   spread_words<P>(window, shift, a);
@@ -128,31 +119,6 @@ KAN_DEVICE void half_sparse(const uint32_t (&windows)[2][2], const int (&shifts)
   // Even lanes gather the first half's bits, odd lanes the second's.
   e = (odd_lane ? bits[1] : bits[0]) | shuffle_xor(odd_lane ? bits[0] : bits[1], 1);
   e |= shuffle_xor(e, 2);
-}
-
-// tf32: r[p] = this lane's pair of the quad's item p (row g + 8 (p & 1), input p >> 1 of the half).
-KAN_DEVICE void tf32_pairs(const float (&w)[4], int shift, int lane, float (&r)[4]) {
-  float folded[4];
-  fold_pairs(w, shift, folded);
-  uint32_t bits[4];
-  KAN_UNROLL_WINDOW
-  for (int j = 0; j < 4; ++j) bits[j] = as_bits(folded[j]);
-  transpose_quad(bits, lane);
-  KAN_UNROLL_WINDOW
-  for (int j = 0; j < 4; ++j) r[j] = as_float(bits[j]);
-}
-// Dense: which of the quad's items have their upper number in this lane, bit p for item p.
-KAN_DEVICE uint32_t tf32_uppers(int shift, int lane) {
-  const int q = lane & 3;
-  uint32_t all = uint32_t(fold_metadata(shift) & 0x2222u) >> 1;  // bit 4 j: pair j is an upper one
-  all = (all & 1u) | (all >> 3 & 2u) | (all >> 6 & 4u) | (all >> 9 & 8u);
-  return or_quad(all << (4 * q)) >> q & 0x1111u;
-}
-// Sparse: metadata of one m16 x k16 fragment.
-KAN_DEVICE uint32_t tf32_metadata(int shift, int lane) {
-  uint32_t bits = fold_metadata(shift) << (16 * (lane & 1));
-  bits |= shuffle_xor(bits, 1);
-  return shuffle(bits, (lane & ~3) | (lane & 1) << 1);
 }
 
 }  // namespace kan::cuda

@@ -13,6 +13,7 @@ namespace kan::cuda {
 
 #define KAN_DEVICE __device__ __forceinline__
 #define KAN_UNROLL_ALL _Pragma("unroll")
+#define KAN_NO_UNROLL _Pragma("unroll 1")
 
 // The dynamic shared memory of the block.
 template <class T> KAN_DEVICE T* shared_memory() {
@@ -38,6 +39,12 @@ inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, siz
   return cudaGetLastError();
 }
 
+// threadIdx.x, read here and now: what is computed from it does not stay in registers from one step to the next.
+KAN_DEVICE unsigned thread_now() {
+  unsigned r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+  return r;
+}
 KAN_DEVICE void barrier() { __syncthreads(); }
 KAN_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T> KAN_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -71,6 +78,24 @@ KAN_DEVICE uint32_t pack_float16(float low, float high) {
 KAN_DEVICE uint32_t to_tf32(float value) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value));
+  return r;
+}
+// The nearer end where x is beyond; NaN stays NaN, as fminf and fmaxf would not have it.
+KAN_DEVICE float keep_within(float x, float low, float high) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(low));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(r), "f"(high));
+  return r;
+}
+// By any number of bits: 64 and more leave nothing.
+KAN_DEVICE uint64_t shift_left(uint64_t value, uint32_t bits) {
+  uint64_t r;
+  asm("shl.b64 %0, %1, %2;" : "=l"(r) : "l"(value), "r"(bits));
+  return r;
+}
+KAN_DEVICE uint64_t shift_right(uint64_t value, uint32_t bits) {
+  uint64_t r;
+  asm("shr.b64 %0, %1, %2;" : "=l"(r) : "l"(value), "r"(bits));
   return r;
 }
 KAN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -104,13 +104,11 @@ Slices cut(int64_t length, int64_t least, int64_t tiles, int64_t bytes, int per_
   return {count < 1 ? 1 : count, each, offset};
 }
 
-// A warpgroup's tile is 256 outputs wide, which halves the making of the left operand, where that costs no padding.
-int columns_of(Family family, const Problem& p) {
-  return is_warpgroup(family) && (p.out_features - 1) / 128 % 2 == 1 ? 256 : 128;
-}
+// A tile of 16-bit products is 256 outputs wide, which halves the making of the left operand, where that costs no padding.
+int columns_of(const Problem& p) { return p.weight_dtype != kFloat32 && (p.out_features - 1) / 128 % 2 == 1 ? 256 : 128; }
 
-Slices slices_of_output(Family family, const Problem& p, const Device& device) {
-  const int columns = columns_of(family, p);
+Slices slices_of_output(const Problem& p, const Device& device) {
+  const int columns = columns_of(p);
   const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
   return cut(p.in_features, 32, tiles, p.batch * p.out_features * 4, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
 }
@@ -147,14 +145,14 @@ size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {
   }
 
 template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, parts, slices, stream)
+#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, columns_of(p), parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
 
 template <bool kSparse>
 int output_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-  const int columns = columns_of(Family::wgmma, p);
+  const int columns = columns_of(p);
   if (products(p) == Products::bfloat16) return launch_output_warpgroup<Products::bfloat16, kSparse>(a, columns, parts, slices, stream);
   return launch_output_warpgroup<Products::float16, kSparse>(a, columns, parts, slices, stream);
 }
@@ -177,7 +175,7 @@ size_t workspace_of_output(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::output);
   if (family == Family::narrow) return 0;
   if (family == Family::any) return size_of_described(p);
-  const Slices slices = slices_of_output(family, p, device);
+  const Slices slices = slices_of_output(p, device);
   return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
 }
 
@@ -200,7 +198,7 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
   if (family == Family::any) KAN_BY_TYPE(launch_output_any, p, workspace, stream)
   if (family == Family::narrow)
     return launch_output_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::output)), stream);
-  const Slices slices = slices_of_output(family, p, device);
+  const Slices slices = slices_of_output(p, device);
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const auto output = family == Family::wgmma          ? output_warpgroup<false>

@@ -17,10 +17,11 @@ template <class T> int launch_output_any(const Problem&, void* workspace, void* 
 template <class T> int launch_input_any(const Problem&, void* workspace, void* stream);
 template <class T> int launch_weight_any(const Problem&, const Slices&, void* workspace, void* stream);
 
-// y on tensor cores, dense or sparse; parts (slices, batch, out) where inputs are cut into slices, else null.
-template <Products P, bool kSparse> int launch_output_wide(const WideArguments&, float* parts, Slices, void* stream);
+// y on tensor cores, dense or sparse, in tiles of 128 or (16-bit types) 256 columns; parts (slices, batch, out) where inputs are
+// cut into slices, else null.
+template <Products P, bool kSparse> int launch_output_wide(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
-// The same by warpgroups, 16-bit types only, in tiles of 128 or 256 columns.
+// The same by warpgroups, 16-bit types only.
 template <Products P, bool kSparse> int launch_output_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
 template <Products P> int launch_input_wide(const WideArguments&, void* stream);

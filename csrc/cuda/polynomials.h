@@ -87,6 +87,10 @@ struct WideArguments {
   const Cubic* uneven;
   Cubic uniform[kMaxCubicOrder + 1];
   bool aligned;  // rows of weights and of g begin at multiples of 16 bytes
+  // On even knots: the cubics of v = u - 1/2; whether it does not matter which of two intervals a knot is counted to, for the
+  // result is continuous there; whether it is 0 beyond Described's first and last.
+  Cubic centred[kMaxCubicOrder + 1];
+  bool continuous, vanishes;
 };
 
 // Bytes of `uneven` behind `described`, and the arguments themselves.

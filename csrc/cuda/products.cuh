@@ -1,4 +1,5 @@
-// The products of the wide kernels: a warp's 32 rows, made of registers, times a stage of 32 rows of weights or gradients.
+// The products of the wide kernels: a warp's rows, kHigh tiles of 16, times 32 rows of weights or gradients in shared memory,
+// kTiles tiles of 8 columns.
 #pragma once
 #include "wide.cuh"
 
@@ -6,21 +7,26 @@ namespace kan::cuda {
 
 // A pitch of 16 bytes beyond a multiple of 128 (16-bit: ldmatrix) or 32 (tf32: lanes 4g + q read row q, column g) meets no
 // bank twice.
-constexpr int kStagePitch = kWideColumns + 8;
-template <Products P> constexpr size_t kStageBytes = kStepDepth * kStagePitch * sizeof(typename StorageOf<P>::Type);
+template <int kColumns> constexpr int kPitchOf = kColumns + 8;
+template <Products P, int kColumns>
+constexpr size_t kStageBytesOf = kStepDepth * kPitchOf<kColumns> * sizeof(typename StorageOf<P>::Type);
 
 // Row tile m, column tile n of a warp; sums of float32.
-using Sums = float[2][kWideColumns / 8][4];
+template <int kHigh, int kTiles> using SumsOf = float[kHigh][kTiles][4];
 
-// 16-bit dense: depth 16 from row k of the stage.
-template <Products P, class T> KAN_DEVICE void multiply_half(Sums& c, const uint32_t (&a)[2][4], const T* stage, int k, int live, int lane) {
+// Columns from `live` on do not exist: tiles of them are left out, four at a time, so that all others' instructions mix.
+constexpr int kTilesAtOnce = 4;
+
+// 16-bit dense: depth 16 from the stage's first row on.
+template <Products P, int kPitch, int kHigh, int kTiles, class T>
+KAN_DEVICE void multiply_half(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kHigh][4], const T* stage, int live, int lane) {
   KAN_UNROLL_ALL
-  for (int n = 0; n < kWideColumns / 8; n += 2) {
-    if (n * 8 >= live) break;
+  for (int n = 0; n < kTiles; n += 2) {
+    if (n % kTilesAtOnce == 0 && n * 8 >= live) break;
     uint32_t b[4];
-    load_matrices_transposed(b, stage + (k + (lane & 15)) * kStagePitch + n * 8 + (lane >> 4) * 8);
+    load_matrices_transposed(b, stage + (lane & 15) * kPitch + n * 8 + (lane >> 4) * 8);
     KAN_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kHigh; ++m) {
       if constexpr (P == Products::bfloat16) {
         mma_bfloat16(c[m][n], a[m], b[0], b[1]);
         mma_bfloat16(c[m][n + 1], a[m], b[2], b[3]);
@@ -33,15 +39,16 @@ template <Products P, class T> KAN_DEVICE void multiply_half(Sums& c, const uint
 }
 
 // 16-bit sparse: the whole stage, depth 32.
-template <Products P, class T>
-KAN_DEVICE void multiply_half_sparse(Sums& c, const uint32_t (&a)[2][4], const uint32_t (&e)[2], const T* stage, int live, int lane) {
+template <Products P, int kPitch, int kHigh, int kTiles, class T>
+KAN_DEVICE void multiply_half_sparse(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kHigh][4], const uint32_t (&e)[kHigh],
+                                     const T* stage, int live, int lane) {
   KAN_UNROLL_ALL
-  for (int n = 0; n < kWideColumns / 8; ++n) {
-    if (n * 8 >= live) break;
+  for (int n = 0; n < kTiles; ++n) {
+    if (n % kTilesAtOnce == 0 && n * 8 >= live) break;
     uint32_t b[4];
-    load_matrices_transposed(b, stage + lane * kStagePitch + n * 8);
+    load_matrices_transposed(b, stage + lane * kPitch + n * 8);
     KAN_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kHigh; ++m) {
       if constexpr (P == Products::bfloat16) mma_sparse_bfloat16(c[m][n], a[m], b, e[m]);
       else mma_sparse_float16(c[m][n], a[m], b, e[m]);
     }
@@ -60,32 +67,33 @@ template <class Product> KAN_DEVICE void add_three_products(float (&sum)[4], Pro
   for (int r = 0; r < 4; ++r) sum[r] += part[r];
 }
 
-// tf32, a as float32 numbers.
-template <Products P, bool kSparse>
-KAN_DEVICE void multiply_tf32(Sums& c, const float (&a)[2][4], const uint32_t (&e)[2], const float* stage, int k, int live, int lane) {
+// tf32, a as the bits of float32 numbers: depth 8 (dense) or 16 (sparse) from the stage's first row on.
+template <Products P, bool kSparse, int kPitch, int kHigh, int kTiles>
+KAN_DEVICE void multiply_tf32(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kHigh][4], const uint32_t (&e)[kHigh], const float* stage,
+                              int live, int lane) {
   constexpr int kRows = kSparse ? 4 : 2;
   constexpr bool kSplit = P == Products::tf32x3;
-  uint32_t high[2][4], low[2][4];
+  uint32_t high[kHigh][4], low[kHigh][4];
   KAN_UNROLL_ALL
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kHigh; ++m)
     KAN_UNROLL_ALL
     for (int r = 0; r < 4; ++r) {
-      high[m][r] = to_tf32(a[m][r]);
-      low[m][r] = kSplit ? to_tf32(a[m][r] - as_float(high[m][r])) : 0u;
+      high[m][r] = to_tf32(as_float(a[m][r]));
+      low[m][r] = kSplit ? to_tf32(as_float(a[m][r]) - as_float(high[m][r])) : 0u;
     }
-  const float* column = stage + (k + (lane & 3)) * kStagePitch + (lane >> 2);
+  const float* column = stage + (lane & 3) * kPitch + (lane >> 2);
   KAN_UNROLL_ALL
-  for (int n = 0; n < kWideColumns / 8; ++n) {
-    if (n * 8 >= live) break;
+  for (int n = 0; n < kTiles; ++n) {
+    if (n % kTilesAtOnce == 0 && n * 8 >= live) break;
     uint32_t b[4] = {}, b_low[4] = {};
     KAN_UNROLL_ALL
     for (int r = 0; r < kRows; ++r) {
-      const float value = column[4 * r * kStagePitch + n * 8];
+      const float value = column[4 * r * kPitch + n * 8];
       b[r] = to_tf32(value);
       b_low[r] = kSplit ? to_tf32(value - as_float(b[r])) : 0u;
     }
     KAN_UNROLL_ALL
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kHigh; ++m) {
       auto product = [&](float(&to)[4], bool low_left, bool low_right) {
         const uint32_t(&left)[4] = low_left ? low[m] : high[m];
         const uint32_t(&right)[4] = low_right ? b_low : b;

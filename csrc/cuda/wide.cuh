@@ -15,11 +15,61 @@ template <Products P> struct StorageOf { using Type = float; };
 template <> struct StorageOf<Products::bfloat16> { using Type = BFloat16; };
 template <> struct StorageOf<Products::float16> { using Type = Float16; };
 
-// Window of input i at x. The weights of knots 1 apart serve all even knots, times 1 / h^n.
-KAN_DEVICE Item evaluate(const WideArguments& a, int64_t i, float x, float scale) {
+// What even_window wants of an input's knots.
+struct Even {
+  float inverse_h, middle, first, last;
+};
+KAN_DEVICE Even even_knots(const Described<float>& d) { return {d.inverse_h, d.middle, d.first, d.last}; }
+
+constexpr int kNowhere = 1 << 24;  // `first` of a window that touches no basis
+
+// Memory, several words at once.
+template <int kWords> struct alignas(4 * kWords) Words {
+  uint32_t w[kWords];
+};
+
+// Window at x on even knots where the result is continuous (a.continuous): the spacing alone then says where x is, and no knot is
+// read. Counted from the middle, where knots are small, and rounded once: v is off by few eps max|t| / h. Bases that do
+// not exist come out as any finite number.
+KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, float scale) {
+  constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
   const Problem& p = a.p;
-  const float* t = static_cast<const float*>(p.grid) + i * p.knots();
+  const float at = keep_within(x, d.first, d.last), from_middle = at - d.middle, place = from_middle * d.inverse_h + kToNearest;
+  const float v = from_middle * d.inverse_h - (place - kToNearest);
+  Item item;
+  item.first = int(as_bits(place) - as_bits(kToNearest)) + middle_interval(p.knots()) - p.spline_order;
+  KAN_UNROLL_WINDOW
+  for (int q = 0; q < 4; ++q) {
+    const float* c = a.centred[q].c;
+    item.w[q] = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
+  }
+  if (!(x >= d.first && x <= d.last)) {
+    if (x != x) item.first = 0;
+    else if (a.vanishes) item.first = kNowhere;
+    else if (p.outside == kLinear && p.n == 0) {
+      const float distance = (x - at) * d.inverse_h;
+      KAN_UNROLL_WINDOW
+      for (int q = 0; q < 4; ++q) {
+        const float* c = a.centred[q].c;
+        item.w[q] += ((3 * c[3] * v + 2 * c[2]) * v + c[1]) * distance;
+      }
+    }
+  }
+  if (p.n > 0 || p.scale != nullptr) {
+    float factor = scale;
+    for (int m = 0; m < p.n; ++m) factor *= d.inverse_h;
+    KAN_UNROLL_WINDOW
+    for (int q = 0; q < 4; ++q) item.w[q] *= factor;
+  }
+  return item;
+}
+
+// The same for any knots and n up to the order: the stored knots decide where x is. The weights of knots 1 apart serve all even
+// knots, times 1 / h^n.
+KAN_DEVICE Item any_window(const WideArguments& a, int64_t i, float x, float scale) {
+  const Problem& p = a.p;
   const Described<float> d = a.described[i];
+  const float* t = static_cast<const float*>(p.grid) + i * p.knots();
   float at = x == x ? x : d.first;
   at = at > d.first ? at : d.first;
   at = at < d.last ? at : d.last;
@@ -56,6 +106,12 @@ KAN_DEVICE Item evaluate(const WideArguments& a, int64_t i, float x, float scale
     item.w[q] = f >= 0 && f < p.bases() && q <= p.spline_order ? w * factor : 0.0f;
   }
   return item;
+}
+
+// Window of input i at x.
+KAN_DEVICE Item evaluate(const WideArguments& a, int64_t i, float x, float scale) {
+  const Even d = even_knots(a.described[i]);
+  return a.continuous && d.inverse_h > 0 ? even_window(a, d, x, scale) : any_window(a, i, x, scale);
 }
 
 // x and scale of one item; what lies outside the problem has none.
@@ -97,10 +153,16 @@ template <class T> KAN_DEVICE void stage_16_bytes(T* to, const T* from, int64_t 
   for (int m = 0; m < kNumbers; ++m) to[m] = m < left ? from[m] : T{};
 }
 
+// Two neighbours at once, the first at a multiple of the size of both.
+KAN_DEVICE void store_pair(float* to, float a, float b) { *reinterpret_cast<Words<2>*>(to) = {{as_bits(a), as_bits(b)}}; }
+KAN_DEVICE void store_pair(BFloat16* to, float a, float b) { *reinterpret_cast<uint32_t*>(to) = pack_bfloat16(a, b); }
+KAN_DEVICE void store_pair(Float16* to, float a, float b) { *reinterpret_cast<uint32_t*>(to) = pack_float16(a, b); }
+
 // body(row, column, sum) for the lane's share of a warp's sums, by the layout of the instructions' result.
-template <int kTiles, class Body> KAN_DEVICE void for_every_sum(const float (&sums)[2][kTiles][4], int lane, Body body) {
+template <int kHigh, int kTiles, class Body>
+KAN_DEVICE void for_every_sum(const float (&sums)[kHigh][kTiles][4], int lane, Body body) {
   KAN_UNROLL_ALL
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kHigh; ++m)
     KAN_UNROLL_ALL
     for (int n = 0; n < kTiles; ++n)
       KAN_UNROLL_ALL

@@ -1,21 +1,33 @@
-// contract_output of wide layers on tensor cores: y = Phi W, where Phi (batch, in * bases) is made in registers.
+// contract_output of wide layers on tensor cores: y = Phi W, where Phi (batch, in * bases) is made a step at a time in shared
+// memory.
 #pragma once
 #include "launch.h"
+#include "operand.cuh"
 #include "products.cuh"
 
 namespace kan::cuda {
 
-// Stages of weights in flight; with fewer bytes to a number there is room for more.
-template <Products P> constexpr int kOutputStages = kIsHalf<P> ? 4 : 3;
-template <Products P>
-constexpr size_t kOutputShared = kOutputStages<P> * kStageBytes<P> + kWideRows * kBasePitch * sizeof(typename StorageOf<P>::Type);
+// A block: 128 rows by kColumns outputs, 8 warps. Each makes a share of the next step's operand and multiplies its part of this
+// step's, kRows by 64; four of them begin with the one, four with the other, so that both kinds of units are always busy.
+template <Products P, int kColumns> struct OutputTile {
+  static constexpr int kRows = kColumns == 256 ? 64 : 32, kHigh = kRows / 16, kTiles = 8, kDown = kWideRows / kRows;
+  static constexpr int kPitch = kPitchOf<kColumns>, kStageNumbers = kStepDepth * kPitch;
+  // Stages of weights in flight; with fewer bytes to a number there is room for more.
+  static constexpr int kStages = kIsHalf<P> ? 4 : 3;
+  static constexpr size_t kStageBytes = kStageBytesOf<P, kColumns>;
+  static_assert(kColumns == kOutputThreads / 32 / kDown * kTiles * 8);
+
+  template <bool kSparse> static constexpr size_t shared() {
+    return kStages * kStageBytes + 2 * (kOperandBytes<P> + kMetadataBytes<P, kSparse>);
+  }
+};
 
 // The steps of a slice: groups of 4 inputs, each with all its chunks of 8 bases; then the base branch, 32 inputs a step.
 struct Step {
-  int64_t input;
+  int input;
   int chunk;  // -1: base branch
 
-  KAN_DEVICE void advance(int chunks, int64_t begin, int64_t end, bool has_base) {
+  KAN_DEVICE void advance(int chunks, int begin, int end, bool has_base) {
     if (chunk < 0) input += kStepDepth;
     else if (++chunk == chunks) {
       chunk = 0;
@@ -25,173 +37,163 @@ struct Step {
   }
 };
 
-template <Products P, bool kSparse, class T = typename StorageOf<P>::Type>
-KAN_DEVICE void stage_weights(const WideArguments& a, const Step& step, int64_t end, int64_t o0, T* stage) {
+// 32 rows of weights. A thread's pieces stand under each other, so that one address leads to the next.
+template <Products P, bool kSparse, int kColumns, class T = typename StorageOf<P>::Type>
+KAN_DEVICE void stage_weights(const WideArguments& a, const Step& step, int end, int o0, T* stage) {
   const Problem& p = a.p;
-  constexpr int kNumbers = 16 / sizeof(T), kPieces = kWideColumns / kNumbers;
-  KAN_UNROLL_ALL
-  for (int piece = threadIdx.x; piece < kStepDepth * kPieces; piece += kWideThreads) {
-    const int row = piece / kPieces, column = piece % kPieces * kNumbers;
-    const bool is_base = step.chunk < 0;
-    const int64_t i = step.input + (is_base ? row : row / kStepBases);
-    const int f = step.chunk * kStepBases + basis_of_place<kSparse, kIsHalf<P>>(row % kStepBases);
-    const T* from = is_base ? static_cast<const T*>(p.base_weight) + i * p.out_features
-                            : static_cast<const T*>(p.spline_weight) + (i * p.bases() + f) * p.out_features;
-    const bool exists = i < end && (is_base || f < p.bases());
-    stage_16_bytes(stage + row * kStagePitch + column, from + o0 + column, exists ? p.out_features - o0 - column : 0, a.aligned);
+  constexpr int kNumbers = 16 / sizeof(T), kRows = kOutputThreads / (kColumns / kNumbers);
+  static_assert(kRows % kStepBases == 0, "all of a thread's rows are of one basis");
+  const unsigned thread = thread_now();
+  const int row = int(thread / (kColumns / kNumbers)), column = o0 + int(thread % (kColumns / kNumbers)) * kNumbers;
+  const bool is_base = step.chunk < 0;
+  const int f = step.chunk * kStepBases + basis_of_place<kSparse, kIsHalf<P>>(row % kStepBases), bases = p.bases();
+  int i = step.input + (is_base ? row : row / kStepBases);
+  const int last = is_base || f < bases ? end : 0, next = is_base ? kRows : kRows / kStepBases;
+  const unsigned outputs = unsigned(p.out_features), line = is_base ? i : i * bases + f, lines = is_base ? next : next * bases;
+  const T* from = static_cast<const T*>(is_base ? p.base_weight : p.spline_weight) + uint64_t(line) * outputs + column;
+  const uint64_t distance = uint64_t(lines) * outputs;
+  T* to = stage + row * kPitchOf<kColumns> + (column - o0);
+  auto advance = [&] { to += kRows * kPitchOf<kColumns>, from += distance, i += next; };
+  if (a.aligned) {
+    const bool live = column < p.out_features;
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kStepDepth; r += kRows, advance()) copy_16_bytes(to, live && i < last ? from : nullptr, !(live && i < last));
+  } else {
+    KAN_NO_UNROLL
+    for (int r = 0; r < kStepDepth; r += kRows, advance()) stage_16_bytes(to, from, i < last ? p.out_features - column : 0, false);
   }
 }
 
-template <Products P, bool kSparse>
-__global__ void __launch_bounds__(kWideThreads) output_wide(WideArguments a, float* parts, int64_t slices, int64_t inputs_per_slice) {
+// A warp's part of a step. kSparseStep: the operand is in its sparse form.
+template <Products P, bool kSparseStep, class Tile, class T>
+KAN_DEVICE void multiply_step(SumsOf<Tile::kHigh, Tile::kTiles>& sums, const char* operand, const char* metadata, const T* weights,
+                              int row, int live, int lane) {
+  constexpr int kHere = kPieces<P, kSparseStep>, kDepth = kStepDepth / (kHere / 2);
+  KAN_UNROLL_ALL
+  for (int k = 0; k < kHere / 2; ++k) {
+    uint32_t left[Tile::kHigh][4], e[Tile::kHigh];
+    KAN_UNROLL_ALL
+    for (int m = 0; m < Tile::kHigh; ++m) {
+      load_matrices(left[m], operand + piece_offset<kHere>(row + 16 * m + (lane & 15), 2 * k + (lane >> 4)));
+      e[m] = 0;
+      if constexpr (kSparseStep)
+        e[m] = *reinterpret_cast<const uint32_t*>(metadata + metadata_offset<P>(row + 16 * m + lane / 4, 2 * k + (lane & 1)));
+    }
+    const T* rows = weights + k * kDepth * Tile::kPitch;
+    if constexpr (!kIsHalf<P>) multiply_tf32<P, kSparseStep, Tile::kPitch>(sums, left, e, rows, live, lane);
+    else if constexpr (kSparseStep) multiply_half_sparse<P, Tile::kPitch>(sums, left, e, rows, live, lane);
+    else multiply_half<P, Tile::kPitch>(sums, left, rows, live, lane);
+  }
+}
+
+// A warp's sums to rows b .., columns o .. of y or of a slice's part of it.
+template <int kHigh, int kTiles, class To>
+KAN_DEVICE void store_sums(const SumsOf<kHigh, kTiles>& sums, To* y, const Problem& p, int64_t b, int64_t o, int lane) {
+  b += lane / 4, o += lane % 4 * 2;
+  const bool pairs = p.out_features % 2 == 0;
+  KAN_UNROLL_ALL
+  for (int half = 0; half < 2 * kHigh; ++half) {
+    if (b + 8 * half >= p.batch) break;
+    To* row = y + (b + 8 * half) * p.out_features + o;
+    KAN_UNROLL_ALL
+    for (int n = 0; n < kTiles; ++n) {
+      const float *sum = sums[half / 2][n] + half % 2 * 2;
+      const int64_t left = p.out_features - o - 8 * n;
+      if (left <= 0) break;
+      if (pairs) store_pair(row + 8 * n, sum[0], sum[1]);
+      else {
+        put(row[8 * n], sum[0]);
+        if (left > 1) put(row[8 * n + 1], sum[1]);
+      }
+    }
+  }
+}
+
+template <Products P, bool kSparse, int kColumns>
+__global__ void __launch_bounds__(kOutputThreads)
+    output_wide(WideArguments a, float* parts, int slices, int inputs_per_slice) {
   using T = typename StorageOf<P>::Type;
-  constexpr int kStages = kOutputStages<P>;
+  using Tile = OutputTile<P, kColumns>;
+  constexpr int kStages = Tile::kStages;
   const Problem& p = a.p;
   T* stages = shared_memory<T>();
-  constexpr int kStageNumbers = kStepDepth * kStagePitch;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, q = lane & 3;
-  T* base_values = stages + kStages * kStageNumbers + warp * 32 * kBasePitch;  // (32 rows, 32 inputs) of this warp
-  const int64_t b0 = int64_t(blockIdx.x) * kWideRows + warp * 32;
+  char* operands = shared_memory<char>() + kStages * Tile::kStageBytes;
+  char* metadata = operands + 2 * kOperandBytes<P>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp % Tile::kDown * Tile::kRows, warp_column = warp / Tile::kDown * Tile::kTiles * 8;
+  const int64_t b0 = int64_t(blockIdx.x) * kWideRows;
   const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
   const bool has_base = p.base_weight != nullptr;
+  ThreadWindows<P, kSparse> windows;
 
-  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
-    for (int64_t o0 = int64_t(blockIdx.y) * kWideColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kWideColumns) {
-      const int64_t begin = slice * inputs_per_slice;
-      const int64_t end = begin + inputs_per_slice < p.in_features ? begin + inputs_per_slice : p.in_features;
-      const int live = p.out_features - o0 < kWideColumns ? int(p.out_features - o0) : kWideColumns;
-      const int64_t steps = (end - begin + kStepInputs - 1) / kStepInputs * chunks +
-                            (has_base ? (end - begin + kStepDepth - 1) / kStepDepth : 0);
-      Sums sums = {};
-      Step coming{begin, 0}, now{begin, 0};
+  for (int slice = blockIdx.z; slice < slices; slice += gridDim.z)
+    for (int o0 = blockIdx.y * kColumns; o0 < p.out_features; o0 += gridDim.y * kColumns) {
+      const int begin = slice * inputs_per_slice, inputs = int(p.in_features);
+      const int end = inputs - begin > inputs_per_slice ? begin + inputs_per_slice : inputs;
+      const int live = (p.out_features - o0 < kColumns ? int(p.out_features - o0) : kColumns) - warp_column;
+      const int steps =
+          (end - begin + kStepInputs - 1) / kStepInputs * chunks + (has_base ? (end - begin + kStepDepth - 1) / kStepDepth : 0);
+      SumsOf<Tile::kHigh, Tile::kTiles> sums = {};
+      Step coming{begin, 0}, making{begin, 0};
       barrier();
-      for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) stage_weights<P, kSparse>(a, coming, end, o0, stages + s * kStageNumbers);
-        commit_copies();
-        coming.advance(chunks, begin, end, has_base);
-      }
-      // Items of row tile m, half h; their x is loaded a group of inputs ahead.
-      const int64_t row = b0 + g + 8 * (q & 1);
-      Item items[2][2];
-      Point points[2][2];
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 4; ++m) points[m / 2][m % 2] = load_point(p, row + 16 * (m / 2), begin + 2 * (m % 2) + (q >> 1));
+      windows.load(a, b0, begin, end);
+      auto make = [&](int turn) {
+        char* operand = operands + turn * kOperandBytes<P>;
+        if (making.chunk < 0) {
+          write_base<P>(a, b0, making.input, end, operand);
+        } else {
+          if (making.chunk == 0) {
+            windows.evaluate(a, b0, making.input, end);
+            windows.load(a, b0, making.input + kStepInputs, end);
+          }
+          windows.write(operand, metadata + turn * kMetadataBytes<P, kSparse>, making.chunk);
+        }
+      };
 
-      int stage = 0, next_stage = kStages - 1;
-      for (int64_t s = 0; s < steps; ++s) {
+      // Step s is multiplied, s + 1 is made, and the weights of s + kStages - 1 set out.
+      bool is_base = false;
+      KAN_NO_UNROLL
+      for (int s = 1 - kStages; s < steps; ++s) {
         wait_for_copies<kStages - 2>();
         barrier();
-        if (s + kStages - 1 < steps) stage_weights<P, kSparse>(a, coming, end, o0, stages + next_stage * kStageNumbers);
+        if (s + kStages - 1 < steps)
+          stage_weights<P, kSparse, kColumns>(a, coming, end, o0, stages + unsigned(s + kStages - 1) % kStages * Tile::kStageNumbers);
         commit_copies();
         coming.advance(chunks, begin, end, has_base);
-        const T* weights = stages + stage * kStageNumbers;
-
-        if (now.chunk < 0) {
-          write_base_values<32>(a, b0, now.input, end, lane, base_values);
-          if constexpr (kIsHalf<P>) {
-            KAN_UNROLL_ALL
-            for (int k = 0; k < kStepDepth; k += 16) {
-              uint32_t left[2][4];
-              for (int m = 0; m < 2; ++m)
-                load_matrices(left[m], base_values + (16 * m + (lane & 15)) * kBasePitch + k + (lane >> 4) * 8);
-              multiply_half<P>(sums, left, weights, k, live, lane);
-            }
-          } else {
-            const uint32_t none[2] = {};
-            for (int k = 0; k < kStepDepth; k += 8) {
-              float left[2][4];
-              for (int m = 0; m < 2; ++m)
-                for (int r = 0; r < 4; ++r) left[m][r] = base_values[(16 * m + g + 8 * (r & 1)) * kBasePitch + k + q + 4 * (r >> 1)];
-              multiply_tf32<P, false>(sums, left, none, weights, k, live, lane);
-            }
-          }
-        } else {
-          if (now.chunk == 0) {
-            KAN_UNROLL_ALL
-            for (int m = 0; m < 4; ++m) {
-              const int64_t b = row + 16 * (m / 2), i = now.input + 2 * (m % 2) + (q >> 1);
-              items[m / 2][m % 2] = item_at(a, b, i < end ? i : p.in_features, points[m / 2][m % 2]);
-              points[m / 2][m % 2] = load_point(p, b, i + kStepInputs);
-            }
-          }
-          const int first_base = now.chunk * kStepBases;
-          if constexpr (kIsHalf<P> && kSparse) {
-            uint32_t left[2][4], metadata[2];
-            KAN_UNROLL_ALL
-            for (int m = 0; m < 2; ++m) {
-              uint32_t windows[2][2];
-              int shifts[2];
-              KAN_UNROLL_ALL
-              for (int h = 0; h < 2; ++h) {
-                const float(&w)[4] = items[m][h].w;
-                windows[h][0] = pack<P>(w[0], w[2]);
-                windows[h][1] = pack<P>(w[1], w[3]);
-                shifts[h] = items[m][h].first - first_base;
-              }
-              half_sparse(windows, shifts, lane, left[m], metadata[m]);
-            }
-            multiply_half_sparse<P>(sums, left, metadata, weights, live, lane);
-          } else if constexpr (kIsHalf<P>) {
-            KAN_UNROLL_ALL
-            for (int h = 0; h < 2; ++h) {
-              uint32_t left[2][4];
-              for (int m = 0; m < 2; ++m) {
-                const float(&w)[4] = items[m][h].w;
-                const uint32_t window[2] = {pack<P>(w[0], w[1]), pack<P>(w[2], w[3])};
-                half_dense<P>(window, items[m][h].first - first_base, lane, left[m]);
-              }
-              multiply_half<P>(sums, left, weights, 16 * h, live, lane);
-            }
-          } else {
-            KAN_UNROLL_ALL
-            for (int h = 0; h < 2; ++h) {
-              float pairs[2][4];
-              uint32_t marks[2];
-              for (int m = 0; m < 2; ++m) {
-                const int shift = items[m][h].first - first_base;
-                tf32_pairs(items[m][h].w, shift, lane, pairs[m]);
-                marks[m] = kSparse ? tf32_metadata(shift, lane) : tf32_uppers(shift, lane);
-              }
-              if constexpr (kSparse) {
-                multiply_tf32<P, true>(sums, pairs, marks, weights, 16 * h, live, lane);
-              } else {
-                KAN_UNROLL_ALL
-                for (int input = 0; input < 2; ++input) {
-                  float left[2][4];
-                  const uint32_t none[2] = {};
-                  for (int m = 0; m < 2; ++m)
-                    for (int r = 0; r < 2; ++r) {
-                      const bool upper = marks[m] >> (4 * (2 * input + r)) & 1u;
-                      const float value = pairs[m][2 * input + r];
-                      left[m][r] = upper ? 0.0f : value;
-                      left[m][r + 2] = upper ? value : 0.0f;
-                    }
-                  multiply_tf32<P, false>(sums, left, none, weights, 16 * h + 8 * input, live, lane);
-                }
-              }
-            }
+        KAN_NO_UNROLL
+        for (int phase = 0; phase < 2; ++phase) {
+          if (phase == warp / 4) {
+            if (s >= -1 && s + 1 < steps) make((s + 1) & 1);
+          } else if (s >= 0) {
+            const T* weights = stages + unsigned(s) % kStages * Tile::kStageNumbers + warp_column;
+            const char *operand = operands + (s & 1) * kOperandBytes<P>, *chosen = metadata + (s & 1) * kMetadataBytes<P, kSparse>;
+            if (kSparse && !is_base) multiply_step<P, kSparse, Tile>(sums, operand, chosen, weights, warp_row, live, lane);
+            else multiply_step<P, false, Tile>(sums, operand, nullptr, weights, warp_row, live, lane);
           }
         }
-        now.advance(chunks, begin, end, has_base);
-        stage = stage + 1 < kStages ? stage + 1 : 0;
-        next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
+        if (s < -1) continue;
+        is_base = making.chunk < 0;
+        making.advance(chunks, begin, end, has_base);
       }
       wait_for_copies<0>();
 
-      for_every_sum(sums, lane, [&](int row, int column, float sum) {
-        const int64_t b = b0 + row, o = o0 + column;
-        if (b >= p.batch || o >= p.out_features) return;
-        if (parts != nullptr) parts[(slice * p.batch + b) * p.out_features + o] = sum;
-        else put(static_cast<T*>(p.y)[b * p.out_features + o], sum);
-      });
+      const int64_t b = b0 + warp_row, o = o0 + warp_column;
+      if (parts != nullptr) store_sums(sums, parts + int64_t(slice) * p.batch * p.out_features, p, b, o, lane);
+      else store_sums(sums, static_cast<T*>(p.y), p, b, o, lane);
     }
 }
 
-template <Products P, bool kSparse> int launch_output_wide(const WideArguments& a, float* parts, Slices slices, void* stream) {
+template <Products P, bool kSparse>
+int launch_output_wide(const WideArguments& a, int columns, float* parts, Slices slices, void* stream) {
   const Problem& p = a.p;
   if (int error = launch_cubics(a, stream)) return error;
-  const Blocks blocks{(p.batch + kWideRows - 1) / kWideRows, (p.out_features + kWideColumns - 1) / kWideColumns, slices.count};
-  return launch(output_wide<P, kSparse>, blocks, kWideThreads, kOutputShared<P>, stream, a, parts, slices.count, slices.rows);
+  auto start = [&](auto kernel, size_t shared) {
+    const Blocks blocks{(p.batch + kWideRows - 1) / kWideRows, (p.out_features + columns - 1) / columns, slices.count};
+    return launch(kernel, blocks, kOutputThreads, shared, stream, a, parts, int(slices.count), int(slices.rows));
+  };
+  if constexpr (kIsHalf<P>)
+    if (columns == 256) return start(output_wide<P, kSparse, 256>, OutputTile<P, 256>::template shared<kSparse>());
+  return start(output_wide<P, kSparse, 128>, OutputTile<P, 128>::template shared<kSparse>());
 }
 
 }  // namespace kan::cuda

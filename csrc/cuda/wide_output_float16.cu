@@ -2,7 +2,7 @@
 
 namespace kan::cuda {
 
-template int launch_output_wide<Products::float16, false>(const WideArguments&, float*, Slices, void*);
-template int launch_output_wide<Products::float16, true>(const WideArguments&, float*, Slices, void*);
+template int launch_output_wide<Products::float16, false>(const WideArguments&, int, float*, Slices, void*);
+template int launch_output_wide<Products::float16, true>(const WideArguments&, int, float*, Slices, void*);
 
 }  // namespace kan::cuda

@@ -12,7 +12,7 @@ namespace kan::cuda {
 constexpr int kWeightStages = 3, kFeaturePitch = 40;
 template <Products P>
 constexpr size_t kWeightShared =
-    kWeightStages * kStageBytes<P> + size_t(4) * kStepDepth * kFeaturePitch * sizeof(typename StorageOf<P>::Type);
+    kWeightStages * kStageBytesOf<P, kWideColumns> + size_t(4) * kStepDepth * kFeaturePitch * sizeof(typename StorageOf<P>::Type);
 
 template <class T> KAN_DEVICE void stage_gradients(const WideArguments& a, int64_t b0, int64_t end, int64_t o0, T* stage) {
   constexpr int kNumbers = 16 / sizeof(T), kPieces = kWideColumns / kNumbers;
@@ -20,7 +20,7 @@ template <class T> KAN_DEVICE void stage_gradients(const WideArguments& a, int64
   for (int piece = threadIdx.x; piece < kStepDepth * kPieces; piece += kWideThreads) {
     const int row = piece / kPieces, column = piece % kPieces * kNumbers;
     const T* from = static_cast<const T*>(p.g) + (b0 + row) * p.out_features + o0 + column;
-    stage_16_bytes(stage + row * kStagePitch + column, from, b0 + row < end ? p.out_features - o0 - column : 0, a.aligned);
+    stage_16_bytes(stage + row * kPitchOf<kWideColumns> + column, from, b0 + row < end ? p.out_features - o0 - column : 0, a.aligned);
   }
 }
 
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kWideThreads)
     weight_wide(WideArguments a, void* spline, void* base, bool whole, int64_t slices, int64_t rows_per_slice) {
   using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
-  constexpr int kStageNumbers = kStepDepth * kStagePitch;
+  constexpr int kStageNumbers = kStepDepth * kPitchOf<kWideColumns>;
   T* stages = shared_memory<T>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, q = lane & 3;
   T* features = stages + kWeightStages * kStageNumbers + warp * kStepDepth * kFeaturePitch;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kWideThreads)
       const int64_t end = begin + rows_per_slice < p.batch ? begin + rows_per_slice : p.batch;
       const int live = p.out_features - o0 < kWideColumns ? int(p.out_features - o0) : kWideColumns;
       const int64_t steps = (end - begin + kStepDepth - 1) / kStepDepth;
-      Sums sums = {};
+      SumsOf<2, kWideColumns / 8> sums = {};
       barrier();
       for (int s = 0; s < kWeightStages - 1; ++s) {
         if (s < steps) stage_gradients(a, begin + s * kStepDepth, end, o0, stages + s * kStageNumbers);
@@ -99,17 +99,17 @@ __global__ void __launch_bounds__(kWideThreads)
             // Matrices of the fragment: rows of the batch k .. (lanes 0-15) and k + 8 .., columns 0 .. and 8 .. in turn.
             for (int m = 0; m < 2; ++m)
               load_matrices_transposed(left[m], features + (k + (lane & 7) + (lane >> 4) * 8) * kFeaturePitch + 16 * m + (lane & 8));
-            multiply_half<P>(sums, left, gradients, k, live, lane);
+            multiply_half<P, kPitchOf<kWideColumns>>(sums, left, gradients + k * kPitchOf<kWideColumns>, live, lane);
           }
         } else {
           const uint32_t none[2] = {};
           for (int k = 0; k < kStepDepth; k += 8) {
-            float left[2][4];
+            uint32_t left[2][4];
             KAN_UNROLL_ALL
             for (int m = 0; m < 2; ++m)
               KAN_UNROLL_ALL
-              for (int r = 0; r < 4; ++r) left[m][r] = features[(k + q + 4 * (r >> 1)) * kFeaturePitch + 16 * m + g + 8 * (r & 1)];
-            multiply_tf32<P, false>(sums, left, none, gradients, k, live, lane);
+              for (int r = 0; r < 4; ++r) left[m][r] = as_bits(features[(k + q + 4 * (r >> 1)) * kFeaturePitch + 16 * m + g + 8 * (r & 1)]);
+            multiply_tf32<P, false, kPitchOf<kWideColumns>>(sums, left, none, gradients + k * kPitchOf<kWideColumns>, live, lane);
           }
         }
         stage = stage + 1 < kWeightStages ? stage + 1 : 0;

@@ -17,6 +17,7 @@
 #define __launch_bounds__(...)
 #define KAN_DEVICE inline
 #define KAN_UNROLL_ALL
+#define KAN_NO_UNROLL
 #define threadIdx (kan::emulation::self->thread)
 #define blockIdx (kan::emulation::block)
 #define gridDim (kan::emulation::grid)
@@ -69,6 +70,7 @@ inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, siz
 
 template <class T> T* shared_memory() { return reinterpret_cast<T*>(emulation::shared); }
 
+inline unsigned thread_now() { return threadIdx.x; }
 __attribute__((noinline)) inline void barrier() { emulation::wait_at_barrier(__builtin_return_address(0)); }
 inline void warp_barrier() {
   int nothing = 0;
@@ -105,6 +107,9 @@ inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(_Float1
 inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | uint32_t(to_float16(high)) << 16; }
 inline uint32_t to_tf32(float value) { return (std::bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u; }
+inline float keep_within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+inline uint64_t shift_left(uint64_t value, uint32_t bits) { return bits < 64 ? value << bits : 0; }
+inline uint64_t shift_right(uint64_t value, uint32_t bits) { return bits < 64 ? value >> bits : 0; }
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t as_bits(float value) { return std::bit_cast<uint32_t>(value); }
 

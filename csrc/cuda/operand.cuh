@@ -1,0 +1,235 @@
+// The left operand of a block in shared memory: 128 rows by a step of 32 columns, written once and read by every warp that
+// multiplies these rows. A step: 4 inputs x 8 bases, in the dense or the structured-sparse form of fragments.cuh, or 32 base
+// activations.
+#pragma once
+#include "wide.cuh"
+
+namespace kan::cuda {
+
+constexpr int kOutputThreads = 256;
+
+// Pieces of 16 bytes to a row.
+template <Products P, bool kSparse> constexpr int kPieces = (kIsHalf<P> ? 4 : 8) / (kSparse ? 2 : 1);
+template <Products P> constexpr int kOperandBytes = kWideRows * kPieces<P, false> * 16;
+// Sparse: 4 bytes (16-bit types) or 8 (tf32) to a row.
+template <Products P, bool kSparse> constexpr int kMetadataBytes = kSparse ? kWideRows * (kIsHalf<P> ? 4 : 8) : 0;
+
+// Where a piece is. Eight rows' pieces of one number meet no bank twice, and neither do all pieces of neighbouring rows.
+template <int kPieces> KAN_INLINE int piece_offset(int row, int piece) {
+  return (row * kPieces + (piece ^ (row * kPieces / 8 & (kPieces - 1)))) * 16;
+}
+
+// Metadata words as the instructions take them: of rows g and g + 8 of a tile, low and high half; 16 columns of a 16-bit
+// operand, 8 of a tf32 one.
+template <Products P> KAN_INLINE int metadata_offset(int row, int word) {
+  return ((row / 16 * 8 + row % 8) * (kIsHalf<P> ? 2 : 4) + word) * 4 + row / 8 % 2 * 2;
+}
+
+// A window as it is kept from one chunk to the next: 16-bit types two weights to a word, (0, 1) and (2, 3) or, sparse, (0, 2)
+// and (1, 3).
+template <Products P> struct Kept {
+  uint32_t w[kIsHalf<P> ? 2 : 4];
+  int first;
+};
+template <Products P, bool kSparse> KAN_DEVICE Kept<P> keep(const Item& item) {
+  const float(&w)[4] = item.w;
+  if constexpr (kIsHalf<P>) return {{pack<P>(w[0], w[kSparse ? 2 : 1]), pack<P>(w[kSparse ? 1 : 2], w[3])}, item.first};
+  else return {{as_bits(w[0]), as_bits(w[1]), as_bits(w[2]), as_bits(w[3])}, item.first};
+}
+
+// Bases 8 chunk .. 8 chunk + 7 of input 0 .. 3 of the step.
+template <Products P, bool kSparse>
+KAN_DEVICE void write_window(char* tile, char* metadata, const Kept<P>& window, int chunk, int row, int input) {
+  constexpr int kHere = kPieces<P, kSparse>;
+  const int shift = window.first - chunk * kStepBases;
+  if constexpr (kIsHalf<P> && kSparse) {
+    const bool odd = shift & 1;
+    const uint32_t even_word = odd ? window.w[1] : window.w[0], odd_word = odd ? window.w[0] : window.w[1];
+    const Words<2> words{{kept_word(even_word, pair_begin(shift, 0)), kept_word(odd_word, pair_begin(shift, 1))}};
+    *reinterpret_cast<Words<2>*>(tile + piece_offset<kHere>(row, input / 2) + input % 2 * 8) = words;
+    metadata[metadata_offset<P>(row, input / 2) + input % 2] = char(pair_metadata(shift));
+  } else if constexpr (kIsHalf<P>) {
+    Words<4> words;
+    spread_words<P>(window.w, shift, words.w);
+    *reinterpret_cast<Words<4>*>(tile + piece_offset<kHere>(row, input)) = words;
+  } else {
+    float folded[4];
+    fold_pairs({as_float(window.w[0]), as_float(window.w[1]), as_float(window.w[2]), as_float(window.w[3])}, shift, folded);
+    Words<4> lower, upper;
+    KAN_UNROLL_WINDOW
+    for (int j = 0; j < 4; ++j) {
+      const bool is_upper = !kSparse && upper_of_pair(j, shift);
+      lower.w[j] = is_upper ? 0u : as_bits(folded[j]);
+      upper.w[j] = is_upper ? as_bits(folded[j]) : 0u;
+    }
+    if constexpr (kSparse) {
+      *reinterpret_cast<Words<4>*>(tile + piece_offset<kHere>(row, input)) = lower;
+      *reinterpret_cast<uint16_t*>(metadata + metadata_offset<P>(row, input)) = uint16_t(fold_metadata(shift));
+    } else {
+      *reinterpret_cast<Words<4>*>(tile + piece_offset<kHere>(row, 2 * input)) = lower;
+      *reinterpret_cast<Words<4>*>(tile + piece_offset<kHere>(row, 2 * input + 1)) = upper;
+    }
+  }
+}
+
+// Neighbouring numbers of x or scale as they are stored: widened where they are needed, so that nobody waits for them before.
+template <int kNumbers> struct Stored {
+  alignas(4 * kNumbers) uint32_t raw[kNumbers];  // float32: one to a word; 16-bit types: two
+
+  // `left` of them exist, the rest becomes 0. vectors: every kNumbers-th begins at a multiple of 16 bytes, or of what they take.
+  KAN_DEVICE void load(const void* data, int dtype, int at, int left, bool vectors) {
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kNumbers; ++m) raw[m] = 0;
+    if constexpr (kNumbers % 4 == 0) {
+      if (vectors && left >= kNumbers) {
+        if (dtype == kFloat32) {
+          KAN_UNROLL_ALL
+          for (int m = 0; m < kNumbers; m += 4)
+            *reinterpret_cast<Words<4>*>(raw + m) = *reinterpret_cast<const Words<4>*>(static_cast<const uint32_t*>(data) + at + m);
+        } else {
+          using Half = Words<kNumbers / 2>;
+          *reinterpret_cast<Half*>(raw) = *reinterpret_cast<const Half*>(static_cast<const uint16_t*>(data) + at);
+        }
+        return;
+      }
+    }
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kNumbers; ++m) {
+      if (m >= left) continue;
+      if (dtype == kFloat32) raw[m] = static_cast<const uint32_t*>(data)[at + m];
+      else raw[m / 2] |= uint32_t(static_cast<const uint16_t*>(data)[at + m]) << (16 * (m % 2));
+    }
+  }
+  KAN_DEVICE void widen(int dtype, float (&x)[kNumbers]) const {
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kNumbers; ++m) {
+      if (dtype == kFloat32) x[m] = as_float(raw[m]);
+      else if (dtype == kBFloat16) x[m] = as_float(m % 2 ? raw[m / 2] & 0xffff0000u : raw[m / 2] << 16);
+      else x[m] = from_float16(uint16_t(raw[m / 2] >> (16 * (m % 2))));
+    }
+  }
+};
+
+// Rows b0 .. of x or of scale. All numbers of a block's rows are within reach of an int: why_not_wide bounds in_features.
+KAN_DEVICE const void* rows_from(const Problem& p, const void* data, int64_t b0) {
+  return static_cast<const char*>(data) + b0 * p.in_features * (p.x_dtype == kFloat32 ? 4 : 2);
+}
+KAN_DEVICE int rows_left(const Problem& p, int64_t b0) { return p.batch - b0 < kWideRows ? int(p.batch - b0) : kWideRows; }
+
+// Base activations of rows b0 .. b0 + 127 and 32 inputs from `first` on, in the dense form. Where no row or input is they come out
+// as any finite number: nobody writes those rows, and the weights are zero.
+template <Products P> KAN_DEVICE void write_base(const WideArguments& a, int64_t b0, int first, int end, char* tile) {
+  const Problem& p = a.p;
+  constexpr int kHere = kPieces<P, false>, kNumbers = kIsHalf<P> ? 8 : 4, kRows = kOutputThreads / kHere, kPasses = kWideRows / kRows;
+  const unsigned thread = thread_now();
+  const int piece = int(thread % kHere), row = int(thread / kHere), i = first + piece * kNumbers, inputs = int(p.in_features);
+  auto load = [&](Stored<kNumbers>& to, const void* data, int pass) {
+    const int r = row + pass * kRows;
+    const bool vectors = inputs % kNumbers == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    to.load(rows_from(p, data, b0), p.x_dtype, r * inputs + i, r < rows_left(p, b0) ? end - i : 0, vectors);
+  };
+  auto write = [&](float (&x)[kNumbers], int pass) {
+    if (p.scale != nullptr) {
+      Stored<kNumbers> stored;
+      float scale[kNumbers];
+      load(stored, p.scale, pass);
+      stored.widen(p.x_dtype, scale);
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kNumbers; ++m) x[m] *= scale[m];
+    }
+    Words<4> words;
+    KAN_UNROLL_ALL
+    for (int m = 0; m < 4; ++m) {
+      if constexpr (kIsHalf<P>) words.w[m] = pack<P>(x[2 * m], x[2 * m + 1]);
+      else words.w[m] = as_bits(x[m]);
+    }
+    *reinterpret_cast<Words<4>*>(tile + piece_offset<kHere>(row + pass * kRows, piece)) = words;
+  };
+  Stored<kNumbers> stored[kPasses];
+  KAN_UNROLL_ALL
+  for (int pass = 0; pass < kPasses; ++pass) load(stored[pass], p.x, pass);
+  // The code once, and the numbers move along: registers have no index.
+  KAN_NO_UNROLL
+  for (int pass = 0; pass < kPasses; ++pass) {
+    float x[kNumbers];
+    stored[0].widen(p.x_dtype, x);
+    KAN_UNROLL_ALL
+    for (int r = 1; r < kPasses; ++r) stored[r - 1] = stored[r];
+    if (a.activation.kind == kSilu && a.activation.n == 0) {
+      // As in `activate`, in fewer instructions: exp(80) is far from overflowing.
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kNumbers; ++m) {
+        const float above = x[m] < -80.0f ? -80.0f : x[m];
+        x[m] = above * reciprocal(1 + exponential(-above));
+      }
+    } else {
+      KAN_NO_UNROLL
+      for (int m = 0; m < kNumbers; ++m) {
+        const float value = activate(a.activation, x[0]);
+        KAN_UNROLL_ALL
+        for (int r = 1; r < kNumbers; ++r) x[r - 1] = x[r];
+        x[kNumbers - 1] = value;
+      }
+    }
+    write(x, pass);
+  }
+}
+
+// A thread's windows of a group of 4 inputs: one input, two rows 64 apart. What they are made of is loaded a group ahead.
+template <Products P, bool kSparse> struct ThreadWindows {
+  static constexpr int kRows = kOutputThreads / kStepInputs;
+  Kept<P> windows[2];
+  Even even;
+  Stored<1> x[2];
+
+  KAN_DEVICE static void load(Stored<1> (&to)[2], const void* data, const Problem& p, int64_t b0, int group, int end) {
+    const unsigned thread = thread_now();
+    const int i = group + int(thread % kStepInputs), row = int(thread / kStepInputs), inputs = int(p.in_features);
+    KAN_UNROLL_ALL
+    for (int r = 0; r < 2; ++r) {
+      const int line = row + r * kRows;
+      to[r].load(rows_from(p, data, b0), p.x_dtype, line * inputs + i, line < rows_left(p, b0) && i < end, false);
+    }
+  }
+  KAN_DEVICE void load(const WideArguments& a, int64_t b0, int group, int end) {
+    const int i = group + int(thread_now() % kStepInputs);
+    if (i < end) even = even_knots(a.described[i]);
+    load(x, a.p.x, a.p, b0, group, end);
+  }
+
+  KAN_DEVICE void evaluate(const WideArguments& a, int64_t b0, int group, int end) {
+    const Problem& p = a.p;
+    const int i = group + int(thread_now() % kStepInputs);
+    float at[2][1], factor[2][1] = {{1.0f}, {1.0f}};
+    KAN_UNROLL_ALL
+    for (int r = 0; r < 2; ++r) x[r].widen(p.x_dtype, at[r]);
+    if (p.scale != nullptr) {
+      Stored<1> scale[2];
+      load(scale, p.scale, p, b0, group, end);
+      KAN_UNROLL_ALL
+      for (int r = 0; r < 2; ++r) scale[r].widen(p.x_dtype, factor[r]);
+    }
+    if (i >= end) {
+      windows[0] = windows[1] = {};
+    } else if (a.continuous && even.inverse_h > 0) {
+      KAN_UNROLL_ALL
+      for (int r = 0; r < 2; ++r) windows[r] = keep<P, kSparse>(even_window(a, even, at[r][0], factor[r][0]));
+    } else {
+      KAN_NO_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        windows[0] = windows[1];
+        windows[1] = keep<P, kSparse>(any_window(a, i, at[0][0], factor[0][0]));
+        at[0][0] = at[1][0], factor[0][0] = factor[1][0];
+      }
+    }
+  }
+
+  KAN_DEVICE void write(char* tile, char* metadata, int chunk) const {
+    const unsigned thread = thread_now();
+    const int row = int(thread / kStepInputs), input = int(thread % kStepInputs);
+    KAN_UNROLL_ALL
+    for (int r = 0; r < 2; ++r) write_window<P, kSparse>(tile, metadata, windows[r], chunk, row + r * kRows, input);
+  }
+};
+
+}  // namespace kan::cuda
