@@ -45,6 +45,25 @@ struct Problem {
   int knots() const { return grid_size + 2 * spline_order + 1; }
 };
 
+// A layer of a network: its problem in orders n_output = 0, n_input = 1, n_weight = 0 and with full storage, and its bias.
+template <class T>
+struct NetworkLayer {
+  Problem<T> problem;
+  const T* bias;  // (out) or null
+  T* d_bias;      // (out) or null
+};
+
+constexpr int kMaxDepth = 16;  // layers of a network
+constexpr int kMaxWidth = 16;  // inputs and outputs of its layers
+
+// Layers of which each takes the outputs of the one before it. x and dx of the first, y and g of the last are given, others
+// null; either every weight's gradient is given or none.
+template <class T>
+struct Network {
+  int depth;
+  const NetworkLayer<T>* layers;  // (depth)
+};
+
 // How a kernel spreads its tasks over threads and where it gets scratch memory from.
 struct Runtime {
   int threads;
@@ -57,6 +76,9 @@ struct Runtime {
 namespace cpu {
 template <class T> void contract_output(const Problem<T>&, const Runtime&);
 template <class T> void contract_backward(const Problem<T>&, const Runtime&);  // dx, d_spline, d_base: any subset
+template <class T> void network_output(const Network<T>&, const Runtime&);     // y
+template <class T> void network_backward(const Network<T>&, const Runtime&);   // dx and the weights' gradients, or one of them
+template <class T> bool network_pays(const Network<T>&);  // for any batch, by the time of the layers' own kernels
 }  // namespace cpu
 
 namespace cuda {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -78,6 +79,20 @@ Tensor prepared(const Tensor& t, ScalarType type) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 Tensor as_type(Tensor t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+// A new tensor in CPU memory, without the 0.7 us that torch's dispatcher takes for one.
+template <class T> Tensor fresh(std::initializer_list<int64_t> sizes) {
+  int64_t strides[8], step = 1;
+  for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= std::max<int64_t>(1, sizes.begin()[d]);
+  }
+  AtenTensorHandle handle;
+  const int32_t dtype = sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
 
 struct AlignedBuffer {
   char* memory = nullptr;
@@ -279,6 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tens
   return {d.dx, d.d_spline, d.d_base};
 }
 
+#include "ops_network.h"
 #ifdef KAN_BUILT_CUDA
 #include "ops_cuda.h"
 #endif
@@ -295,6 +311,11 @@ STABLE_TORCH_LIBRARY(kan_fast_native, m) {
         "int n, int precision=0) -> (Tensor, Tensor)");
   m.def("contract_backward(Tensor x, Tensor spline_weight, Tensor? base_weight, Tensor g, Tensor grid, int activation, "
         "int outside, int n, int precision=0) -> (Tensor, Tensor, Tensor)");
+  // layers: spline_weight, grid, base_weight unless activation is none, bias if bias, of each layer in turn.
+  m.def("network_output(Tensor x, Tensor[] layers, int activation, int outside, bool bias) -> Tensor");
+  m.def("network_backward(Tensor x, Tensor[] layers, Tensor g, int activation, int outside, bool bias, bool need_x, "
+        "bool need_weights) -> Tensor[]");
+  m.def("network_pays(Tensor x, Tensor[] layers, int activation, int outside, bool bias) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CPU, m) {
@@ -302,6 +323,9 @@ STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CPU, m) {
   m.impl("contract_input", TORCH_BOX(&contract_input));
   m.impl("contract_weight", TORCH_BOX(&contract_weight));
   m.impl("contract_backward", TORCH_BOX(&contract_backward));
+  m.impl("network_output", TORCH_BOX(&network_output));
+  m.impl("network_backward", TORCH_BOX(&network_backward));
+  m.impl("network_pays", TORCH_BOX(&network_pays));
 }
 
 #ifdef KAN_BUILT_CUDA

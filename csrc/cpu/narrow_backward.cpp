@@ -1,7 +1,7 @@
 // contract_input and contract_weight of layers with few outputs. Rows are split over threads as long as there are fewer
 // blocks of inputs than threads; each part keeps its own sums, which are added in order, so that results depend on the
 // number of threads alone.
-#include "narrow_tile.h"
+#include "narrow_layer.h"
 
 namespace kan::cpu::KAN_ISA::narrow {
 namespace {
@@ -34,13 +34,6 @@ void input_gradient(const Pieces<T>& t, int64_t input, const T* __restrict x, co
     store<T>(dx + b, value);
   }
 }
-
-// One input on one tile: what the sums over rows read.
-template <class T> struct alignas(64) Features {
-  T w[kMaxOrder + 1][kColumn];
-  T base[kColumn];
-  typename Simd<T>::Int interval[kColumn];
-};
 
 // Weights of the window of every lane, and the interval where it begins, which may be `intervals` or more: then no row of
 // bases picks the lane.
@@ -157,12 +150,6 @@ void weight_rows(const Features<T>& f, const T* __restrict g, int rows, int firs
   }
 }
 
-template <class T> using InputKernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, T*);
-template <class T> using FeatureKernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, Features<T>&);
-template <class T>
-using BothKernel = void (*)(const Pieces<T>&, const Pieces<T>&, int64_t, const T*, const T*, int, T*, Features<T>&);
-template <class T> using RowsKernel = void (*)(const Features<T>&, const T*, int, int, T*, ptrdiff_t);
-
 template <class T, int P> InputKernel<T> pick_registers(int registers) {
   return registers == 1 ? input_gradient<T, P, 1> : registers == 2 ? input_gradient<T, P, 2> : input_gradient<T, P, 0>;
 }
@@ -178,12 +165,6 @@ template <class T> InputKernel<T> pick_input(const Pieces<T>& t) {
   }
 }
 
-constexpr int kWidest = kRegisters == 32 ? 5 : 2;  // outputs of one weight kernel: 4 * 5 sums and 4 bases in registers
-template <class T> struct WeightKernels {
-  FeatureKernel<T> features;
-  BothKernel<T> both;
-  RowsKernel<T> rows[kWidest + 1];
-};
 template <class T, int P, int REGISTERS> WeightKernels<T> weight_kernels() {
   WeightKernels<T> k{prepare_features<T, P, REGISTERS>, nullptr, {}};
   if constexpr (P >= 1) k.both = both_gradients<T, P, REGISTERS>;
@@ -213,34 +194,128 @@ template <class T> WeightKernels<T> pick_weight(const Pieces<T>& t) {
   }
 }
 
+}  // namespace
+
+template <class T>
+LayerBackward<T>::LayerBackward(const Problem<T>& p, int64_t parts, bool need_x, bool need_weights)
+    : p_(p), parts_(parts), need_x_(need_x), need_w_(need_weights), for_x_(p, p.n_input, nullptr),
+      for_w_(p, p.n_weight, p.scale), input_(pick_input(for_x_)), weight_(pick_weight(for_w_)),
+      together_(need_x && need_weights && !p.scale && p.outside == kZero && p.n_input == p.n_weight + 1 &&
+                for_x_.order.spline),
+      count_(p.bases() + (p.outside == kZero ? p.n_weight : 0)), stride_((count_ + 3) / 4 * 4),
+      offset_(for_w_.low - p.spline_order + p.n_weight) {}
+
+template <class T> void LayerBackward<T>::reserve(Arena& arena, bool with_values) const {
+  const size_t inputs = size_t(p_.in_features), sums = need_w_ ? size_t(parts_) * edges() : 0;
+  arena.reserve<Knots<T>>(inputs);
+  arena.reserve<T>(Knots<T>::scratch(p_.knots(), p_.spline_order) * inputs);
+  arena.reserve<T>(sums * size_t(stride_ + 1) + packed_size() + size_t(p_.out_features));
+  reserve_pieces(for_x_, p_.in_features, true, arena);
+  reserve_pieces(for_w_, p_.in_features, with_values, arena);
+  reserve_weights(p_, arena);
+}
+
+template <class T> void LayerBackward<T>::prepare(Arena& arena, bool with_values) {
+  p_ = with_wide_weights(p_, arena);
+  const size_t inputs = size_t(p_.in_features), sums = need_w_ ? size_t(parts_) * edges() : 0;
+  Knots<T>* knots = arena.take<Knots<T>>(inputs);
+  prepare_knots(p_, knots, arena.take<T>(Knots<T>::scratch(p_.knots(), p_.spline_order) * inputs));
+  packed_ = arena.take<T>(packed_size());
+  T* zeros = arena.take<T>(size_t(p_.out_features));
+  memset(zeros, 0, sizeof(T) * size_t(p_.out_features));
+  for_x_.set_base(p_, zeros);
+  for_w_.set_base(p_, zeros);
+  if (need_x_) take_pieces(p_, for_x_, knots, true, packed_, arena);
+  if (need_w_ || with_values) take_pieces(p_, for_w_, knots, with_values, packed_, arena);
+  d_spline_ = arena.take<T>(sums * size_t(stride_));
+  d_base_ = arena.take<T>(sums);
+}
+
+template <class T> void LayerBackward<T>::clear(int64_t part, int64_t first, int64_t end) const {
+  if (!need_w_) return;
+  const int64_t I = p_.in_features, O = p_.out_features;
+  memset(d_spline_ + (part * I + first) * O * stride_, 0, sizeof(T) * size_t((end - first) * O * stride_));
+  memset(d_base_ + (part * I + first) * O, 0, sizeof(T) * size_t((end - first) * O));
+}
+
+template <class T>
+void LayerBackward<T>::add(int64_t part, int64_t input, const T* x, const T* scale, const T* g, int rows, T* dx,
+                           Features<T>& features) const {
+  if (together_) {
+    weight_.both(for_x_, for_w_, input, x, g, rows, dx, features);
+  } else {
+    if (need_x_) input_(for_x_, input, x, g, rows, dx);
+    if (!need_w_) return;
+    weight_.features(for_w_, input, x, scale, rows, features);
+  }
+  const int64_t O = p_.out_features;
+  T *d = d_spline_ + (part * p_.in_features + input) * O * stride_, *d_base = d_base_ + (part * p_.in_features + input) * O;
+  if (for_w_.order.spline)
+    for (int64_t o = 0; o < O;) {
+      // Seven outputs as four and three: five and two would pick the bases as often but fill fewer registers.
+      const int64_t left = O - o, kernels = (left + kWidest - 1) / kWidest, out = (left + kernels - 1) / kernels;
+      for (int r = 0; r < stride_; r += 4)
+        weight_.rows[out](features, g + o * kColumn, rows, r - offset_, d + o * stride_ + r, stride_);
+      o += out;
+    }
+  if (p_.d_base)
+    for (int64_t o = 0; o < O; ++o) {
+      Vec<T> total{};
+      for (int q = 0; q < rows; q += Simd<T>::N) total += load<T>(features.base + q) * load<T>(g + o * kColumn + q);
+      d_base[o] += sum<T>(total);
+    }
+}
+
+template <class T> void LayerBackward<T>::finish() const {
+  if (!need_w_) return;
+  const int64_t I = p_.in_features, O = p_.out_features;
+  const int n = for_w_.order.n, bases = p_.bases();
+  for (int64_t i = 0; i < I; ++i) {
+    T* to = p_.d_spline + i * bases * O;
+    if (!for_w_.order.spline) {
+      memset(to, 0, sizeof(T) * size_t(bases * O));
+    } else {
+      T* rows = n > 0 ? packed_ : to;
+      for (int r = 0; r < count_; ++r)
+        for (int64_t o = 0; o < O; ++o) {
+          const T* from = d_spline_ + (i * O + o) * stride_ + r;
+          T total = *from;
+          for (int64_t part = 1; part < parts_; ++part) total += from[part * I * O * stride_];
+          rows[r * O + o] = total;
+        }
+      if (n > 0) {
+        memset(packed_ + count_ * O, 0, sizeof(T) * size_t((bases + n - count_) * O));
+        difference_adjoint(p_.grid + i * p_.knots(), p_.spline_order, n, bases, int(O), packed_);
+        memcpy(to, packed_, sizeof(T) * size_t(bases * O));
+      }
+    }
+    if (p_.d_base)
+      for (int64_t o = 0; o < O; ++o) {
+        T total = d_base_[i * O + o];
+        for (int64_t part = 1; part < parts_; ++part) total += d_base_[(part * I + i) * O + o];
+        p_.d_base[i * O + o] = total;
+      }
+  }
+}
+
+template class LayerBackward<float>;
+template class LayerBackward<double>;
+
+namespace {
+
 template <class T> struct Task {
-  const Problem<T>& p;
-  const Pieces<T> &for_x, &for_w;
+  const LayerBackward<T>& layer;
   int64_t row_tasks, rows, inputs;
-  int count;             // rows of the differenced coefficients that a window may reach, and not only zeros
-  int window_rows;       // count, rounded up to whole kernels
-  T *d_spline, *d_base;  // sums of each part of the rows: (row_tasks, in, out, window_rows) and (row_tasks, in, out)
 };
 
 template <class T> void backward_range(const Task<T>& task, int64_t part, int64_t first, int64_t end) {
-  const Problem<T>& p = task.p;
-  const bool need_x = p.dx != nullptr, need_w = p.d_spline != nullptr;
+  const LayerBackward<T>& layer = task.layer;
+  const Problem<T>& p = layer.problem();
   alignas(64) T column[kInputs * kColumn], scale_column[kInputs * kColumn], dx[kInputs * kColumn];
   alignas(64) T g[kMaxOutputs * kColumn];
   Features<T> features;
   const int64_t I = p.in_features, O = p.out_features;
-  const int stride = task.window_rows;
-  T* d_spline = task.d_spline + part * I * O * stride;
-  T* d_base = task.d_base + part * I * O;
-  if (need_w) {
-    memset(d_spline + first * O * stride, 0, sizeof(T) * size_t((end - first) * O * stride));
-    memset(d_base + first * O, 0, sizeof(T) * size_t((end - first) * O));
-  }
-  const InputKernel<T> input_kernel = pick_input(task.for_x);
-  const WeightKernels<T> weight = pick_weight(task.for_w);
-  const bool fused = need_x && need_w && !p.scale && p.outside == kZero && p.n_input == p.n_weight + 1 &&
-                     task.for_x.order.spline;
-  const int offset = task.for_w.low - p.spline_order + task.for_w.order.n;  // row of the coefficients where window 0 begins
+  layer.clear(part, first, end);
   const int64_t b1 = smaller(p.batch, (part + 1) * task.rows);
   for (int64_t b = part * task.rows; b < b1; b += kRows) {
     const int rows = int(smaller<int64_t>(kRows, b1 - b));
@@ -249,110 +324,37 @@ template <class T> void backward_range(const Task<T>& task, int64_t part, int64_
       const int inputs = int(smaller<int64_t>(kInputs, end - i0));
       to_columns(p.x_storage, p.x, b * I + i0, I, rows, inputs, column);
       if (p.scale) to_columns(p.scale + b * I + i0, I, rows, inputs, scale_column);
-      for (int i = 0; i < inputs; ++i) {
-        const T* x = column + i * kColumn;
-        if (fused) {
-          weight.both(task.for_x, task.for_w, i0 + i, x, g, rows, dx + i * kColumn, features);
-        } else {
-          if (need_x) input_kernel(task.for_x, i0 + i, x, g, rows, dx + i * kColumn);
-          if (!need_w) continue;
-          weight.features(task.for_w, i0 + i, x, p.scale ? scale_column + i * kColumn : nullptr, rows, features);
-        }
-        T* d = d_spline + (i0 + i) * O * stride;
-        if (task.for_w.order.spline)
-          for (int64_t o = 0; o < O;) {
-            // Seven outputs as four and three: five and two would pick the bases as often but fill fewer registers.
-            const int64_t left = O - o, kernels = (left + kWidest - 1) / kWidest, out = (left + kernels - 1) / kernels;
-            for (int r = 0; r < stride; r += 4)
-              weight.rows[out](features, g + o * kColumn, rows, r - offset, d + o * stride + r, stride);
-            o += out;
-          }
-        if (p.d_base)
-          for (int64_t o = 0; o < O; ++o) {
-            Vec<T> total{};
-            for (int q = 0; q < rows; q += Simd<T>::N) total += load<T>(features.base + q) * load<T>(g + o * kColumn + q);
-            d_base[(i0 + i) * O + o] += sum<T>(total);
-          }
-      }
-      if (need_x) from_columns(dx, rows, inputs, p.x_storage, p.dx, b * I + i0, I);
+      for (int i = 0; i < inputs; ++i)
+        layer.add(part, i0 + i, column + i * kColumn, p.scale ? scale_column + i * kColumn : nullptr, g, rows,
+                  dx + i * kColumn, features);
+      if (p.dx) from_columns(dx, rows, inputs, p.x_storage, p.dx, b * I + i0, I);
     }
-  }
-}
-
-// Adds the parts in order, and turns the gradient of the differences into that of the coefficients.
-template <class T> void add_parts(const Task<T>& task, T* packed) {
-  const Problem<T>& p = task.p;
-  const int64_t I = p.in_features, O = p.out_features, stride = task.window_rows;
-  const int n = task.for_w.order.n, bases = p.bases();
-  for (int64_t i = 0; i < I; ++i) {
-    T* to = p.d_spline + i * bases * O;
-    if (!task.for_w.order.spline) {
-      memset(to, 0, sizeof(T) * size_t(bases * O));
-    } else {
-      T* rows = n > 0 ? packed : to;
-      for (int r = 0; r < task.count; ++r)
-        for (int64_t o = 0; o < O; ++o) {
-          const T* from = task.d_spline + (i * O + o) * stride + r;
-          T total = *from;
-          for (int64_t part = 1; part < task.row_tasks; ++part) total += from[part * I * O * stride];
-          rows[r * O + o] = total;
-        }
-      if (n > 0) {
-        memset(packed + task.count * O, 0, sizeof(T) * size_t((bases + n - task.count) * O));
-        difference_adjoint(p.grid + i * p.knots(), p.spline_order, n, bases, int(O), packed);
-        memcpy(to, packed, sizeof(T) * size_t(bases * O));
-      }
-    }
-    if (p.d_base)
-      for (int64_t o = 0; o < O; ++o) {
-        T total = task.d_base[i * O + o];
-        for (int64_t part = 1; part < task.row_tasks; ++part) total += task.d_base[(part * I + i) * O + o];
-        p.d_base[i * O + o] = total;
-      }
   }
 }
 
 }  // namespace
 
-template <class T> void contract_backward(const Problem<T>& given, const Runtime& runtime) {
-  Problem<T> p = given;
-  const bool need_w = p.d_spline != nullptr;
-  const int64_t I = p.in_features, O = p.out_features, threads = row_tasks(p, runtime.threads);
+template <class T> void contract_backward(const Problem<T>& p, const Runtime& runtime) {
+  const int64_t I = p.in_features, threads = row_tasks(p, runtime.threads);
   const int64_t input_tasks = smaller(threads, (I + kInputs - 1) / kInputs);
   const int64_t inputs = ((I + input_tasks - 1) / input_tasks + kInputs - 1) / kInputs * kInputs;
   const int64_t rows = rows_per_task(p.batch, larger<int64_t>(1, threads / input_tasks));
   const int64_t parts = (p.batch + rows - 1) / rows;
-  const int n = larger(p.n_input, p.n_weight);
 
-  Pieces<T> for_x(p, p.n_input, nullptr), for_w(p, p.n_weight, p.scale);
-  const int count = p.bases() + (p.outside == kZero ? p.n_weight : 0), window_rows = (count + 3) / 4 * 4;
+  LayerBackward<T> layer(p, parts, p.dx != nullptr, p.d_spline != nullptr);
   Arena arena(runtime);
-  const size_t per_input = Knots<T>::scratch(p.knots(), p.spline_order), edges = size_t(I * O);
-  const size_t sums = need_w ? size_t(parts) * edges : 0, packed_size = size_t(p.bases() + n) * size_t(O);
-  arena.reserve<Knots<T>>(size_t(I));
-  arena.reserve<T>(per_input * size_t(I) + sums * size_t(window_rows + 1) + packed_size + size_t(O));
-  reserve_pieces(for_x, I, true, arena);
-  reserve_pieces(for_w, I, false, arena);
-  reserve_weights(p, arena);
+  layer.reserve(arena, false);
   arena.commit();
-  p = with_wide_weights(given, arena);
-  Knots<T>* knots = arena.take<Knots<T>>(size_t(I));
-  prepare_knots(p, knots, arena.take<T>(per_input * size_t(I)));
-  T *packed = arena.take<T>(packed_size), *zeros = arena.take<T>(size_t(O));
-  memset(zeros, 0, sizeof(T) * size_t(O));
-  for_x.set_base(p, zeros);
-  if (p.dx) take_pieces(p, for_x, knots, true, packed, arena);
-  if (need_w) take_pieces(p, for_w, knots, false, packed, arena);
+  layer.prepare(arena, false);
 
-  T *d_spline = arena.take<T>(sums * size_t(window_rows)), *d_base = arena.take<T>(sums);
-  Task<T> task{p, for_x, for_w, parts, rows, inputs, count, window_rows, d_spline, d_base};
+  Task<T> task{layer, parts, rows, inputs};
   auto body = [](void* context, int64_t index) {
     const Task<T>& k = *static_cast<Task<T>*>(context);
     const int64_t first = index / k.row_tasks * k.inputs;
-    backward_range(k, index % k.row_tasks, first, smaller(k.p.in_features, first + k.inputs));
+    backward_range(k, index % k.row_tasks, first, smaller(k.layer.problem().in_features, first + k.inputs));
   };
   runtime.parallel(parts * ((I + inputs - 1) / inputs), body, &task);
-  if (need_w) add_parts(task, packed);
+  layer.finish();
 }
 
 template void contract_backward<float>(const Problem<float>&, const Runtime&);

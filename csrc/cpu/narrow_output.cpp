@@ -1,5 +1,5 @@
 // contract_output of layers with few outputs: y[b, o] += sum over inputs, 16 rows at a time.
-#include "narrow_tile.h"
+#include "narrow_layer.h"
 
 namespace kan::cpu::KAN_ISA::narrow {
 namespace {
@@ -40,21 +40,27 @@ void accumulate(const Pieces<T>& t, int64_t input, const T* __restrict x, const 
   }
 }
 
-template <class T> using Kernel = void (*)(const Pieces<T>&, int64_t, const T*, const T*, int, T*);
-template <class T, int P> Kernel<T> pick_registers(int registers) {
+template <class T, int P> OutputKernel<T> pick_registers(int registers) {
   return registers == 1 ? accumulate<T, P, 1> : registers == 2 ? accumulate<T, P, 2> : accumulate<T, P, 0>;
 }
-template <class T> Kernel<T> pick(const Order<T>& order, int registers) {
-  if (!order.spline) return accumulate<T, -1, 0>;
-  switch (order.window) {
-    case 1: return pick_registers<T, 0>(registers);
-    case 2: return pick_registers<T, 1>(registers);
-    case 3: return pick_registers<T, 2>(registers);
-    case 4: return pick_registers<T, 3>(registers);
-    case 5: return pick_registers<T, 4>(registers);
-    default: return pick_registers<T, 5>(registers);
+
+}  // namespace
+
+template <class T> OutputKernel<T> pick_output(const Pieces<T>& t) {
+  if (!t.order.spline) return accumulate<T, -1, 0>;
+  switch (t.order.window) {
+    case 1: return pick_registers<T, 0>(t.registers);
+    case 2: return pick_registers<T, 1>(t.registers);
+    case 3: return pick_registers<T, 2>(t.registers);
+    case 4: return pick_registers<T, 3>(t.registers);
+    case 5: return pick_registers<T, 4>(t.registers);
+    default: return pick_registers<T, 5>(t.registers);
   }
 }
+template OutputKernel<float> pick_output(const Pieces<float>&);
+template OutputKernel<double> pick_output(const Pieces<double>&);
+
+namespace {
 
 template <class T> struct Task {
   const Problem<T>& p;
@@ -65,7 +71,7 @@ template <class T> struct Task {
 template <class T> void output_rows(const Problem<T>& p, const Pieces<T>& t, int64_t b0, int64_t b1) {
   alignas(64) T column[kInputs * kColumn], scale_column[kInputs * kColumn];
   alignas(64) T y[kMaxOutputs * kColumn], block[kMaxOutputs * kColumn];
-  const Kernel<T> kernel = pick<T>(t.order, t.registers);
+  const OutputKernel<T> kernel = pick_output(t);
   const int64_t I = p.in_features, O = p.out_features;
   for (int64_t b = b0; b < b1; b += kRows) {
     const int rows = int(smaller<int64_t>(kRows, b1 - b));
