@@ -105,3 +105,8 @@ def _check_dtypes(
     for name, tensor in (("base_weight", base_weight), ("g", g)):
         if tensor is not None and tensor.dtype != weight.dtype:
             raise TypeError(f"{name}: expected {weight.dtype} as the spline weights have, got {tensor.dtype}")
+
+
+def tensors_of_a_layer(activation: str, bias: bool) -> int:
+    """How many a layer has among those of a stack: spline_weight, grid, base_weight unless "none", bias (see stack.py)."""
+    return 2 + (activation != "none") + bias

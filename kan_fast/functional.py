@@ -57,7 +57,7 @@ def kan_linear(
         raise ValueError("base_weight: expected None with base_activation None, got a tensor")
     else:
         activation, base = "none", _activated(base_activation, x).to(base_weight.dtype) @ base_weight
-    rows = x if x.dim() == 2 else _as_rows(x)
+    rows = x if x.dim() == 2 else as_rows(x)
     y = ops.contract_output(
         rows, None, spline_weight, base_weight if base is None else None, grid, activation, outside, 0, backend
     )
@@ -83,7 +83,8 @@ def _with_bias(y: Tensor, bias: Tensor) -> Tensor:
     return y + bias
 
 
-def _as_rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., in) as a matrix (rows, in). Raises ValueError for a scalar."""
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., in_features), got a scalar")
     return x.flatten(0, -2) if x.dim() > 1 else x[None]

@@ -18,7 +18,7 @@ ROWS = [
     {"operators", "batching"},
     {"derivatives"},
     {"ops", "edges"},
-    {"functional"},
+    {"functional", "stack"},
     {"nn"},
 ]
 

@@ -3,9 +3,11 @@
 Arguments and checks are those of backends/reference.py; every result is new and contiguous.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from kan_fast.checks import check_problem
+from kan_fast.checks import check_problem, tensors_of_a_layer
 
 
 def contract_output(
@@ -69,3 +71,17 @@ def contract_backward(
     dx = contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n)
     spline_order = grid.shape[1] - spline_weight.shape[1] - 1
     return dx, *contract_weight(x, None, g, grid, spline_order, activation, outside, n)
+
+
+def network_output(x: Tensor, layers: Sequence[Tensor], activation: str, outside: str, bias: bool) -> Tensor:
+    """-> (B, O) of x's dtype"""
+    return x.new_empty(x.shape[0], layers[-tensors_of_a_layer(activation, bias)].shape[2])
+
+
+def network_backward(
+    x: Tensor, layers: Sequence[Tensor], g: Tensor, activation: str, outside: str, bias: bool, need_x: bool, need_weights: bool
+) -> list[Tensor]:
+    """-> as x where need_x, as all of `layers` but the grids where need_weights"""
+    each = tensors_of_a_layer(activation, bias)
+    weights = [weight.new_empty(weight.shape) for at, weight in enumerate(layers) if at % each != 1]
+    return [x.new_empty(x.shape)] * need_x + weights * need_weights

@@ -5,6 +5,7 @@ raises the same errors. Arguments and results are those of backends/reference.py
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ _activation_code = _Codes("base_activation", ACTIVATIONS)
 _outside_code = _Codes("outside", OUTSIDE)
 
 
+def _bind_network(name: str) -> Any:
+    """As _bind, for the operators of whole networks, which have no order of derivative."""
+    operator = getattr(torch.ops.kan_fast_native, name).default
+    first = [argument.name for argument in operator._schema.arguments].index("activation")
+
+    def without_values(*args: Any) -> Any:
+        activation, outside, *rest = args[first:]
+        return getattr(fake, name)(*args[:first], ACTIVATIONS[activation], OUTSIDE[outside], *rest)
+
+    torch.library.register_fake(f"kan_fast_native::{name}", without_values)
+    return operator
+
+
 def _bind(name: str) -> Any:
     """An operator of the library, which fake tensors and compilers understand too."""
     operator = getattr(torch.ops.kan_fast_native, name).default
@@ -68,6 +82,9 @@ if _not_loaded is None:
     _contract_input = _bind("contract_input")
     _contract_weight = _bind("contract_weight")
     _contract_backward = _bind("contract_backward")
+    _network_output = _bind_network("network_output")
+    _network_backward = _bind_network("network_backward")
+    _network_pays = torch.ops.kan_fast_native.network_pays.default
 
 
 def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -171,3 +188,21 @@ def contract_backward(
     except (RuntimeError, ValueError):
         check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise
+
+
+def network_output(x: Tensor, layers: Sequence[Tensor], activation: str, outside: str, bias: bool) -> Tensor:
+    """x (B, I) through all layers -> (B, O), on the CPU; arguments of all three as of stack.network."""
+    return _network_output(x, layers, _activation_code[activation], _outside_code[outside], bias)  # type: ignore[no-any-return]
+
+
+def network_backward(
+    x: Tensor, layers: Sequence[Tensor], g: Tensor, activation: str, outside: str, bias: bool, need_x: bool, need_weights: bool
+) -> list[Tensor]:
+    """[dx (B, I) where need_x, gradients of all the layers' weights where need_weights] of sum(g * network_output)."""
+    codes = _activation_code[activation], _outside_code[outside]
+    return _network_backward(x, layers, g, *codes, bias, need_x, need_weights)  # type: ignore[no-any-return]
+
+
+def network_pays(x: Tensor, layers: Sequence[Tensor], activation: str, outside: str, bias: bool) -> bool:
+    """Whether the kernels of one call are also the fastest ones of every layer, as large batches want."""
+    return _network_pays(x, layers, _activation_code[activation], _outside_code[outside], bias)  # type: ignore[no-any-return]

@@ -6,11 +6,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
+from kan_fast import stack
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.files import load_layers, save_layers
 from kan_fast.nn.layer import KANLayer
 from kan_fast.nn.sparse import SparseKANLayer
+
+_NATIVE = frozenset(("auto", "native"))
+_PLAIN = frozenset((Tensor, nn.Parameter))
+# Hooks that every call of any module runs.
+_hooks = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
 
 
 class KAN(nn.Module):
@@ -19,11 +31,26 @@ class KAN(nn.Module):
     forward: (..., layer_dims[0]) -> (..., layer_dims[-1]). `layers` holds one KANLayer between neighbouring widths;
     `layer_kwargs` go to each of them. Raises ValueError for fewer than two widths and what KANLayer raises.
 
+    fused: on the CPU a network of narrow layers is one call (stack.py) wherever that is faster and nothing, such as a hook,
+    asks for the layers one by one. False, here or as an attribute, turns that off, as KAN_FAST_FUSED_NETWORK=0 in the
+    environment does for all networks.
+
     Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.6).
     """
 
-    def __init__(self, layer_dims: Sequence[int], grid_size: int = 5, spline_order: int = 3, **layer_kwargs: Any) -> None:
+    fused: bool = True
+
+    def __init__(
+        self,
+        layer_dims: Sequence[int],
+        grid_size: int = 5,
+        spline_order: int = 3,
+        *,
+        fused: bool = True,
+        **layer_kwargs: Any,
+    ) -> None:
         super().__init__()
+        self.fused = fused
         dims = list(layer_dims)
         if len(dims) < 2:
             raise ValueError(f"layer_dims: expected at least two widths, got {dims}")
@@ -45,6 +72,11 @@ class KAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., layer_dims[0]) -> (..., layer_dims[-1])"""
+        if self.fused and stack.serves(x):
+            operands = _operands(self.layers, x)
+            y = None if operands is None else stack.network(x, *operands)
+            if y is not None:
+                return y
         for layer in self.layers:
             x = layer(x)
         return x
@@ -91,6 +123,55 @@ class KAN(nn.Module):
 
     def _kan_layers(self) -> list[KANLayer]:
         return cast("list[KANLayer]", list(self.layers))
+
+
+def _operands(layers: nn.ModuleList, x: Tensor) -> tuple[list[Tensor], str, str, bool] | None:
+    """What stack.network takes besides x; None where layers must be called one by one.
+
+    That is where a call of theirs does more than compute, or they are too wide, too many or not alike.
+    """
+    if _hooks[0] or _hooks[1] or _hooks[2] or _hooks[3]:
+        return None
+    tensors: list[Tensor] = []
+    kind = None
+    for layer in layers._modules.values():
+        state = layer.__dict__
+        if (
+            type(layer) is not KANLayer
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+            or layer._compiled_call_impl is not None
+            or layer.backend not in _NATIVE
+            or not 0 < layer.in_features <= stack.MAX_WIDTH
+            or not 0 < layer.out_features <= stack.MAX_WIDTH
+        ):
+            return None
+        parameters, buffers = state["_parameters"], state["_buffers"]
+        try:
+            spline_weight, base_weight, bias = parameters["spline_weight"], parameters["base_weight"], parameters["bias"]
+        except KeyError:  # parametrized
+            return None
+        if buffers["edge_mask"] is not None:
+            spline_weight, base_weight = layer.masked_weights()
+        if type(spline_weight) not in _PLAIN or spline_weight.dtype is not x.dtype:
+            return None
+        tensors += spline_weight, buffers["grid"]
+        if base_weight is not None:
+            tensors.append(base_weight)
+        if bias is not None:
+            tensors.append(bias)
+        this = "none" if base_weight is None else layer.base_activation, layer.outside, bias is not None
+        if kind is None:
+            kind = this
+        elif kind != this:
+            return None
+    if kind is None or not 1 < len(layers) <= stack.MAX_DEPTH:
+        return None
+    activation, outside, with_bias = kind
+    return (tensors, activation, outside, with_bias) if isinstance(activation, str) else None
 
 
 KolmogorovArnoldNetwork = KAN
