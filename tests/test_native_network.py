@@ -1,54 +1,25 @@
-"""Networks as one native call: the same numbers as layer by layer, and layer by layer wherever somebody looks closer."""
-
-import copy
-import io
-import itertools
-import os
-import pickle
-import subprocess
-import sys
+"""Networks as one native call: values and derivatives are those of the layers."""
 
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import truth
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import KINDS, every_activation, every_outside, make_grid
+from networks import Calls, assert_same, gradients, inputs, layered, make, true_gradients
+from samples import KINDS, every_activation, every_outside
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from kan_fast import KAN, KANLayer
+from kan_fast import stack
 from kan_fast.activations import ACTIVATIONS
 from kan_fast.backends import native
-from kan_fast.nn import network as module
 from kan_fast.spline import OUTSIDE
 
 pytestmark = pytest.mark.skipif(
     native.reason_not(torch.device("cpu"), torch.float32) is not None, reason="the native backend is not built"
 )
-
-
-class Calls:
-    """How often each of the operators ran."""
-
-    def __init__(self, monkeypatch):
-        self.output = self.backward = 0
-        for name in ("output", "backward"):
-            monkeypatch.setattr(native, f"network_{name}", self._counted(name, getattr(native, f"network_{name}")))
-
-    def _counted(self, name, operation):
-        def counted(*args):
-            setattr(self, name, getattr(self, name) + 1)
-            return operation(*args)
-
-        return counted
-
-    def taken(self):
-        """(outputs, backwards) since the last question."""
-        result = self.output, self.backward
-        self.output = self.backward = 0
-        return result
 
 
 @pytest.fixture
@@ -58,66 +29,8 @@ def calls(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _every_size_pays(monkeypatch):
-    """Which sizes pay depends on the instruction set; tests that are about it ask for `pays`."""
-    monkeypatch.setattr(module.stack, "_pays", lambda *args: True)
-
-
-def make(widths, dtype=torch.float64, grid_size=5, k=3, kind="uniform", activation="silu", outside="zero", bias=False):
-    """A network, its knots of a kind, its biases not zero."""
-    activation = None if activation == "none" else activation
-    options = {"base_activation": activation, "outside": outside, "bias": bias, "dtype": dtype}
-    model = KAN(widths, grid_size, k, **options)
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.grid.copy_(make_grid(kind, layer.in_features, grid_size, k))
-            if bias:
-                layer.bias.normal_()
-    return model
-
-
-def layered(model):
-    """The same network layer by layer."""
-    other = copy.deepcopy(model)
-    other.fused = False
-    return other
-
-
-def inputs(batch, widths, dtype=torch.float64, reach=2.5):
-    """x (B, I), inside the range and beyond all knots, and a cotangent (B, O)."""
-    return (torch.rand(batch, widths[0], dtype=dtype) * 2 - 1) * reach, torch.randn(batch, widths[-1], dtype=dtype)
-
-
-def gradients(model, x, g, **options):
-    """y, then the gradients of x and of every parameter."""
-    x = x.detach().clone().requires_grad_()
-    y = model(x)
-    return y, *torch.autograd.grad(y, [x, *model.parameters()], g, **options)
-
-
-def assert_same(ours, theirs, **options):
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, **options)
-
-
-def true_gradients(model, x, g):
-    """y, dx and the gradients of every layer's weights, by SciPy's splines and NumPy's sums."""
-    layers = list(model.layers)
-    values = [x.double()]
-    for layer in layers:
-        y = truth.contract_output(values[-1], None, layer.spline_weight, layer.base_weight, layer.grid, *options_of(layer), 0)
-        values.append(torch.as_tensor(y if layer.bias is None else y + truth.doubled(layer.bias)))
-    found, cotangent = [], g.double()
-    for layer, h in zip(reversed(layers), reversed(values[:-1]), strict=True):
-        args = h, layer.spline_weight, layer.base_weight, cotangent, layer.grid, *options_of(layer), 0
-        dx, d_spline, d_base = truth.contract_backward(*args)
-        of_layer = {"spline_weight": d_spline, "base_weight": d_base, "bias": truth.doubled(cotangent).sum(0)}
-        found = [of_layer[name] for name, _ in layer.named_parameters()] + found
-        cotangent = torch.as_tensor(dx)
-    return [truth.doubled(values[-1]), truth.doubled(cotangent), *found]
-
-
-def options_of(layer):
-    return ("none" if layer.base_activation is None else layer.base_activation), layer.outside
+    """Which sizes pay depends on the instruction set."""
+    monkeypatch.setattr(stack, "_pays", lambda *args: True)
 
 
 @every_outside
@@ -292,8 +205,6 @@ def test_batched_cotangents_and_transforms(calls):
 
 def test_forward_mode_over_the_backward():
     """Tangents that appear after the forward."""
-    import torch.autograd.forward_ad as forward_ad
-
     model = make([2, 5, 3])
     x, g = inputs(6, [2, 3])
     x.requires_grad_()
@@ -401,216 +312,3 @@ def test_weights_changed_in_place_before_the_backward_are_an_error():
         model.layers[0].spline_weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-def test_masks(calls):
-    model = make([2, 5, 3, 1])
-    model.layers[1].edge_mask = torch.rand(5, 3) > 0.5
-    x, g = inputs(20, [2, 1])
-    assert_same(gradients(model, x, g), gradients(layered(model), x, g))
-    assert calls.taken() == (1, 1)
-
-
-class Doubled(KANLayer):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Scaled(nn.Module):
-    def forward(self, weight):
-        return 3 * weight
-
-
-def _hooked(register):
-    def change(model):
-        getattr(model.layers[1], register)(lambda *args: None)
-
-    return change
-
-
-def _subclass(model):
-    model.layers[0].__class__ = Doubled
-
-
-def _patched(model):
-    layer = model.layers[0]
-    layer.forward = lambda x: 2 * KANLayer.forward(layer, x)
-
-
-LAYER_BY_LAYER = {
-    "turned off": lambda model: setattr(model, "fused", False),
-    "forward hook": lambda model: model.layers[0].register_forward_hook(lambda layer, args, y: 2 * y),
-    "forward pre-hook": lambda model: model.layers[1].register_forward_pre_hook(lambda layer, args: (args[0] / 2,)),
-    "backward hook": _hooked("register_full_backward_hook"),
-    "backward pre-hook": _hooked("register_full_backward_pre_hook"),
-    "subclass": _subclass,
-    "patched": _patched,
-    "compiled layer": lambda model: model.layers[0].compile(backend="eager"),
-    "parametrized": lambda model: nn.utils.parametrize.register_parametrization(model.layers[0], "spline_weight", Scaled()),
-    "reference": lambda model: setattr(model.layers[0], "backend", "reference"),
-    "function": lambda model: setattr(model.layers[1], "base_activation", torch.sin),
-    "other activation": lambda model: setattr(model.layers[1], "base_activation", "tanh"),
-    "other outside": lambda model: setattr(model.layers[0], "outside", "clamp"),
-    "another module": lambda model: model.layers.insert(1, nn.Tanh()),
-}
-
-
-@pytest.mark.parametrize("change", LAYER_BY_LAYER.values(), ids=LAYER_BY_LAYER.keys())
-def test_layers_run_one_by_one_where_more_than_numbers_is_asked_of_them(calls, change):
-    model = make([2, 5, 1], torch.float32)
-    x, _ = inputs(7, [2, 1], torch.float32)
-    model(x)
-    assert calls.taken() == (1, 0)
-    change(model)
-    y = model(x)
-    assert calls.taken() == (0, 0)
-    want = x
-    for layer in model.layers:
-        want = layer(want)
-    assert torch.equal(y, want)
-
-
-def test_global_hooks_see_every_layer(calls):
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module)))
-    try:
-        make([2, 5, 1])(inputs(3, [2, 1])[0])
-    finally:
-        handle.remove()
-    assert seen == [KANLayer, KANLayer, KAN]
-    assert calls.taken() == (0, 0)
-
-
-@pytest.mark.parametrize("widths", [[2, 17, 1], [17, 2, 1], [2, 5, 17], [2, 1], [0, 3, 1], [2, 3, 0], [2, *[3] * 17]], ids=str)
-def test_widths_beyond_the_kernels(calls, widths):
-    model = make(widths)
-    x, g = inputs(5, widths)
-    assert_same(gradients(model, x, g), gradients(layered(model), x, g))
-    assert calls.taken() == (0, 0)
-
-
-def test_which_sizes_pay(monkeypatch, calls):
-    monkeypatch.undo()
-    counted = Calls(pytest.MonkeyPatch())
-    with torch.no_grad():
-        KAN([2, 5, 1])(torch.zeros(64, 2))
-        assert counted.taken() == (1, 0)
-        KAN([16, 16, 16], 100)(torch.zeros(64, 16))
-        assert counted.taken() == (0, 0)
-
-
-def test_compile_and_export_see_the_layers(calls):
-    model = make([2, 5, 1], torch.float32)
-    x, _ = inputs(7, [2, 1], torch.float32)
-    want = model(x)
-    calls.taken()
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), want)
-    program = torch.export.export(model, (x,))
-    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert names == ["kan_fast.contract_output.default"] * 2
-    torch.testing.assert_close(program.module()(x), want)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert model(mode.from_tensor(x)).shape == (7, 1)
-    assert calls.taken() == (0, 0)
-
-
-@pytest.mark.parametrize(("activation", "bias"), [("silu", False), ("none", True), ("gelu", True), ("none", False)])
-def test_operators_have_schemas_and_fakes(activation, bias):
-    model = make([2, 5, 3], torch.float32, activation=activation, bias=bias)
-    tensors, *_ = module._operands(model.layers, torch.zeros(1, 2))
-    tensors = [tensor.detach() for tensor in tensors]
-    x, g = inputs(6, [2, 3], torch.float32)
-    codes = ACTIVATIONS.index(activation), 0, bias
-    operators = torch.ops.kan_fast_native
-    checks = "test_schema", "test_faketensor"
-    torch.library.opcheck(operators.network_output.default, (x, tensors, *codes), test_utils=checks)
-    for wanted in itertools.product((False, True), repeat=2):
-        torch.library.opcheck(operators.network_backward.default, (x, tensors, g, *codes, *wanted), test_utils=checks)
-    with pytest.raises((RuntimeError, ValueError), match="layers must hold"):
-        operators.network_output(x, tensors[:-1], *codes)
-    with pytest.raises((RuntimeError, ValueError), match="float32 or float64"):
-        operators.network_output(x.bfloat16(), tensors, *codes)
-
-
-def test_copies_and_files_compute_the_same(calls):
-    model = make([2, 5, 1], torch.float32, outside="linear", bias=True)
-    x, _ = inputs(7, [2, 1], torch.float32)
-    y = model(x)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    fresh = make([2, 5, 1], torch.float32, outside="linear", bias=True)
-    fresh.load_state_dict(model.state_dict())
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False), fresh]
-    copies += [KAN.from_layers(list(model.layers))]
-    calls.taken()
-    assert all(torch.equal(other(x), y) for other in copies)
-    assert calls.taken() == (len(copies), 0)
-    # Networks that were pickled before there was such an attribute.
-    del copies[0].__dict__["fused"]
-    assert torch.equal(copies[0](x), y)
-    assert not pickle.loads(pickle.dumps(KAN([2, 5, 1], fused=False))).fused
-
-
-def test_knots_and_weights_may_change_between_calls(calls):
-    model = make([2, 5, 1], torch.float32)
-    x, g = inputs(30, [2, 1], torch.float32, reach=1)
-    model(x)
-    layer = model.layers[0]
-    layer.set_grid(make_grid("uneven", 2, 9, 3), torch.randn(2, 12, 5))
-    assert_same(gradients(model, x, g), gradients(layered(model), x, g), rtol=1e-4, atol=1e-5)
-    model.double()
-    assert_same(gradients(model, x.double(), g.double()), gradients(layered(model), x.double(), g.double()))
-    assert calls.taken() == (3, 2)
-
-
-def test_training_is_the_same():
-    """Thirty steps of Adam: rounding alone tells the two ways apart, and in float64 that stays small."""
-    torch.manual_seed(0)
-    model = make([2, 5, 5, 1], bias=True)
-    other = layered(model)
-    x = torch.rand(128, 2, dtype=torch.float64) * 2 - 1
-    y = torch.exp(torch.sin(torch.pi * x[:, :1]) + x[:, 1:] ** 2)
-    losses = []
-    for network in (model, other):
-        optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
-        for _ in range(30):
-            optimizer.zero_grad()
-            loss = (network(x) - y).square().mean()
-            loss.backward()
-            optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] < 0.5
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    assert_same([p.detach() for p in model.parameters()], [p.detach() for p in other.parameters()], rtol=1e-8, atol=1e-8)
-
-
-def test_checkpointing(calls):
-    model = make([2, 5, 1])
-    x, g = inputs(9, [2, 1])
-    want = gradients(model, x, g)
-    got = gradients(_checkpointed(model), x, g)
-    assert_same(got, want)
-
-
-def _checkpointed(model):
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.model, x, use_reentrant=False)
-
-    return Checkpointed()
-
-
-def test_the_environment_turns_it_off():
-    code = (
-        "import torch, kan_fast; from kan_fast.backends import native; "
-        "native.network_output = None; print(kan_fast.KAN([2, 5, 1])(torch.zeros(3, 2)).shape)"
-    )
-    for value, works in (("0", True), ("1", False)):
-        environment = {**os.environ, "KAN_FAST_FUSED_NETWORK": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode == 0) == works, done.stderr
