@@ -43,6 +43,14 @@ template <class C> KAN_DEVICE C polynomial(const C* c, int degree, C x) {
   return sum;
 }
 
+// silu or its first derivative, with s = 1 / (1 + e), e = exp(-x), and s' = e s^2: nothing cancels. Rounding the argument of
+// the exponential errs as much as rounding x would. Where x is held, s is 1e-35.
+template <int N, class C> KAN_DEVICE C silu(C x) {
+  const C reach = sizeof(C) == 8 ? C(700) : C(80), near = held(x, -reach, N == 0 ? C(INFINITY) : reach);
+  const C e = power_of_two(near * C(-1.4426950408889634074)), s = reciprocal_of_normal(1 + e);
+  return N == 0 ? near * s : near * (e * s * s) + s;
+}
+
 // Base activation, derivative of order a.n, at x; formulas beside ActivationTable in csrc/cpu/features.h. Beyond `reach` the
 // smooth ones and their derivatives are at their limits; a larger |x| would make denormals, whose reciprocal overflows, and
 // multiply what is 1e-35 instead of 0. Only the value of order 0 goes on above it.
@@ -54,11 +62,11 @@ template <class C> KAN_DEVICE C activate(const Activation<C>& a, C x) {
   C value = 0;
   switch (a.kind) {
     case kSilu: {
-      const C e = exponential(-magnitude), r = reciprocal(1 + e), s = (near > 0 ? C(1) : e) * r;
-      if (n == 0) value = above * s;
+      if (n == 0) value = silu<0>(x);
+      else if (n == 1) value = silu<1>(x);
       else {
-        const C q = e * r * r, lower = n == 1 ? s : q * polynomial(a.low, a.degree_low, s) * C(n);
-        value = near * q * polynomial(a.high, a.degree_high, s) + lower;
+        const C e = exponential(-magnitude), r = reciprocal(1 + e), s = (near > 0 ? C(1) : e) * r, q = e * r * r;
+        value = near * q * polynomial(a.high, a.degree_high, s) + q * polynomial(a.low, a.degree_low, s) * C(n);
       }
       break;
     }

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <math.h>
 
 #include <cstdint>
 
@@ -14,6 +15,9 @@ namespace kan::cuda {
 #define KAN_DEVICE __device__ __forceinline__
 #define KAN_UNROLL_ALL _Pragma("unroll")
 #define KAN_NO_UNROLL _Pragma("unroll 1")
+// A function of its own, for what runs once in a block; and a kernel's argument whose address may be given to one.
+#define KAN_DEVICE_CALL __device__ __noinline__
+#define KAN_ARGUMENT const __grid_constant__
 
 // The dynamic shared memory of the block.
 template <class T> KAN_DEVICE T* shared_memory() {
@@ -57,7 +61,31 @@ KAN_DEVICE float reciprocal(float x) {
   return r;
 }
 KAN_DEVICE double reciprocal(double x) { return 1 / x; }
+// Where neither x nor 1 / x is denormal: one instruction.
+KAN_DEVICE float reciprocal_of_normal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+KAN_DEVICE double reciprocal_of_normal(double x) { return 1 / x; }
+// 2^x to two ulp, denormals as zero.
+KAN_DEVICE float power_of_two(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+KAN_DEVICE double power_of_two(double x) { return exp2(x); }
 
+// x within [low, high]; NaN stays NaN.
+KAN_DEVICE float held(float x, float low, float high) {
+  float above, r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(above) : "f"(x), "f"(low));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(above), "f"(high));
+  return r;
+}
+KAN_DEVICE double held(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+KAN_DEVICE uint32_t high_half_of_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 KAN_DEVICE uint16_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 KAN_DEVICE uint16_t to_float16(float value) { return __half_as_ushort(__float2half_rn(value)); }
 KAN_DEVICE float from_float16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

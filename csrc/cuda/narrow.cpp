@@ -7,6 +7,8 @@ namespace {
 
 // Bytes of shared memory that leave room for some blocks more; threads of a multiprocessor that registers suffice for.
 constexpr int64_t kRoomy = 56 * 1024, kResidentThreads = 768;
+// Bytes of a warp's tile at the most where more than one turn of its lanes goes into it: fetching it takes many instructions.
+constexpr int64_t kTile = 2048;
 
 int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -17,8 +19,8 @@ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 1
 int64_t pitch_of(int64_t bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
 
 Staged staged(const void* data, int64_t columns, int dtype, int64_t rows, int64_t& offset) {
-  Staged m{static_cast<const char*>(data), int(columns * size_of(dtype)), 0, size_of(dtype), int(offset), is_aligned(data)};
-  m.pitch = int(pitch_of(m.row));
+  const int row = int(columns * size_of(dtype)), pitch = int(pitch_of(row));
+  const Staged m{static_cast<const char*>(data), row, pitch, int(offset), uint32_t(((uint64_t(1) << 32) - 1) / uint64_t(row) + 1), is_aligned(data)};
   if (data != nullptr) offset = round_up(offset + rows * m.pitch);
   return m;
 }
@@ -34,12 +36,18 @@ int64_t stage_of(const Problem& p, Operation operation, int64_t rows, NarrowPlan
 
 // A warp walks by itself, over tiles of its own.
 void plan_walk(const Problem& p, Operation operation, int64_t number, NarrowPlan& plan) {
-  const int64_t tile_rows = 32 / plan.groups * kNarrowRows, results = operation == Operation::output ? p.out_features : p.in_features;
-  plan.stage = int(stage_of(p, operation, tile_rows, plan));
+  const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = 32 / plan.groups * kNarrowRows;
   plan.result_pitch = int(pitch_of(results * number) / number);
-  plan.result = int(round_up(tile_rows * plan.result_pitch * number));
+  plan.result = int(round_up(rows * plan.result_pitch * number));
   plan.aligned = is_aligned(operation == Operation::output ? p.y : p.dx);
-  plan.tiles = (p.batch + tile_rows - 1) / tile_rows;
+  auto size = [&](int64_t tile_rows) {
+    plan.tile_rows = int(tile_rows);
+    plan.stage = int(stage_of(p, operation, tile_rows, plan));
+    return plan.stage;
+  };
+  size(rows);
+  while (2 * plan.stage <= kTile && plan.tile_rows * 2 * 32 <= p.batch) size(plan.tile_rows * 2);
+  plan.tiles = (p.batch + plan.tile_rows - 1) / plan.tile_rows;
   plan.warps = kNarrowWarps;
   auto shared = [&] { return plan.buffers + int64_t(plan.warps) * (2 * plan.stage + plan.result); };
   // Half the warps where a block would leave too little to others.
@@ -51,14 +59,15 @@ void plan_walk(const Problem& p, Operation operation, int64_t number, NarrowPlan
 // The warps of a block share tiles.
 void plan_teams(const Problem& p, int64_t number, NarrowPlan& plan) {
   const int64_t jobs = p.in_features * plan.groups, sums = (p.bases() + 1) * plan.lane_columns * 32 * number;  // of a job
+  int lane_rows = 4;
   auto shared = [&] {
-    plan.stage = int(stage_of(p, Operation::weight, plan.teams * plan.lane_rows * 32, plan));
+    plan.tile_rows = plan.teams * lane_rows * 32;
+    plan.stage = int(stage_of(p, Operation::weight, plan.tile_rows, plan));
     plan.bins = int(plan.buffers + 2 * int64_t(plan.stage));
     return plan.bins + plan.teams * plan.share * sums;
   };
-  plan.teams = 1;
-  plan.share = 1;
-  for (plan.lane_rows = 4; plan.lane_rows > 1 && shared() > kRoomy; plan.lane_rows /= 2) {}
+  plan.teams = plan.share = 1;
+  while (lane_rows > 1 && shared() > kRoomy) lane_rows /= 2;
   for (plan.shares = 1;; ++plan.shares) {
     plan.share = int((jobs + plan.shares - 1) / plan.shares);
     if (plan.share == 1 || shared() <= kRoomy) break;
@@ -70,8 +79,7 @@ void plan_teams(const Problem& p, int64_t number, NarrowPlan& plan) {
   while (plan.teams > 1 && shared() > kRoomy) --plan.teams;
   plan.shared = shared();
   plan.warps = plan.team * plan.teams;
-  const int64_t tile_rows = plan.teams * plan.lane_rows * 32;
-  plan.tiles = plan.blocks = (p.batch + tile_rows - 1) / tile_rows;
+  plan.tiles = plan.blocks = (p.batch + plan.tile_rows - 1) / plan.tile_rows;
 }
 
 }  // namespace
@@ -87,6 +95,10 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.pieces = (p.outside == kZero ? p.knots() - 1 : p.grid_size) + 2;
   plan.edge_pitch = columns | 1;  // 16 bytes each: pieces in different banks
 
+  plan.has_scale = p.scale != nullptr;
+  plan.has_base = is_weight ? p.activation != kNone : p.base_weight != nullptr;
+  plan.is_silu = p.activation == kSilu && p.n == (operation == Operation::input ? 1 : 0);
+
   int64_t offset = 0;
   auto reserve = [&](int64_t bytes) {
     const int64_t begin = offset;
@@ -97,6 +109,7 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.places = reserve(inputs * (is_double ? 64 : 32));
   plan.starts = reserve(rows * number);
   plan.inverses = reserve(rows * number);
+  plan.inverses_behind = int((plan.inverses - plan.starts) / number);
   plan.base = reserve(p.base_weight ? inputs * columns * number : 0);
   plan.edges = reserve(is_weight ? 0 : rows * plan.edge_pitch * 4 * number);
   // What only makes other tables lies where tiles will.

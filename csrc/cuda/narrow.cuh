@@ -15,12 +15,35 @@ template <class C> struct alignas(16) Place {
   C slope, offset, sureness;  // x * slope + offset is the piece and a fraction in [-1/2, 1/2]
   C inverse;                  // 1 / spacing
   C low, high;                // x is held within them
+  C above;                    // the last piece
   int top;                    // the last piece, below the one above, that is not empty
 };
 
 template <class C> struct Located {
   int piece;
   C u;  // place within the piece
+};
+
+template <class C> KAN_DEVICE C* at_offset(char* shared, int offset) { return reinterpret_cast<C*>(shared + offset); }
+
+// The tables of one input, as a kernel walks through them.
+template <class C> struct Tables {
+  const Place<C>* place;
+  const C *starts, *base;
+  const CubicOf<C>* edges;  // (pieces, plan.edge_pitch)
+
+  // Edges and base from output `column` on.
+  KAN_DEVICE Tables(const NarrowPlan& plan, char* shared, int column)
+      : place(at_offset<Place<C>>(shared, plan.places)),
+        starts(at_offset<C>(shared, plan.starts)),
+        base(at_offset<C>(shared, plan.base) + column),
+        edges(at_offset<CubicOf<C>>(shared, plan.edges) + column) {}
+  KAN_DEVICE void advance(const NarrowPlan& plan) {
+    ++place;
+    starts += plan.pieces;
+    base += plan.groups * plan.lane_columns;
+    edges += plan.pieces * plan.edge_pitch;
+  }
 };
 
 // The integer nearest to x in [0, 2^22), as a number and as an int: at a distance of 3 * 2^22 numbers are integers.
@@ -30,25 +53,25 @@ KAN_DEVICE float nearest(float x, int& whole) {
   return far - 12582912.0f;
 }
 KAN_DEVICE double nearest(double x, int& whole) { return whole = int(x + 0.5); }
+KAN_DEVICE float magnitude(float x) { return fabsf(x); }
+KAN_DEVICE double magnitude(double x) { return fabs(x); }
+// x within [low, high]; NaN becomes `low`.
+KAN_DEVICE float within(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+KAN_DEVICE double within(double x, double low, double high) { return fmin(fmax(x, low), high); }
 
-template <class C> KAN_DEVICE C* at_offset(char* shared, int offset) { return reinterpret_cast<C*>(shared + offset); }
-
-template <class C> KAN_DEVICE Located<C> locate(const Problem& p, const NarrowPlan& plan, const Place<C>& place, const C* starts,
-                                               const C* inverses, C x) {
-  const int above = plan.pieces - 1;
-  C guess = x * place.slope + place.offset;
-  guess = guess > 0 ? guess : C(0);  // NaN too
-  guess = guess < C(above) ? guess : C(above);
+template <class C>
+KAN_DEVICE Located<C> locate(const Problem& p, const NarrowPlan& plan, const Place<C>& place, const C* starts, C x) {
+  const C guess = within(x * place.slope + place.offset, 0, place.above);
   Located<C> found;
   const C off = guess - nearest(guess, found.piece);
   C inverse = place.inverse;
-  if (!((off < 0 ? -off : off) <= place.sureness)) {
+  if (!(magnitude(off) <= place.sureness)) {
+    const int above = plan.pieces - 1;
     const bool beyond = p.outside == kZero ? x >= starts[above] : x > starts[above];
     found.piece = x < starts[1] ? 0 : beyond ? above : find_span(starts, 1, place.top, x);
-    inverse = inverses[found.piece];
+    inverse = starts[plan.inverses_behind + found.piece];
   }
-  const C at = x < place.low ? place.low : x > place.high ? place.high : x;  // NaN stays
-  found.u = (at - starts[found.piece]) * inverse;
+  found.u = (held(x, place.low, place.high) - starts[found.piece]) * inverse;
   return found;
 }
 
@@ -61,7 +84,7 @@ template <class C> KAN_DEVICE CubicOf<C> beyond(const CubicOf<C>& w, int outside
 }
 
 // All tables of a block. Piece m - 1 of an input is its interval low + m, as Described counts them.
-template <class C> KAN_DEVICE void make_tables(const NarrowArguments<C>& a, char* shared, bool with_edges) {
+template <class C> KAN_DEVICE_CALL void make_tables(const NarrowArguments<C>& a, char* shared, bool with_edges) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   const int thread = threadIdx.x, threads = plan.warps * 32, inputs = int(p.in_features), outputs = int(p.out_features);
@@ -81,7 +104,8 @@ template <class C> KAN_DEVICE void make_tables(const NarrowArguments<C>& a, char
     described[i] = d;
     const C epsilon = sizeof(C) == 8 ? C(2.220446049250313e-16) : C(1.1920929e-7f), endless = C(INFINITY);
     const C near = t[0] < 0 ? -t[0] : t[0], far = t[count - 1] < 0 ? -t[count - 1] : t[count - 1];
-    Place<C> place{0, 0, -1, 0, p.outside == kLinear ? -endless : d.first, p.outside == kLinear ? endless : d.last, d.high - d.low + 1};
+    Place<C> place{0, 0, -1, 0, p.outside == kLinear ? -endless : d.first, p.outside == kLinear ? endless : d.last, C(pieces - 1),
+                   d.high - d.low + 1};
     if (d.inverse_h > 0) {
       place.slope = place.inverse = d.inverse_h;
       place.offset = C(0.5) - d.first * d.inverse_h;
@@ -142,12 +166,14 @@ KAN_DEVICE void stage_rows(const Staged& m, int64_t first, int rows, char* stage
   const char* from = m.data + first * m.row;
   char* to = stage + m.offset;
   const int bytes = rows * m.row;
-  auto place = [&](int at) { return m.pitch == m.row ? at : at / m.row * m.pitch + at % m.row; };
+  auto place = [&](int at) { return at + int(high_half_of_product(uint32_t(at), m.per_row)) * (m.pitch - m.row); };
   int done = 0;
   if (m.aligned) {
+    KAN_NO_UNROLL
     for (int at = me * 16; at + 16 <= bytes; at += all * 16) copy_16_bytes(to + place(at), from + at, false);
     done = bytes / 16 * 16;
   }
+  KAN_NO_UNROLL
   for (int at = done + me * 2; at < bytes; at += all * 2)
     *reinterpret_cast<uint16_t*>(to + place(at)) = *reinterpret_cast<const uint16_t*>(from + at);
 }
@@ -162,6 +188,7 @@ KAN_DEVICE void write_rows(const C* results, int pitch, int columns, void* to, i
     C of[16 / sizeof(C)];
   };
   const int size = sizeof(C) == 8 ? 8 : dtype == kFloat32 ? 4 : 2, each = 16 / size, total = rows * columns;
+  KAN_NO_UNROLL
   for (int e = lane * each; e < total; e += 32 * each) {
     const C* from = results + (pitch == columns ? e : e / columns * pitch + e % columns);
     const int64_t at = first * columns + e;
@@ -179,29 +206,35 @@ KAN_DEVICE void write_rows(const C* results, int pitch, int columns, void* to, i
   }
 }
 
-// Walks a warp over its tiles: body(first row, rows, stage) on each, the next one under way meanwhile.
+// Walks a warp over its tiles: body(first row, rows, stage, that row in the stage) on as many of them as a warp takes at once,
+// the next tile under way meanwhile. Nobody reads the results of one call any more when the next begins.
 template <class Body> KAN_DEVICE void for_every_tile(const NarrowPlan& plan, int64_t batch, char* stages, int warp, int lane, Body body) {
-  const int tile_rows = 32 / plan.groups * kNarrowRows;
+  const int turn_rows = 32 / plan.groups * kNarrowRows;
   const int64_t step = int64_t(gridDim.x) * plan.warps;
+  auto rows_of = [&](int64_t tile) {
+    const int64_t left = batch - tile * plan.tile_rows;
+    return left < plan.tile_rows ? int(left) : plan.tile_rows;
+  };
   auto fetch = [&](int64_t tile, char* stage) {
     if (tile < plan.tiles) {
-      const int64_t first = tile * tile_rows;
-      const int rows = batch - first < tile_rows ? int(batch - first) : tile_rows;
-      stage_rows(plan.x, first, rows, stage, lane, 32);
-      stage_rows(plan.scale, first, rows, stage, lane, 32);
-      stage_rows(plan.g, first, rows, stage, lane, 32);
+      stage_rows(plan.x, tile * plan.tile_rows, rows_of(tile), stage, lane, 32);
+      stage_rows(plan.scale, tile * plan.tile_rows, rows_of(tile), stage, lane, 32);
+      stage_rows(plan.g, tile * plan.tile_rows, rows_of(tile), stage, lane, 32);
     }
     commit_copies();
   };
-  int64_t tile = int64_t(blockIdx.x) * plan.warps + warp;
-  int turn = 0;
-  fetch(tile, stages);
-  for (; tile < plan.tiles; tile += step, turn ^= 1) {
+  int stage = 0;
+  fetch(int64_t(blockIdx.x) * plan.warps + warp, stages);
+  for (int64_t tile = int64_t(blockIdx.x) * plan.warps + warp; tile < plan.tiles; tile += step, stage = plan.stage - stage) {
     wait_for_copies<0>();
     warp_barrier();  // the tile is there, and nobody reads the one before
-    fetch(tile + step, stages + (turn ^ 1) * plan.stage);
-    const int64_t first = tile * tile_rows;
-    body(first, batch - first < tile_rows ? int(batch - first) : tile_rows, stages + turn * plan.stage);
+    fetch(tile + step, stages + plan.stage - stage);
+    const int rows = rows_of(tile);
+    KAN_NO_UNROLL
+    for (int first = 0; first < rows; first += turn_rows) {
+      if (first > 0) warp_barrier();
+      body(tile * plan.tile_rows + first, rows - first < turn_rows ? rows - first : turn_rows, stages + stage, first);
+    }
   }
   wait_for_copies<0>();
 }

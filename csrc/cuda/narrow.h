@@ -6,31 +6,34 @@ namespace kan::cuda {
 
 enum class Operation { output, input, weight };
 
-// Threads of a block at the most; rows of a lane in one tile (contract_weight: see NarrowPlan); its outputs at the most.
+// Threads of a block at the most; rows that a lane takes at once; its outputs at the most.
 constexpr int kNarrowThreads = 256, kNarrowWarps = kNarrowThreads / 32, kNarrowRows = 2, kNarrowColumns = 8;
 
 // A matrix of `batch` rows, a tile of whose rows is copied to shared memory, into `offset` of a stage. Lengths in bytes.
 struct Staged {
   const char* data;  // or null
-  int row, pitch, size, offset;
+  int row, pitch, offset;
+  uint32_t per_row;  // 2^32 / row, rounded up: byte n of a tile lies in row (n * per_row) >> 32
   bool aligned;  // tiles begin at multiples of 16 bytes
 };
 
 // Offsets in bytes into shared memory. A piece of an input: below all of its intervals, one of them, or above.
 struct NarrowPlan {
   int warps, pieces;
+  int tile_rows;
   int lane_columns, groups;    // outputs of a lane; lanes that share a row, each with its own outputs: a power of two
   int edge_pitch;              // edges from piece to piece
   int share, shares;           // contract_weight: jobs of a block, and into how many shares they are cut
-  int lane_rows;               // of a tile
   int team, teams;             // warps that share the jobs of a row; such teams
   int places, starts, inverses, firsts, cubics, base, edges;
+  int inverses_behind;         // numbers from starts to inverses
   int knots, described;        // needed to make the others only
-  int buffers, stage, result;  // bytes: where tiles begin, of one stage of one, of a warp's results
+  int buffers, stage, result;  // where tiles begin; bytes of one of two stages, and of a warp's results
   int result_pitch;            // numbers
   int bins;                    // contract_weight's sums
   int64_t shared, tiles, blocks;
   Staged x, scale, g;
+  bool has_scale, has_base, is_silu;  // is_silu: the base activation's derivative is the usual one of the operation
   bool aligned;                // the result begins at a multiple of 16 bytes
 };
 

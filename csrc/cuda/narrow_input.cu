@@ -6,48 +6,48 @@ namespace kan::cuda {
 
 namespace {
 
-template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) input_narrow(NarrowArguments<C> a) {
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) input_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
   make_tables(a, shared, true);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 32 / plan.groups, column = lane / side * kOut;
-  const int inputs = int(p.in_features), outputs = int(p.out_features), pieces = plan.pieces;
-  const bool has_base = p.base_weight != nullptr;
+  const int inputs = int(p.in_features), outputs = int(p.out_features);
   char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
   C* results = at_offset<C>(buffers, 2 * plan.stage);
 
-  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage) {
+  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage, int first_staged) {
+    const char* xs[kNarrowRows];
     C pulled[kNarrowRows][kOut];
     KAN_UNROLL_ALL
-    for (int r = 0; r < kNarrowRows; ++r)
+    for (int r = 0; r < kNarrowRows; ++r) {
+      const int row = first_staged + r * side + lane % side;
+      xs[r] = stage + plan.x.offset + row * plan.x.pitch;
       KAN_UNROLL_ALL
-      for (int o = 0; o < kOut; ++o) {
-        const char* row = stage + plan.g.offset + (r * side + lane % side) * plan.g.pitch;
-        pulled[r][o] = column + o < outputs ? read<C>(row, column + o, p.weight_dtype) : C(0);
-      }
-    for (int i = 0; i < inputs; ++i) {
-      const Place<C> place = at_offset<Place<C>>(shared, plan.places)[i];
-      const C *starts = at_offset<C>(shared, plan.starts) + i * pieces, *inverses = at_offset<C>(shared, plan.inverses) + i * pieces;
-      const CubicOf<C>* edges = at_offset<CubicOf<C>>(shared, plan.edges) + i * pieces * plan.edge_pitch + column;
-      const C* base = at_offset<C>(shared, plan.base) + i * plan.groups * kOut + column;
+      for (int o = 0; o < kOut; ++o)
+        pulled[r][o] = column + o < outputs ? read<C>(stage + plan.g.offset + row * plan.g.pitch, column + o, p.weight_dtype) : C(0);
+    }
+    Tables<C> tables(plan, shared, column);
+    KAN_NO_UNROLL
+    for (int i = 0; i < inputs; ++i, tables.advance(plan)) {
+      const Place<C> place = *tables.place;
       KAN_UNROLL_ALL
       for (int r = 0; r < kNarrowRows; ++r) {
-        const int row = r * side + lane % side;
-        const C x = read<C>(stage + plan.x.offset + row * plan.x.pitch, i, p.x_dtype);
-        const Located<C> at = locate(p, plan, place, starts, inverses, x);
-        const CubicOf<C>* edge = edges + at.piece * plan.edge_pitch;
+        const C x = read<C>(xs[r], i, p.x_dtype);
+        const Located<C> at = locate(p, plan, place, tables.starts, x);
+        const CubicOf<C>* edge = tables.edges + at.piece * plan.edge_pitch;
         CubicOf<C> sum{};
-        C weight = 0;
         KAN_UNROLL_ALL
-        for (int o = 0; o < kOut; ++o) {
-          sum += edge[o] * pulled[r][o];
-          if (has_base) weight += base[o] * pulled[r][o];
-        }
+        for (int o = 0; o < kOut; ++o) sum += edge[o] * pulled[r][o];
         C value = sum.at(at.u);
-        if (has_base) value += activate(a.activation, x) * weight;
+        if (plan.has_base) {
+          C weight = 0;
+          KAN_UNROLL_ALL
+          for (int o = 0; o < kOut; ++o) weight += tables.base[o] * pulled[r][o];
+          value += (plan.is_silu ? silu<1>(x) : activate(a.activation, x)) * weight;
+        }
         for (int mask = side; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
-        if (column == 0) results[row * plan.result_pitch + i] = value;
+        if (column == 0) results[(r * side + lane % side) * plan.result_pitch + i] = value;
       }
     }
     warp_barrier();

@@ -5,39 +5,41 @@ namespace kan::cuda {
 
 namespace {
 
-template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, kOut > 4 ? 2 : 3) output_narrow(NarrowArguments<C> a) {
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, kOut > 4 ? 2 : 3) output_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
   make_tables(a, shared, true);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 32 / plan.groups, column = lane / side * kOut;
-  const int inputs = int(p.in_features), outputs = int(p.out_features), pieces = plan.pieces;
-  const bool has_base = p.base_weight != nullptr;
+  const int inputs = int(p.in_features), outputs = int(p.out_features);
   char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
   C* results = at_offset<C>(buffers, 2 * plan.stage);
 
-  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage) {
+  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage, int first_staged) {
+    const char *xs[kNarrowRows], *scales[kNarrowRows];
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      const int row = first_staged + r * side + lane % side;
+      xs[r] = stage + plan.x.offset + row * plan.x.pitch;
+      scales[r] = stage + plan.scale.offset + row * plan.scale.pitch;
+    }
     C total[kNarrowRows][kOut] = {};
-    for (int i = 0; i < inputs; ++i) {
-      const Place<C> place = at_offset<Place<C>>(shared, plan.places)[i];
-      const C *starts = at_offset<C>(shared, plan.starts) + i * pieces, *inverses = at_offset<C>(shared, plan.inverses) + i * pieces;
-      const CubicOf<C>* edges = at_offset<CubicOf<C>>(shared, plan.edges) + i * pieces * plan.edge_pitch + column;
-      C base[kOut];
-      KAN_UNROLL_ALL
-      for (int o = 0; o < kOut; ++o)
-        base[o] = has_base ? at_offset<C>(shared, plan.base)[i * plan.groups * kOut + column + o] : C(0);
+    Tables<C> tables(plan, shared, column);
+    KAN_NO_UNROLL
+    for (int i = 0; i < inputs; ++i, tables.advance(plan)) {
+      const Place<C> place = *tables.place;
       KAN_UNROLL_ALL
       for (int r = 0; r < kNarrowRows; ++r) {
-        const int row = r * side + lane % side;
-        const C x = read<C>(stage + plan.x.offset + row * plan.x.pitch, i, p.x_dtype);
-        const C scale = p.scale ? read<C>(stage + plan.scale.offset + row * plan.scale.pitch, i, p.x_dtype) : C(1);
-        const Located<C> at = locate(p, plan, place, starts, inverses, x);
-        const CubicOf<C>* edge = edges + at.piece * plan.edge_pitch;
-        const C activation = has_base ? activate(a.activation, x) * scale : C(0);
+        const C x = read<C>(xs[r], i, p.x_dtype);
+        const C scale = plan.has_scale ? read<C>(scales[r], i, p.x_dtype) : C(1);
+        const Located<C> at = locate(p, plan, place, tables.starts, x);
+        const CubicOf<C>* edge = tables.edges + at.piece * plan.edge_pitch;
         KAN_UNROLL_ALL
-        for (int o = 0; o < kOut; ++o) {
-          total[r][o] += edge[o].at(at.u) * scale;
-          if (has_base) total[r][o] += activation * base[o];
+        for (int o = 0; o < kOut; ++o) total[r][o] += edge[o].at(at.u) * scale;
+        if (plan.has_base) {
+          const C activation = (plan.is_silu ? silu<0>(x) : activate(a.activation, x)) * scale;
+          KAN_UNROLL_ALL
+          for (int o = 0; o < kOut; ++o) total[r][o] += activation * tables.base[o];
         }
       }
     }

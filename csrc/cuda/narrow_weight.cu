@@ -7,7 +7,7 @@ namespace kan::cuda {
 
 namespace {
 
-template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) weight_narrow(NarrowArguments<C> a, C* parts) {
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) weight_narrow(KAN_ARGUMENT NarrowArguments<C> a, C* parts) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
@@ -16,10 +16,9 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
   const int team = warp / plan.team, member = warp % plan.team;
   const int inputs = int(p.in_features), outputs = int(p.out_features), pieces = plan.pieces, bases = p.bases();
   const int all_jobs = inputs * plan.groups, cells = (bases + 1) * kOut;
-  const bool has_base = p.activation != kNone;
   char* stages = shared + plan.buffers;
   C* bins = at_offset<C>(shared, plan.bins);  // (team, job, basis or base branch, output of the job, lane)
-  const int tile_rows = plan.teams * plan.lane_rows * 32;
+  const int tile_rows = plan.tile_rows, lane_rows = tile_rows / plan.teams / 32;
   auto fetch = [&](int64_t tile, char* stage) {
     if (tile < plan.tiles) {
       const int64_t first = tile * tile_rows;
@@ -41,26 +40,26 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
       barrier();  // the tile is there, and nobody reads the one before
       fetch(tile + gridDim.x, stages + (turn ^ 1) * plan.stage);
       const char* stage = stages + turn * plan.stage;
-      const int first = team * plan.lane_rows * 32 + lane;
+      const int first = team * lane_rows * 32 + lane;
       const int64_t left = p.batch - tile * tile_rows - first;
       for (int job = member; job < jobs; job += plan.team) {
         const int i = (first_job + job) / plan.groups, column = (first_job + job) % plan.groups * kOut;
         const Place<C> place = at_offset<Place<C>>(shared, plan.places)[i];
-        const C *starts = at_offset<C>(shared, plan.starts) + i * pieces, *inverses = at_offset<C>(shared, plan.inverses) + i * pieces;
+        const C* starts = at_offset<C>(shared, plan.starts) + i * pieces;
         const int* firsts = at_offset<int>(shared, plan.firsts) + i * pieces;
         const CubicOf<C>* cubics = at_offset<CubicOf<C>>(shared, plan.cubics) + i * pieces * (kMaxCubicOrder + 1);
         C* mine = bins + (team * jobs + job) * cells * 32 + lane;
         C base[kOut] = {};
-        for (int r = 0; r < plan.lane_rows; ++r) {
+        for (int r = 0; r < lane_rows; ++r) {
           if (r * 32 >= left) break;
           const int row = first + r * 32;
           const C x = read<C>(stage + plan.x.offset + row * plan.x.pitch, i, p.x_dtype);
-          const C scale = p.scale ? read<C>(stage + plan.scale.offset + row * plan.scale.pitch, i, p.x_dtype) : C(1);
+          const C scale = plan.has_scale ? read<C>(stage + plan.scale.offset + row * plan.scale.pitch, i, p.x_dtype) : C(1);
           C g[kOut];
           KAN_UNROLL_ALL
           for (int o = 0; o < kOut; ++o)
             g[o] = column + o < outputs ? read<C>(stage + plan.g.offset + row * plan.g.pitch, column + o, p.weight_dtype) * scale : C(0);
-          const Located<C> at = locate(p, plan, place, starts, inverses, x);
+          const Located<C> at = locate(p, plan, place, starts, x);
           const int from = firsts[at.piece];
           KAN_UNROLL_ALL
           for (int q = 0; q <= kMaxCubicOrder; ++q) {
@@ -70,8 +69,8 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
             KAN_UNROLL_ALL
             for (int o = 0; o < kOut; ++o) mine[(f * kOut + o) * 32] += w * g[o];
           }
-          if (has_base) {
-            const C activation = activate(a.activation, x);
+          if (plan.has_base) {
+            const C activation = plan.is_silu ? silu<0>(x) : activate(a.activation, x);
             KAN_UNROLL_ALL
             for (int o = 0; o < kOut; ++o) base[o] += activation * g[o];
           }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -18,6 +19,8 @@
 #define KAN_DEVICE inline
 #define KAN_UNROLL_ALL
 #define KAN_NO_UNROLL
+#define KAN_DEVICE_CALL
+#define KAN_ARGUMENT
 #define threadIdx (kan::emulation::self->thread)
 #define blockIdx (kan::emulation::block)
 #define gridDim (kan::emulation::grid)
@@ -95,7 +98,13 @@ template <class T> T shuffle(T value, int lane) { return exchange("shuffle", val
 
 inline float reciprocal(float x) { return 1 / x; }
 inline double reciprocal(double x) { return 1 / x; }
+inline float reciprocal_of_normal(float x) { return 1 / x; }
+inline double reciprocal_of_normal(double x) { return 1 / x; }
+inline float power_of_two(float x) { return std::exp2(x); }
+inline double power_of_two(double x) { return std::exp2(x); }
+template <class C> C held(C x, C low, C high) { return x < low ? low : x > high ? high : x; }
 
+inline uint32_t high_half_of_product(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
 inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
