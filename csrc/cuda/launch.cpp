@@ -114,7 +114,8 @@ Slices slices_of_output(const Problem& p, const Device& device) {
 }
 
 Slices slices_of_weight(const Problem& p, const Device& device) {
-  const int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + 127) / 128);
+  const int columns = columns_of(p);
+  const int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + columns - 1) / columns);
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * 4;
   return cut(p.batch, 128, tiles, bytes, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
 }
@@ -164,7 +165,7 @@ int input_wide(const Problem& p, const WideArguments& a, void* stream) {
 }
 
 int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-#define KAN_CALL(products) launch_weight_wide<products>(a, parts, slices, stream)
+#define KAN_CALL(products) launch_weight_wide<products>(a, columns_of(p), parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
