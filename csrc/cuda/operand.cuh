@@ -23,7 +23,8 @@ template <Products P> constexpr int kOperandBytes = kWideRows * kPieces<P, false
 // Sparse: 4 bytes (16-bit types) or 8 (tf32) to a row.
 template <Products P, bool kSparse> constexpr int kMetadataBytes = kSparse ? kWideRows * (kIsHalf<P> ? 4 : 8) : 0;
 
-// Where a piece is. Eight rows' pieces of one number meet no bank twice, and neither do all pieces of neighbouring rows.
+// Where a piece is. Eight rows' pieces of one number meet no bank twice, and neither do all pieces of neighbouring rows. From one
+// row to the 8th after it, and from one piece to another, all offsets change alike: by a sum the one, by exclusive or the other.
 template <int kPieces> KAN_INLINE int piece_offset(int row, int piece) {
   return (row * kPieces + (piece ^ (row * kPieces / 8 & (kPieces - 1)))) * 16;
 }

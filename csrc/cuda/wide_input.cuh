@@ -43,13 +43,14 @@ KAN_DEVICE void add_product(float (&sum)[4], const uint32_t (&high)[4], const ui
 // A warp's part of a stage.
 template <Products P, class Tile>
 KAN_DEVICE void multiply_rows(typename Tile::Sums& sums, const char* stage, bool has_base, int warp, int lane) {
-  const int across = warp / Tile::kDown;
+  const int across = warp / Tile::kDown, left_place = piece_offset<4>(warp % Tile::kDown * Tile::kRows + (lane & 15), lane >> 4);
+  const int spline_place = piece_offset<4>(kWideRows + 64 * across + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+  const int base_place = piece_offset<4>(Tile::kBaseRow + 8 * across + (lane & 7), lane >> 3 & 1);
   auto half = [&](int k) {
     uint32_t high[Tile::kHigh][4], low[Tile::kHigh][4];
     KAN_UNROLL_ALL
     for (int m = 0; m < Tile::kHigh; ++m) {
-      const int row = warp % Tile::kDown * Tile::kRows + 16 * m + (lane & 15);
-      load_matrices(high[m], stage + piece_offset<4>(row, 2 * k + (lane >> 4)));
+      load_matrices(high[m], stage + (left_place ^ 2 * k * 16) + 16 * m * Tile::kLineBytes);
       KAN_UNROLL_ALL
       for (int r = 0; r < 4; ++r) {
         low[m][r] = 0;
@@ -59,10 +60,8 @@ KAN_DEVICE void multiply_rows(typename Tile::Sums& sums, const char* stage, bool
     KAN_UNROLL_ALL
     for (int n = 0; n <= 8; n += 2) {
       if (n == 8 && !has_base) break;
-      const int of_spline = kWideRows + 8 * (8 * across + n) + (lane & 7) + (lane >> 4) * 8;
-      const int row = n < 8 ? of_spline : Tile::kBaseRow + 8 * across + (lane & 7);
       uint32_t b[4];
-      load_matrices(b, stage + piece_offset<4>(row, 2 * k + (lane >> 3 & 1)));
+      load_matrices(b, stage + (n < 8 ? (spline_place ^ 2 * k * 16) + 8 * n * Tile::kLineBytes : base_place ^ 2 * k * 16));
       KAN_UNROLL_ALL
       for (int m = 0; m < Tile::kHigh; ++m) {
         add_product<P>(sums[m][n], high[m], low[m], b[0], b[1]);

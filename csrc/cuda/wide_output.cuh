@@ -45,12 +45,13 @@ template <Products P, bool kSparseStep, class Tile, class T>
 KAN_DEVICE void multiply_step(SumsOf<Tile::kHigh, Tile::kTiles>& sums, const char* operand, const char* metadata, const T* weights,
                               int row, int live, int lane) {
   constexpr int kHere = kPieces<P, kSparseStep>, kDepth = kStepDepth / (kHere / 2);
+  const int place = piece_offset<kHere>(row + (lane & 15), lane >> 4);
   KAN_UNROLL_ALL
   for (int k = 0; k < kHere / 2; ++k) {
     uint32_t left[Tile::kHigh][4], e[Tile::kHigh];
     KAN_UNROLL_ALL
     for (int m = 0; m < Tile::kHigh; ++m) {
-      load_matrices(left[m], operand + piece_offset<kHere>(row + 16 * m + (lane & 15), 2 * k + (lane >> 4)));
+      load_matrices(left[m], operand + (place ^ 2 * k * 16) + 16 * m * kHere * 16);
       e[m] = 0;
       if constexpr (kSparseStep)
         e[m] = *reinterpret_cast<const uint32_t*>(metadata + metadata_offset<P>(row + 16 * m + lane / 4, 2 * k + (lane & 1)));

@@ -39,15 +39,15 @@ KAN_DEVICE void multiply_features(SumsOf<Tile::kHigh, Tile::kTiles>& sums, const
                                   int live, int lane) {
   using Row = FeatureRow<P>;
   constexpr int kDepth = kIsHalf<P> ? 16 : 8;
+  // Matrices of the fragment: rows of the batch k .. (lanes 0-15) and k + 8 .., columns 0 .. and 8 .. in turn.
+  const int place = Row::piece_at((lane & 7) + (lane >> 4) * 8, column / 8 + (lane >> 3 & 1));
   KAN_UNROLL_ALL
   for (int k = 0; k < kStepDepth; k += kDepth) {
     uint32_t left[Tile::kHigh][4];
     KAN_UNROLL_ALL
     for (int m = 0; m < Tile::kHigh; ++m) {
       if constexpr (kIsHalf<P>) {
-        // Matrices of the fragment: rows of the batch k .. (lanes 0-15) and k + 8 .., columns 0 .. and 8 .. in turn.
-        const int row = k + (lane & 7) + (lane >> 4) * 8, piece = column / 8 + 2 * m + (lane >> 3 & 1);
-        load_matrices_transposed(left[m], features + Row::piece_at(row, piece));
+        load_matrices_transposed(left[m], features + (place ^ 2 * m * 16) + k * Row::kPitch);
       } else {
         const float* from = reinterpret_cast<const float*>(features + (k + (lane & 3)) * Row::kPitch) + column + 16 * m + lane / 4;
         KAN_UNROLL_ALL
