@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from conftest import Place
-from samples import OPERATIONS, every_activation, every_outside, make_problem
+from samples import every_activation, every_outside, make_problem
 from test_cuda_emulation import CPU, OUTPUTS, assert_outputs_close, assert_wide_close
 
 from kan_fast import backends
@@ -63,12 +63,37 @@ def test_activations_orders_and_derivatives(place, use, kernel, outside, activat
                     assert_wide_close(place, problem, "contract_output", n, "highest", with_scale=n == 1)
 
 
-@every_kernel
-def test_the_other_contractions_run_too(place, use, kernel):
-    use(kernel)
-    problem = make_problem(place, torch.bfloat16, (70, 9, 33))
-    for operation in OPERATIONS:
-        assert_wide_close(place, problem, operation, 0, "highest")
+@every_half
+@pytest.mark.parametrize(
+    ("shape", "grid_size", "kind", "outside"),
+    [
+        ((70, 9, 33), 5, "uniform", "zero"),
+        ((200, 40, 64), 5, "uniform", "clamp"),  # more than a tile of rows and of inputs
+        ((130, 20, 264), 20, "uniform", "zero"),  # three chunks of bases, both widths of a tile
+        ((65, 33, 130), 5, "uneven", "linear"),
+        ((1, 1, 1), 1, "uniform", "zero"),
+        ((129, 130, 8), 3, "uniform", "linear"),
+    ],
+)
+def test_backward(place, use, dtype, shape, grid_size, kind, outside):
+    use("wgmma")
+    for x_dtype in (dtype, torch.float32):
+        problem = make_problem(place, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=x_dtype)
+        for operation in ("contract_input", "contract_weight"):
+            for n in (0, 1):
+                assert_wide_close(place, problem, operation, n, "highest", with_scale=n == 1)
+
+
+@every_outside
+@every_activation
+def test_backward_of_every_kind(place, use, outside, activation):
+    use("wgmma")
+    for k in range(4):
+        for n in range(k + 1):
+            kind = "uneven" if n % 2 else "uniform"
+            problem = make_problem(place, torch.bfloat16, (37, 5, 11), 6, k, kind, activation, outside)
+            for operation in ("contract_input", "contract_weight"):
+                assert_wide_close(place, problem, operation, n, "highest", with_scale=n == 1)
 
 
 @every_kernel

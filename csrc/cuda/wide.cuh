@@ -28,16 +28,23 @@ template <int kWords> struct alignas(4 * kWords) Words {
   uint32_t w[kWords];
 };
 
-// Window at x on even knots where the result is continuous (a.continuous): the spacing alone then says where x is, and no knot is
-// read. Counted from the middle, where knots are small, and rounded once: v is off by few eps max|t| / h. Bases that do
-// not exist come out as any finite number.
-KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, float scale) {
+// The interval of x among even knots, and how far x is from its middle. Counted from the middle of all, where knots are small, and
+// rounded once: v is off by few eps max|t| / h.
+KAN_DEVICE int even_interval(const Problem& p, const Even& d, float x, float& v) {
   constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
+  const float from_middle = x - d.middle, place = from_middle * d.inverse_h + kToNearest;
+  v = from_middle * d.inverse_h - (place - kToNearest);
+  return int(as_bits(place) - as_bits(kToNearest)) + middle_interval(p.knots());
+}
+
+// Window at x on even knots where the result is continuous (a.continuous): the spacing alone then says where x is, and no knot is
+// read. Bases that do not exist come out as any finite number.
+KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, float scale) {
   const Problem& p = a.p;
-  const float at = keep_within(x, d.first, d.last), from_middle = at - d.middle, place = from_middle * d.inverse_h + kToNearest;
-  const float v = from_middle * d.inverse_h - (place - kToNearest);
+  const float at = keep_within(x, d.first, d.last);
+  float v;
   Item item;
-  item.first = int(as_bits(place) - as_bits(kToNearest)) + middle_interval(p.knots()) - p.spline_order;
+  item.first = even_interval(p, d, at, v) - p.spline_order;
   KAN_UNROLL_WINDOW
   for (int q = 0; q < 4; ++q) {
     const float* c = a.centred[q].c;
