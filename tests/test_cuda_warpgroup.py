@@ -151,43 +151,42 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 
 
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
-OUTPUT = "cuda/warpgroup_output.cuh"
+OUTPUT, TILE = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh"
 PLANTED = {
-    "wait": (OUTPUT, r"wait_for_products<1>", "wait_for_products<2>", "the left operand is written while it is under way"),
-    "last wait": (OUTPUT, r"wait_for_products<0>\(\);\n      wait_for_copies", "wait_for_copies", ""),
+    "wait": (TILE, r"wait_for_products<1>", "wait_for_products<2>", "shared memory is written while a product reads it"),
+    "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
-    "early fence": (
-        OUTPUT,
-        r"const uint64_t weights = turn_stages\(\);\n          order_registers\(\);",
-        "order_registers();\n const uint64_t weights = turn_stages(); left[turn][0][0] ^= 0x8000u;",
-        "the left operand was written after the fence",
-    ),
-    "proxy fence": (OUTPUT, r"show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
+    "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if \(kMade\)", "if (kMade)", "a copy that no proxy fence followed"),
+    "makers' fence": (TILE, r"show_to_tensor_cores\(\);\n      arrive", "arrive", "a copy that no proxy fence followed"),
     "two shapes": (
         OUTPUT,
-        r"wait_for_products<0>\(\);\n      while",
-        "while",
+        r"if \(kSparse\) wait_for_products<0>\(\);",
+        "",
         "wgmma_bfloat16 on the sums of a wgmma_sparse_bfloat16 under way",
     ),
     "alone": (
         OUTPUT,
         r"order_registers\(\);",
-        "order_registers(); if (warp % 4 == 1) order_registers();",
+        "order_registers(); if (threadIdx.x / 32 % 4 == 1) order_registers();",
         "the warps of a group did not issue the same products",
     ),
-    "barrier": (OUTPUT, r"barrier\(\);\n        if \(coming", "if (coming", ""),
-    "too far ahead": (OUTPUT, r"kGroupStages - 2", "kGroupStages - 1", "shared memory is written while a product reads it"),
-    "swizzle": (OUTPUT, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
-    "pieces": (OUTPUT, r"\^ row % 8 \* 8", "^ row % 4 * 8", ""),
-    "offsets": (OUTPUT, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
-    "alignment": (OUTPUT, r" \+ \(kAtomBytes - shared_address\(memory\) % kAtomBytes\) % kAtomBytes / sizeof\(T\)", "", ""),
-    "rows": (OUTPUT, r"kSixteenRows = 2 \*", "kSixteenRows = 1 *", ""),
-    "metadata": (OUTPUT, r"weights, metadata\[turn\]\)", "weights, metadata[1 - turn])", ""),
-    "sums": (OUTPUT, r"8 \* \(r >> 1\), o = o0 \+ 8 \* j", "8 * (r & 1), o = o0 + 8 * j", ""),
+    "made": (TILE, r"if \(kMade\) meet\(", "if (kMade) arrive(", ""),
+    "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", "shared memory is written while a product reads it"),
+    "never read": (TILE, r"s - 1 \+ kLeftStages < steps", "s + kLeftStages < steps", "part of a block waits at a barrier"),
+    "read too often": (TILE, r" && s - 1 \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
+    "too far ahead": (TILE, r"next = kRightStages - 2", "next = kRightStages - 3", ""),
+    "swizzle": (TILE, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
+    "pieces": ("cuda/window.cuh", r"piece \^ line % 8", "piece ^ line % 4", ""),
+    "offsets": (TILE, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
+    "alignment": (TILE, r" \+ \(kAtomBytes - shared_address\(memory\) % kAtomBytes\) % kAtomBytes", "", ""),
+    "deeper": (TILE, r"kSixteenLines = 2 \*", "kSixteenLines = 1 *", ""),
+    "metadata": (OUTPUT, r"kSixteenLines, metadata\[k\]\)", "kSixteenLines, metadata[1 - k])", ""),
+    "sums": (TILE, r"body\(row \+ 8 \* r,", "body(row + 8 * (1 - r),", ""),
+    "turned": ("cuda/window.cuh", r"turn \^ 0x4444u\);\n  const int bits", "turn);\n  const int bits", ""),
 }
 
 
-SOON = ("wait", "register fence", "swizzle", "metadata")  # the others cost as much compilation each
+SOON = ("wait", "register fence", "read", "swizzle", "metadata")  # the others cost as much compilation each
 
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug not in SOON)) for bug in PLANTED])
