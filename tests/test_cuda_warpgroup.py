@@ -156,7 +156,7 @@ PLANTED = {
     "wait": (TILE, r"wait_for_products<1>", "wait_for_products<2>", "shared memory is written while a product reads it"),
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
-    "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if \(kMade\)", "if (kMade)", "a copy that no proxy fence followed"),
+    "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
     "makers' fence": (TILE, r"show_to_tensor_cores\(\);\n      arrive", "arrive", "a copy that no proxy fence followed"),
     "two shapes": (
         OUTPUT,

@@ -189,7 +189,7 @@ int input_warpgroup(const Problem& p, const WideArguments& a, void* stream) {
 }
 
 int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-  const int columns = columns_of_output(Family::wgmma, p);
+  const int columns = columns_of_weight(p);
   if (products(p) == Products::bfloat16) return launch_weight_warpgroup<Products::bfloat16>(a, columns, parts, slices, stream);
   return launch_weight_warpgroup<Products::float16>(a, columns, parts, slices, stream);
 }
@@ -201,7 +201,7 @@ int input_wide(const Problem& p, const WideArguments& a, void* stream) {
 }
 
 int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-#define KAN_CALL(products) launch_weight_wide<products>(a, columns_of(p), parts, slices, stream)
+#define KAN_CALL(products) launch_weight_wide<products>(a, columns_of_weight(p), parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
