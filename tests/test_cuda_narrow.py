@@ -119,7 +119,7 @@ PLANTED = {
     "outputs": ("cuda/narrow_output.cu", r"if \(column \+ o < outputs\) ", ""),
     "shuffle": ("cuda/narrow_input.cu", r"mask = side;", "mask = 2 * side;"),
     "block": ("cuda/narrow_weight.cu", r"barrier\(\);  // the tile", "// the tile"),
-    "rows": ("cuda/narrow_weight.cu", r"r \* 32 >= left", "r * 32 > left + 32"),
+    "rows": ("cuda/narrow_weight.cu", r"rows = rows_from\(first\)", "rows = plan.tile_rows"),
     "bins": ("cuda/narrow_weight.cu", r"\(t \* jobs \* cells \+ m\)", "(t + m)"),
 }
 

@@ -5,8 +5,8 @@ namespace kan::cuda {
 
 namespace {
 
-// Bytes of shared memory that leave room for some blocks more; threads of a multiprocessor that registers suffice for.
-constexpr int64_t kRoomy = 56 * 1024, kResidentThreads = 768;
+// Bytes of shared memory that leave room for some blocks more.
+constexpr int64_t kRoomy = 56 * 1024;
 // Bytes of a warp's tile at the most where more than one turn of its lanes goes into it: fetching it takes many instructions.
 constexpr int64_t kTile = 2048;
 
@@ -36,7 +36,7 @@ int64_t stage_of(const Problem& p, Operation operation, int64_t rows, NarrowPlan
 
 // A warp walks by itself, over tiles of its own.
 void plan_walk(const Problem& p, Operation operation, int64_t number, NarrowPlan& plan) {
-  const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = 32 / plan.groups * kNarrowRows;
+  const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = (int64_t(1) << plan.side) * kNarrowRows;
   plan.result_pitch = int(pitch_of(results * number) / number);
   plan.result = int(round_up(rows * plan.result_pitch * number));
   plan.aligned = is_aligned(operation == Operation::output ? p.y : p.dx);
@@ -91,6 +91,8 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.groups = outputs <= kNarrowColumns ? 1 : outputs <= 2 * kNarrowColumns ? 2 : 4;
   plan.lane_columns = int((outputs + plan.groups - 1) / plan.groups);
   if (plan.lane_columns == 7) plan.lane_columns = 8;
+  plan.group_bits = plan.groups / 2;  // of 1, 2, 4
+  plan.side = 5 - plan.group_bits;
   const int columns = plan.groups * plan.lane_columns;
   plan.pieces = (p.outside == kZero ? p.knots() - 1 : p.grid_size) + 2;
   plan.edge_pitch = columns | 1;  // 16 bytes each: pieces in different banks
@@ -114,7 +116,7 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.edges = reserve(is_weight ? 0 : rows * plan.edge_pitch * 4 * number);
   // What only makes other tables lies where tiles will.
   if (!is_weight) plan.buffers = int(offset);
-  plan.cubics = reserve(rows * (kMaxCubicOrder + 1) * 4 * number);
+  plan.cubics = reserve(rows * kWindowPitch * 4 * number);
   plan.firsts = reserve(rows * 4);
   if (is_weight) plan.buffers = int(offset);
   plan.knots = reserve(inputs * p.knots() * number);
@@ -124,7 +126,8 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   if (plan.shared < offset) plan.shared = offset;
 
   // As many blocks as are at work at once.
-  const int64_t resident = at_most((device.shared_memory + 1024) / (plan.shared + 1024), kResidentThreads / (plan.warps * 32));
+  const int64_t threads = int64_t(narrow_residents(operation, plan.lane_columns)) * kNarrowThreads;
+  const int64_t resident = at_most((device.shared_memory + 1024) / (plan.shared + 1024), threads / (plan.warps * 32));
   const int64_t together = (resident > 0 ? resident : 1) * device.multiprocessors, shares = is_weight ? plan.shares : 1;
   plan.blocks = at_most(plan.blocks, (together + shares - 1) / shares);
   return plan;

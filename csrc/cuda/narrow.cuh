@@ -136,7 +136,7 @@ template <class C> KAN_DEVICE_CALL void make_tables(const NarrowArguments<C>& a,
     firsts[m] = j - p.spline_order;
     KAN_UNROLL_WINDOW
     for (int q = 0; q <= kMaxCubicOrder; ++q)
-      cubics[m * (kMaxCubicOrder + 1) + q] = below || above ? beyond(w[q], p.outside, p.n, C(above)) : w[q];
+      cubics[m * kWindowPitch + q] = below || above ? beyond(w[q], p.outside, p.n, C(above)) : w[q];
   }
   barrier();
   if (!with_edges) return;
@@ -148,7 +148,7 @@ template <class C> KAN_DEVICE_CALL void make_tables(const NarrowArguments<C>& a,
     for (int q = 0; q <= p.spline_order && o < outputs; ++q) {
       const int f = firsts[row] + q;
       if (f < 0 || f >= p.bases()) continue;
-      edge += cubics[row * (kMaxCubicOrder + 1) + q] * read<C>(p.spline_weight, (int64_t(i) * p.bases() + f) * outputs + o, p.weight_dtype);
+      edge += cubics[row * kWindowPitch + q] * read<C>(p.spline_weight, (int64_t(i) * p.bases() + f) * outputs + o, p.weight_dtype);
     }
     edges[row * plan.edge_pitch + o] = edge;
   }
@@ -188,6 +188,12 @@ KAN_DEVICE void write_rows(const C* results, int pitch, int columns, void* to, i
     C of[16 / sizeof(C)];
   };
   const int size = sizeof(C) == 8 ? 8 : dtype == kFloat32 ? 4 : 2, each = 16 / size, total = rows * columns;
+  if (aligned && size == int(sizeof(C)) && pitch == columns && total % each == 0) {
+    Numbers* target = reinterpret_cast<Numbers*>(static_cast<C*>(to) + first * columns);
+    KAN_NO_UNROLL
+    for (int m = lane; m < total / each; m += 32) target[m] = reinterpret_cast<const Numbers*>(results)[m];
+    return;
+  }
   KAN_NO_UNROLL
   for (int e = lane * each; e < total; e += 32 * each) {
     const C* from = results + (pitch == columns ? e : e / columns * pitch + e % columns);
@@ -209,31 +215,29 @@ KAN_DEVICE void write_rows(const C* results, int pitch, int columns, void* to, i
 // Walks a warp over its tiles: body(first row, rows, stage, that row in the stage) on as many of them as a warp takes at once,
 // the next tile under way meanwhile. Nobody reads the results of one call any more when the next begins.
 template <class Body> KAN_DEVICE void for_every_tile(const NarrowPlan& plan, int64_t batch, char* stages, int warp, int lane, Body body) {
-  const int turn_rows = 32 / plan.groups * kNarrowRows;
-  const int64_t step = int64_t(gridDim.x) * plan.warps;
-  auto rows_of = [&](int64_t tile) {
-    const int64_t left = batch - tile * plan.tile_rows;
-    return left < plan.tile_rows ? int(left) : plan.tile_rows;
-  };
-  auto fetch = [&](int64_t tile, char* stage) {
-    if (tile < plan.tiles) {
-      stage_rows(plan.x, tile * plan.tile_rows, rows_of(tile), stage, lane, 32);
-      stage_rows(plan.scale, tile * plan.tile_rows, rows_of(tile), stage, lane, 32);
-      stage_rows(plan.g, tile * plan.tile_rows, rows_of(tile), stage, lane, 32);
+  const int turn_rows = kNarrowRows << plan.side;
+  const int64_t step = int64_t(gridDim.x) * (plan.warps * plan.tile_rows);
+  auto rows_from = [&](int64_t row) { return batch - row < plan.tile_rows ? int(batch - row) : plan.tile_rows; };
+  auto fetch = [&](int64_t row, char* stage) {
+    if (row < batch) {
+      stage_rows(plan.x, row, rows_from(row), stage, lane, 32);
+      stage_rows(plan.scale, row, rows_from(row), stage, lane, 32);
+      stage_rows(plan.g, row, rows_from(row), stage, lane, 32);
     }
     commit_copies();
   };
   int stage = 0;
-  fetch(int64_t(blockIdx.x) * plan.warps + warp, stages);
-  for (int64_t tile = int64_t(blockIdx.x) * plan.warps + warp; tile < plan.tiles; tile += step, stage = plan.stage - stage) {
+  int64_t row = (int64_t(blockIdx.x) * plan.warps + warp) * plan.tile_rows;
+  fetch(row, stages);
+  for (; row < batch; row += step, stage = plan.stage - stage) {
     wait_for_copies<0>();
     warp_barrier();  // the tile is there, and nobody reads the one before
-    fetch(tile + step, stages + plan.stage - stage);
-    const int rows = rows_of(tile);
+    fetch(row + step, stages + plan.stage - stage);
+    const int rows = rows_from(row);
     KAN_NO_UNROLL
     for (int first = 0; first < rows; first += turn_rows) {
       if (first > 0) warp_barrier();
-      body(tile * plan.tile_rows + first, rows - first < turn_rows ? rows - first : turn_rows, stages + stage, first);
+      body(row + first, rows - first < turn_rows ? rows - first : turn_rows, stages + stage, first);
     }
   }
   wait_for_copies<0>();

@@ -9,6 +9,15 @@ enum class Operation { output, input, weight };
 // Threads of a block at the most; rows that a lane takes at once; its outputs at the most.
 constexpr int kNarrowThreads = 256, kNarrowWarps = kNarrowThreads / 32, kNarrowRows = 2, kNarrowColumns = 8;
 
+// A window's cubics, and one more for the pitch: lanes in different pieces meet different banks.
+constexpr int kWindowPitch = kMaxCubicOrder + 2;
+
+// Blocks of a multiprocessor at once that a kernel has registers for.
+constexpr int narrow_residents(Operation operation, int lane_columns) {
+  if (operation == Operation::output) return lane_columns == 1 ? 4 : lane_columns <= 6 ? 3 : 2;
+  return lane_columns <= (operation == Operation::input ? 3 : 2) ? 4 : lane_columns <= 5 ? 3 : 2;
+}
+
 // A matrix of `batch` rows, a tile of whose rows is copied to shared memory, into `offset` of a stage. Lengths in bytes.
 struct Staged {
   const char* data;  // or null
@@ -21,7 +30,8 @@ struct Staged {
 struct NarrowPlan {
   int warps, pieces;
   int tile_rows;
-  int lane_columns, groups;    // outputs of a lane; lanes that share a row, each with its own outputs: a power of two
+  int lane_columns, groups;    // outputs of a lane; lanes that share a row, each with its own outputs
+  int group_bits, side;        // log2 of groups, and of the rows that a warp's lanes take at once, 32 / groups
   int edge_pitch;              // edges from piece to piece
   int share, shares;           // contract_weight: jobs of a block, and into how many shares they are cut
   int team, teams;             // warps that share the jobs of a row; such teams

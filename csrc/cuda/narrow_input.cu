@@ -6,12 +6,13 @@ namespace kan::cuda {
 
 namespace {
 
-template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) input_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, narrow_residents(Operation::input, kOut)) input_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
   make_tables(a, shared, true);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 32 / plan.groups, column = lane / side * kOut;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 1 << plan.side;
+  const int place = lane & (side - 1), column = (lane >> plan.side) * kOut;
   const int inputs = int(p.in_features), outputs = int(p.out_features);
   char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
   C* results = at_offset<C>(buffers, 2 * plan.stage);
@@ -21,7 +22,7 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
     C pulled[kNarrowRows][kOut];
     KAN_UNROLL_ALL
     for (int r = 0; r < kNarrowRows; ++r) {
-      const int row = first_staged + r * side + lane % side;
+      const int row = first_staged + r * side + place;
       xs[r] = stage + plan.x.offset + row * plan.x.pitch;
       KAN_UNROLL_ALL
       for (int o = 0; o < kOut; ++o)
@@ -30,11 +31,11 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
     Tables<C> tables(plan, shared, column);
     KAN_NO_UNROLL
     for (int i = 0; i < inputs; ++i, tables.advance(plan)) {
-      const Place<C> place = *tables.place;
+      const Place<C> axis = *tables.place;
       KAN_UNROLL_ALL
       for (int r = 0; r < kNarrowRows; ++r) {
         const C x = read<C>(xs[r], i, p.x_dtype);
-        const Located<C> at = locate(p, plan, place, tables.starts, x);
+        const Located<C> at = locate(p, plan, axis, tables.starts, x);
         const CubicOf<C>* edge = tables.edges + at.piece * plan.edge_pitch;
         CubicOf<C> sum{};
         KAN_UNROLL_ALL
@@ -47,7 +48,7 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
           value += (plan.is_silu ? silu<1>(x) : activate(a.activation, x)) * weight;
         }
         for (int mask = side; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
-        if (column == 0) results[(r * side + lane % side) * plan.result_pitch + i] = value;
+        if (column == 0) results[(r * side + place) * plan.result_pitch + i] = value;
       }
     }
     warp_barrier();

@@ -5,12 +5,13 @@ namespace kan::cuda {
 
 namespace {
 
-template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, kOut > 4 ? 2 : 3) output_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, narrow_residents(Operation::output, kOut)) output_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
   make_tables(a, shared, true);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 32 / plan.groups, column = lane / side * kOut;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 1 << plan.side;
+  const int place = lane & (side - 1), column = (lane >> plan.side) * kOut;
   const int inputs = int(p.in_features), outputs = int(p.out_features);
   char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
   C* results = at_offset<C>(buffers, 2 * plan.stage);
@@ -19,7 +20,7 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, k
     const char *xs[kNarrowRows], *scales[kNarrowRows];
     KAN_UNROLL_ALL
     for (int r = 0; r < kNarrowRows; ++r) {
-      const int row = first_staged + r * side + lane % side;
+      const int row = first_staged + r * side + place;
       xs[r] = stage + plan.x.offset + row * plan.x.pitch;
       scales[r] = stage + plan.scale.offset + row * plan.scale.pitch;
     }
@@ -27,12 +28,12 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, k
     Tables<C> tables(plan, shared, column);
     KAN_NO_UNROLL
     for (int i = 0; i < inputs; ++i, tables.advance(plan)) {
-      const Place<C> place = *tables.place;
+      const Place<C> axis = *tables.place;
       KAN_UNROLL_ALL
       for (int r = 0; r < kNarrowRows; ++r) {
         const C x = read<C>(xs[r], i, p.x_dtype);
         const C scale = plan.has_scale ? read<C>(scales[r], i, p.x_dtype) : C(1);
-        const Located<C> at = locate(p, plan, place, tables.starts, x);
+        const Located<C> at = locate(p, plan, axis, tables.starts, x);
         const CubicOf<C>* edge = tables.edges + at.piece * plan.edge_pitch;
         KAN_UNROLL_ALL
         for (int o = 0; o < kOut; ++o) total[r][o] += edge[o].at(at.u) * scale;
@@ -45,7 +46,7 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, k
     }
     KAN_UNROLL_ALL
     for (int r = 0; r < kNarrowRows; ++r) {
-      C* row = results + (r * side + lane % side) * plan.result_pitch + column;
+      C* row = results + (r * side + place) * plan.result_pitch + column;
       if (kOut % 4 == 0 && plan.groups * kOut == outputs) {
         KAN_UNROLL_ALL
         for (int o = 0; o + 3 < kOut; o += 4)

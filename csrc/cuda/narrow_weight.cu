@@ -7,7 +7,7 @@ namespace kan::cuda {
 
 namespace {
 
-template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3) weight_narrow(KAN_ARGUMENT NarrowArguments<C> a, C* parts) {
+template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, narrow_residents(Operation::weight, kOut)) weight_narrow(KAN_ARGUMENT NarrowArguments<C> a, C* parts) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
@@ -18,56 +18,74 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
   const int all_jobs = inputs * plan.groups, cells = (bases + 1) * kOut;
   char* stages = shared + plan.buffers;
   C* bins = at_offset<C>(shared, plan.bins);  // (team, job, basis or base branch, output of the job, lane)
-  const int tile_rows = plan.tile_rows, lane_rows = tile_rows / plan.teams / 32;
-  auto fetch = [&](int64_t tile, char* stage) {
-    if (tile < plan.tiles) {
-      const int64_t first = tile * tile_rows;
-      const int rows = p.batch - first < tile_rows ? int(p.batch - first) : tile_rows;
-      stage_rows(plan.x, first, rows, stage, thread, threads);
-      stage_rows(plan.scale, first, rows, stage, thread, threads);
-      stage_rows(plan.g, first, rows, stage, thread, threads);
+  auto rows_from = [&](int64_t row) { return p.batch - row < plan.tile_rows ? int(p.batch - row) : plan.tile_rows; };
+  auto fetch = [&](int64_t row, char* stage) {
+    if (row < p.batch) {
+      stage_rows(plan.x, row, rows_from(row), stage, thread, threads);
+      stage_rows(plan.scale, row, rows_from(row), stage, thread, threads);
+      stage_rows(plan.g, row, rows_from(row), stage, thread, threads);
     }
     commit_copies();
   };
+  const int64_t step = int64_t(gridDim.x) * plan.tile_rows;
+  const int team_rows = plan.tile_rows / plan.teams, first_window = (p.outside == kZero ? 0 : p.spline_order) - p.spline_order - 1;
 
   for (int share = blockIdx.y; share < plan.shares; share += gridDim.y) {
     const int first_job = share * plan.share, jobs = all_jobs - first_job < plan.share ? all_jobs - first_job : plan.share;
     for (int m = thread; m < plan.teams * jobs * cells * 32; m += threads) bins[m] = 0;
     int turn = 0;
-    fetch(blockIdx.x, stages);
-    for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x, turn ^= 1) {
+    int64_t first = int64_t(blockIdx.x) * plan.tile_rows;
+    fetch(first, stages);
+    for (; first < p.batch; first += step, turn = plan.stage - turn) {
       wait_for_copies<0>();
       barrier();  // the tile is there, and nobody reads the one before
-      fetch(tile + gridDim.x, stages + (turn ^ 1) * plan.stage);
-      const char* stage = stages + turn * plan.stage;
-      const int first = team * lane_rows * 32 + lane;
-      const int64_t left = p.batch - tile * tile_rows - first;
+      fetch(first + step, stages + plan.stage - turn);
+      const char* stage = stages + turn;
+      const int rows = rows_from(first), end = rows < (team + 1) * team_rows ? rows : (team + 1) * team_rows;
       for (int job = member; job < jobs; job += plan.team) {
-        const int i = (first_job + job) / plan.groups, column = (first_job + job) % plan.groups * kOut;
-        const Place<C> place = at_offset<Place<C>>(shared, plan.places)[i];
+        const int i = (first_job + job) >> plan.group_bits, column = ((first_job + job) & (plan.groups - 1)) * kOut;
+        const Place<C> axis = at_offset<Place<C>>(shared, plan.places)[i];
         const C* starts = at_offset<C>(shared, plan.starts) + i * pieces;
         const int* firsts = at_offset<int>(shared, plan.firsts) + i * pieces;
-        const CubicOf<C>* cubics = at_offset<CubicOf<C>>(shared, plan.cubics) + i * pieces * (kMaxCubicOrder + 1);
+        const CubicOf<C>* windows = at_offset<CubicOf<C>>(shared, plan.cubics) + i * pieces * kWindowPitch;
         C* mine = bins + (team * jobs + job) * cells * 32 + lane;
         C base[kOut] = {};
-        for (int r = 0; r < lane_rows; ++r) {
-          if (r * 32 >= left) break;
-          const int row = first + r * 32;
+        KAN_NO_UNROLL
+        for (int row = team * team_rows + lane; row < end; row += 32) {
           const C x = read<C>(stage + plan.x.offset + row * plan.x.pitch, i, p.x_dtype);
           const C scale = plan.has_scale ? read<C>(stage + plan.scale.offset + row * plan.scale.pitch, i, p.x_dtype) : C(1);
           C g[kOut];
           KAN_UNROLL_ALL
           for (int o = 0; o < kOut; ++o)
             g[o] = column + o < outputs ? read<C>(stage + plan.g.offset + row * plan.g.pitch, column + o, p.weight_dtype) * scale : C(0);
-          const Located<C> at = locate(p, plan, place, starts, x);
-          const int from = firsts[at.piece];
-          KAN_UNROLL_ALL
-          for (int q = 0; q <= kMaxCubicOrder; ++q) {
-            const int f = from + q;
-            if (q > p.spline_order || f < 0 || f >= bases) continue;
-            const C w = cubics[at.piece * (kMaxCubicOrder + 1) + q].at(at.u);
+          const Located<C> at = locate(p, plan, axis, starts, x);
+          // Within even knots windows are alike: their cubics come with the kernel's arguments and not from 80 bytes of a table.
+          const bool inner = at.piece > 0 && at.piece < pieces - 1;
+          const int from = inner ? at.piece + first_window : firsts[at.piece];
+          C w[kMaxCubicOrder + 1];
+          if (inner && axis.slope > 0) {
+            C factor = 1;
+            for (int n = 0; n < p.n; ++n) factor *= axis.inverse;
             KAN_UNROLL_ALL
-            for (int o = 0; o < kOut; ++o) mine[(f * kOut + o) * 32] += w * g[o];
+            for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = a.uniform[q].at(at.u) * factor;
+          } else {
+            KAN_UNROLL_ALL
+            for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = windows[at.piece * kWindowPitch + q].at(at.u);
+          }
+          bool exists[kMaxCubicOrder + 1];
+          KAN_UNROLL_ALL
+          for (int q = 0; q <= kMaxCubicOrder; ++q) exists[q] = q <= p.spline_order && unsigned(from + q) < unsigned(bases);
+          // Four sums are read before they are written: they are different ones, which a compiler cannot see.
+          C* target = mine + from * kOut * 32;
+          KAN_UNROLL_ALL
+          for (int o = 0; o < kOut; ++o) {
+            C sums[kMaxCubicOrder + 1];
+            KAN_UNROLL_ALL
+            for (int q = 0; q <= kMaxCubicOrder; ++q)
+              if (exists[q]) sums[q] = target[(q * kOut + o) * 32];
+            KAN_UNROLL_ALL
+            for (int q = 0; q <= kMaxCubicOrder; ++q)
+              if (exists[q]) target[(q * kOut + o) * 32] = sums[q] + w[q] * g[o];
           }
           if (plan.has_base) {
             const C activation = plan.is_silu ? silu<0>(x) : activate(a.activation, x);
@@ -84,12 +102,12 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, 3
 
     // A thread to each cell; it begins with the lane of its number, so that threads meet different banks.
     for (int m = thread; m < jobs * cells; m += threads) {
-      const int job = first_job + m / cells, cell = m % cells, f = cell / kOut, o = job % plan.groups * kOut + cell % kOut;
+      const int job = first_job + m / cells, cell = m % cells, f = cell / kOut, o = (job & (plan.groups - 1)) * kOut + cell % kOut;
       if (o >= outputs) continue;
       C total = 0;
       for (int t = 0; t < plan.teams; ++t)
         for (int l = 0; l < 32; ++l) total += bins[(t * jobs * cells + m) * 32 + ((l + thread) & 31)];
-      parts[((int64_t(job / plan.groups) * (bases + 1) + f) * outputs + o) * gridDim.x + blockIdx.x] = total;
+      parts[((int64_t(job >> plan.group_bits) * (bases + 1) + f) * outputs + o) * gridDim.x + blockIdx.x] = total;
     }
     barrier();
   }
