@@ -89,7 +89,7 @@ template <class T> Tensor fresh(std::initializer_list<int64_t> sizes) {
   }
   AtenTensorHandle handle;
   const int32_t dtype = sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
                                                          aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }

@@ -19,6 +19,7 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 SAMPLE = [
     ("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80"),
     ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"), ("warpgroup_output_bfloat16", "90a"),
+    ("warpgroup_backward_float16", "90a"),
     ("narrow_output", "90a"), ("narrow_input", "80"), ("narrow_weight", "120"),
 ]  # fmt: skip
 
@@ -47,9 +48,8 @@ def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
 
 def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
-    if "output_warpgroup" in kernel:  # empty but on Hopper
-        columns = re.search(r"ELi(\d+)E", kernel)[1]
-        shape = rf"HGMMA.SP.64x{columns}x32" if "Lb1E" in kernel else rf"HGMMA.64x{columns}x16"
+    if "_warpgroup" in kernel:  # empty but on Hopper
+        shape = "HGMMA.SP.64x128x32" if "Lb1E" in kernel else "HGMMA.64x128x16"
         return rf"{shape}.F32{'.BF16' if 'ProductsE0E' in kernel else ''} " if architecture == "90a" else None
     if "_wide" not in kernel:
         return None
@@ -72,8 +72,8 @@ def check(source, architecture, folder):
             assert re.search(wanted, code[kernel]), kernel
             assert "LDGSTS" in code[kernel]  # asynchronous copies
         if wanted is not None and "HGMMA" in wanted:
-            # Products stay under way while the next left operand is made: two kinds of steps, each unrolled twice.
-            assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code[kernel])) == 4, kernel
+            # One step's product stays under way while the next one's is begun.
+            assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code[kernel])) == 1, kernel
             assert "FENCE.VIEW.ASYNC" in code[kernel]
     if source.startswith("narrow"):
         kernels = [kernel for kernel in facts if "_narrowI" in kernel]
@@ -102,8 +102,8 @@ def test_serialized_products_would_be_seen(tmp_path):
     """A sum that is touched between two products."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     kernel = tmp_path / "csrc/cuda/warpgroup_output.cuh"
-    product = "multiply_group<P>(sums, left[turn][1], weights + kSixteenRows);"
+    product = "multiply_group<P, false, true>(sums, tile + int(threadIdx.x) / 128 * (kLeftBytes / 2), right);"
     assert product in kernel.read_text()
-    kernel.write_text(kernel.read_text().replace(product, f"sums[0] += 1.0f; {product}"))
+    kernel.write_text(kernel.read_text().replace(product, f"{product} sums[0][0] += 1.0f; {product}"))
     with pytest.raises(AssertionError, match="serialized"):
         compiled("warpgroup_output_bfloat16", "90a", tmp_path, tmp_path / "csrc")

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from conftest import Place
-from samples import OPERATIONS, every_activation, every_outside, make_problem
+from samples import every_activation, every_outside, make_problem
 from test_cuda_emulation import CPU, OUTPUTS, assert_outputs_close, assert_wide_close
 
 from kan_fast import backends
@@ -63,12 +63,37 @@ def test_activations_orders_and_derivatives(place, use, kernel, outside, activat
                     assert_wide_close(place, problem, "contract_output", n, "highest", with_scale=n == 1)
 
 
-@every_kernel
-def test_the_other_contractions_run_too(place, use, kernel):
-    use(kernel)
-    problem = make_problem(place, torch.bfloat16, (70, 9, 33))
-    for operation in OPERATIONS:
-        assert_wide_close(place, problem, operation, 0, "highest")
+@every_half
+@pytest.mark.parametrize(
+    ("shape", "grid_size", "kind", "outside"),
+    [
+        ((70, 9, 33), 5, "uniform", "zero"),
+        ((200, 40, 64), 5, "uniform", "clamp"),  # more than a tile of rows and of inputs
+        ((130, 20, 264), 20, "uniform", "zero"),  # three chunks of bases, both widths of a tile
+        ((65, 33, 130), 5, "uneven", "linear"),
+        ((1, 1, 1), 1, "uniform", "zero"),
+        ((129, 130, 8), 3, "uniform", "linear"),
+    ],
+)
+def test_backward(place, use, dtype, shape, grid_size, kind, outside):
+    use("wgmma")
+    for x_dtype in (dtype, torch.float32):
+        problem = make_problem(place, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=x_dtype)
+        for operation in ("contract_input", "contract_weight"):
+            for n in (0, 1):
+                assert_wide_close(place, problem, operation, n, "highest", with_scale=n == 1)
+
+
+@every_outside
+@every_activation
+def test_backward_of_every_kind(place, use, outside, activation):
+    use("wgmma")
+    for k in range(4):
+        for n in range(k + 1):
+            kind = "uneven" if n % 2 else "uniform"
+            problem = make_problem(place, torch.bfloat16, (37, 5, 11), 6, k, kind, activation, outside)
+            for operation in ("contract_input", "contract_weight"):
+                assert_wide_close(place, problem, operation, n, "highest", with_scale=n == 1)
 
 
 @every_kernel
@@ -126,43 +151,42 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 
 
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
-OUTPUT = "cuda/warpgroup_output.cuh"
+OUTPUT, TILE = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh"
 PLANTED = {
-    "wait": (OUTPUT, r"wait_for_products<1>", "wait_for_products<2>", "the left operand is written while it is under way"),
-    "last wait": (OUTPUT, r"wait_for_products<0>\(\);\n      wait_for_copies", "wait_for_copies", ""),
+    "wait": (TILE, r"wait_for_products<1>", "wait_for_products<2>", "shared memory is written while a product reads it"),
+    "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
-    "early fence": (
-        OUTPUT,
-        r"const uint64_t weights = turn_stages\(\);\n          order_registers\(\);",
-        "order_registers();\n const uint64_t weights = turn_stages(); left[turn][0][0] ^= 0x8000u;",
-        "the left operand was written after the fence",
-    ),
-    "proxy fence": (OUTPUT, r"show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
+    "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
+    "makers' fence": (TILE, r"show_to_tensor_cores\(\);\n      arrive", "arrive", "a copy that no proxy fence followed"),
     "two shapes": (
         OUTPUT,
-        r"wait_for_products<0>\(\);\n      while",
-        "while",
+        r"if \(kSparse\) wait_for_products<0>\(\);",
+        "",
         "wgmma_bfloat16 on the sums of a wgmma_sparse_bfloat16 under way",
     ),
     "alone": (
         OUTPUT,
         r"order_registers\(\);",
-        "order_registers(); if (warp % 4 == 1) order_registers();",
+        "order_registers(); if (threadIdx.x / 32 % 4 == 1) order_registers();",
         "the warps of a group did not issue the same products",
     ),
-    "barrier": (OUTPUT, r"barrier\(\);\n        if \(coming", "if (coming", ""),
-    "too far ahead": (OUTPUT, r"kGroupStages - 2", "kGroupStages - 1", "shared memory is written while a product reads it"),
-    "swizzle": (OUTPUT, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
-    "pieces": (OUTPUT, r"\^ row % 8 \* 8", "^ row % 4 * 8", ""),
-    "offsets": (OUTPUT, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
-    "alignment": (OUTPUT, r" \+ \(kAtomBytes - shared_address\(memory\) % kAtomBytes\) % kAtomBytes / sizeof\(T\)", "", ""),
-    "rows": (OUTPUT, r"kSixteenRows = 2 \*", "kSixteenRows = 1 *", ""),
-    "metadata": (OUTPUT, r"weights, metadata\[turn\]\)", "weights, metadata[1 - turn])", ""),
-    "sums": (OUTPUT, r"8 \* \(r >> 1\), o = o0 \+ 8 \* j", "8 * (r & 1), o = o0 + 8 * j", ""),
+    "made": (TILE, r"if \(kMade\) meet\(", "if (kMade) arrive(", ""),
+    "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", "shared memory is written while a product reads it"),
+    "never read": (TILE, r"s - 1 \+ kLeftStages < steps", "s + kLeftStages < steps", "part of a block waits at a barrier"),
+    "read too often": (TILE, r" && s - 1 \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
+    "too far ahead": (TILE, r"next = kRightStages - 2", "next = kRightStages - 3", ""),
+    "swizzle": (TILE, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
+    "pieces": ("cuda/window.cuh", r"piece \^ line % 8", "piece ^ line % 4", ""),
+    "offsets": (TILE, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
+    "alignment": (TILE, r" \+ \(kAtomBytes - shared_address\(memory\) % kAtomBytes\) % kAtomBytes", "", ""),
+    "deeper": (TILE, r"kSixteenLines = 2 \*", "kSixteenLines = 1 *", ""),
+    "metadata": (OUTPUT, r"kSixteenLines, metadata\[k\]\)", "kSixteenLines, metadata[1 - k])", ""),
+    "sums": (TILE, r"body\(row \+ 8 \* r,", "body(row + 8 * (1 - r),", ""),
+    "turned": ("cuda/window.cuh", r"turn \^ 0x4444u\);\n  const int bits", "turn);\n  const int bits", ""),
 }
 
 
-SOON = ("wait", "register fence", "swizzle", "metadata")  # the others cost as much compilation each
+SOON = ("wait", "register fence", "read", "swizzle", "metadata")  # the others cost as much compilation each
 
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug not in SOON)) for bug in PLANTED])

@@ -5,7 +5,7 @@
 
 // The instructions of the kernels are probed as the kernels have them.
 #include "../../csrc/cuda/instructions.cuh"
-#include "../../csrc/cuda/warpgroup_output.cuh"
+#include "../../csrc/cuda/warpgroup_tile.cuh"
 
 namespace probe {
 
@@ -121,19 +121,26 @@ struct WgmmaSparseBf16 {
   }
 };
 
-// Those of the kernels themselves, on 128 columns: b is a stage of weights as csrc/cuda/warpgroup_output.cuh describes it.
-#define PROBE_KERNEL(Name, title, depth, call)                                                                           \
-  struct Name {                                                                                                          \
-    static constexpr const char* name = title;                                                                           \
-    static constexpr int k = depth;                                                                                      \
-    static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b, [[maybe_unused]] const uint32_t& e) { \
-      kan::cuda::call;                                                                                                   \
-    }                                                                                                                    \
+// Those of the kernels themselves, on 128 columns of tiles as csrc/cuda/warpgroup_tile.cuh describes them: which of the operands
+// lie by lines at one depth, and the left one of the sparse form in registers.
+#define PROBE_KERNEL(Name, title, depth, left_lines, right_lines, ...)                                                      \
+  struct Name {                                                                                                             \
+    static constexpr const char* name = title;                                                                              \
+    static constexpr int k = depth;                                                                                         \
+    static constexpr bool left_by_lines = left_lines, right_by_lines = right_lines;                                         \
+    [[maybe_unused]] static __device__ void run(float (&c)[64], [[maybe_unused]] const uint32_t (&a)[4],                    \
+                                                [[maybe_unused]] uint64_t left, uint64_t right, [[maybe_unused]] const uint32_t& e) { \
+      kan::cuda::__VA_ARGS__;                                                                                                  \
+    }                                                                                                                       \
   };
-PROBE_KERNEL(KernelBf16, "kernel's wgmma bf16", 16, wgmma_bfloat16(c, a, b))
-PROBE_KERNEL(KernelFp16, "kernel's wgmma fp16", 16, wgmma_float16(c, a, b))
-PROBE_KERNEL(KernelSparseBf16, "kernel's wgmma.sp bf16", 32, wgmma_sparse_bfloat16(c, a, b, e))
-PROBE_KERNEL(KernelSparseFp16, "kernel's wgmma.sp fp16", 32, wgmma_sparse_float16(c, a, b, e))
+PROBE_KERNEL(KernelBf16, "output's wgmma bf16", 16, false, true, wgmma_bfloat16<false, true>(c, left, right))
+PROBE_KERNEL(KernelFp16, "output's wgmma fp16", 16, false, true, wgmma_float16<false, true>(c, left, right))
+PROBE_KERNEL(InputBf16, "input's wgmma bf16", 16, false, false, wgmma_bfloat16<false, false>(c, left, right))
+PROBE_KERNEL(InputFp16, "input's wgmma fp16", 16, false, false, wgmma_float16<false, false>(c, left, right))
+PROBE_KERNEL(WeightBf16, "weight's wgmma bf16", 16, true, true, wgmma_bfloat16<true, true>(c, left, right))
+PROBE_KERNEL(WeightFp16, "weight's wgmma fp16", 16, true, true, wgmma_float16<true, true>(c, left, right))
+PROBE_KERNEL(KernelSparseBf16, "output's wgmma.sp bf16", 32, false, true, wgmma_sparse_bfloat16(c, a, right, e))
+PROBE_KERNEL(KernelSparseFp16, "output's wgmma.sp fp16", 32, false, true, wgmma_sparse_float16(c, a, right, e))
 #undef PROBE_KERNEL
 
 }  // namespace probe

@@ -59,11 +59,13 @@ struct Wgmma128SparseBf16 {
   }
 };
 
-// The kernels' own, on 256 columns of a stage of weights, as csrc/cuda/warpgroup_output.cuh describes it.
+// The kernels' own, on 256 columns of a tile as csrc/cuda/warpgroup_tile.cuh describes it.
 struct Kernel256Bf16 {
   static constexpr const char* name = "kernel's wgmma m64n256k16 bf16";
   static constexpr int k = 16, columns = 256;
-  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&a)[4], uint64_t b) { kan::cuda::wgmma_bfloat16(c, a, b); }
+  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&)[4], uint64_t b) {
+    kan::cuda::wgmma_bfloat16<false, true>(c, b, b);
+  }
 };
 struct Kernel256SparseBf16 {
   static constexpr const char* name = "kernel's wgmma.sp m64n256k32 bf16";
@@ -76,7 +78,7 @@ struct Kernel256SparseBf16 {
 template <class Instruction>
 __global__ void __launch_bounds__(128) repeat_wgmma(float* out, int iterations) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int words = Instruction::columns * 32 / 2;
+  constexpr int words = Instruction::columns * 32 / 2;  // 32 deep
   __shared__ __align__(1024) uint32_t tile[words];
   for (int i = threadIdx.x; i < words; i += 128) tile[i] = 0;
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(128) repeat_wgmma(float* out, int iterations) 
   float c[Instruction::columns / 2] = {};
   // Core matrices of K neighbours 128 bytes apart, of N neighbours as far as the tile's whole K.
   const uint64_t b = Instruction::columns == 128 ? probe::descriptor(tile, 128, 512)
-                                                 : kan::cuda::describe_weights(kan::cuda::shared_address(tile));
+                                                 : kan::cuda::describe_tile(reinterpret_cast<const char*>(tile));
   for (int i = 0; i < iterations; ++i) {
     probe::warpgroup_fence();
 #pragma unroll

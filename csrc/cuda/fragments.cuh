@@ -1,9 +1,5 @@
-// The left operand of the wide kernels: from the window of four bases that a lane has evaluated to the registers that a
-// tensor-core instruction wants. Nothing of it is ever stored.
-//
-// A tile of 16 rows and a step of 4 inputs x 8 bases has 64 windows, two for each lane of a warp: lane (g, q) = (lane / 4,
-// lane % 4) evaluates, for half h of the inputs, row g + 8 (q & 1) of input 2h + (q >> 1), its "item". A quad thus holds all
-// that its four lanes need, and what a lane lacks comes by shuffles within the quad.
+// The left operand of the wide kernels: from the window of four bases that a thread has evaluated to the numbers that a
+// tensor-core instruction wants. Global memory never sees it.
 //
 // Why the operand is exactly structured-sparse (orders 1, 2, 3; also 0). Take eight bases 8c .. 8c + 7 of one input. The
 // non-zero ones are among `shift` .. shift + 3, shift = first - 8c, four neighbours, wherever x lies.
@@ -46,6 +42,10 @@ template <bool kSparse, bool kHalf> KAN_INLINE int basis_of_place(int place) {
   if (!kSparse) return place;
   return kHalf ? (place & 3) * 2 + (place >> 2) : (place & 1) * 4 + (place >> 1);
 }
+
+// For operands that stay in registers: a tile of 16 rows and a step of 4 inputs x 8 bases has 64 windows, two for each lane of a
+// warp. Lane (g, q) = (lane / 4, lane % 4) evaluates, for half h of the inputs, row g + 8 (q & 1) of input 2h + (q >> 1), its
+// "item". A quad thus holds all that its four lanes need, and what a lane lacks comes by shuffles within the quad.
 
 // Transposes a 4 x 4 matrix held by a quad: lane q has row q before and after.
 KAN_DEVICE void transpose_quad(uint32_t (&r)[4], int lane) {

@@ -49,6 +49,13 @@ KAN_DEVICE unsigned thread_now() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
   return r;
 }
+// The same number, of which the compiler does not know that it is: what follows from it is computed here, and not kept in registers
+// since long before.
+KAN_DEVICE int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 KAN_DEVICE void barrier() { __syncthreads(); }
 KAN_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T> KAN_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -126,6 +133,14 @@ KAN_DEVICE uint64_t shift_right(uint64_t value, uint32_t bits) {
   asm("shr.b64 %0, %1, %2;" : "=l"(r) : "l"(value), "r"(bits));
   return r;
 }
+// Four bytes chosen of eight, by the four digits of `selector`; a digit with 8 added fills its byte with the sign of the chosen one.
+KAN_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(selector));
+  return r;
+}
+// 0 where `by` is not within 0 .. 31.
+KAN_DEVICE uint32_t shift_word_left(uint32_t value, int by) { return __funnelshift_lc(0u, value, uint32_t(by)); }
 KAN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 KAN_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 

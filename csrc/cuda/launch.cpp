@@ -4,8 +4,7 @@
 //   narrow  few inputs and outputs: float32, bfloat16, float16, orders up to 3, by tables in shared memory (narrow.cuh)
 //   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
-//   wgmma, wgmma_sparse  the two for bfloat16 and float16, contract_output by warpgroups: compute capability 9.0 alone, and never
-//           by themselves until they have been run and measured
+//   wgmma, wgmma_sparse  the two for bfloat16 and float16 by warpgroups: compute capability 9.0 alone
 //
 // KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. The choices below follow from counting
 // instructions and bytes: no figure here was measured on a GPU.
@@ -67,7 +66,8 @@ const char* why_not_warpgroup(const Problem& p, const Device& device) {
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
-  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) return Family::dense;
+  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32)
+    return why_not_warpgroup(p, device) == nullptr ? Family::wgmma : Family::dense;
   constexpr int64_t kNarrowTables = 72 * 1024;
   const bool narrow = why_not_narrow(p, device, operation) == nullptr && plan_narrow(p, device, operation).shared <= kNarrowTables;
   return narrow ? Family::narrow : Family::any;
@@ -104,19 +104,45 @@ Slices cut(int64_t length, int64_t least, int64_t tiles, int64_t bytes, int per_
   return {count < 1 ? 1 : count, each, offset};
 }
 
-// A tile of 16-bit products is 256 outputs wide, which halves the making of the left operand, where that costs no padding.
-int columns_of(const Problem& p) { return p.weight_dtype != kFloat32 && (p.out_features - 1) / 128 % 2 == 1 ? 256 : 128; }
+// A tile of 16-bit products is 256 outputs wide, which halves the making of the left operand, where that costs no padding. Sparse
+// ones of warpgroups, whose left operand takes registers, always have 128.
+int columns_of_output(Family family, const Problem& p) {
+  return p.weight_dtype != kFloat32 && family != Family::wgmma_sparse && (p.out_features - 1) / 128 % 2 == 1 ? 256 : 128;
+}
+// The weights' left operand is never sparse.
+int columns_of_weight(const Problem& p) { return columns_of_output(Family::dense, p); }
 
-Slices slices_of_output(const Problem& p, const Device& device) {
-  const int columns = columns_of(p);
-  const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
-  return cut(p.in_features, 32, tiles, p.batch * p.out_features * 4, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
+// The same for kernels that have a multiprocessor to themselves, and rounds of blocks so few that a last one half empty costs: as
+// many slices as make the whole fastest, at about 5 TFLOP/s a multiprocessor and 4 TB/s for the partial sums.
+Slices cut_rounds(int64_t length, int64_t least, int64_t tiles, double flops_of_tile, int64_t bytes, const Device& device, size_t offset) {
+  int64_t best = 1;
+  double fastest = 0;
+  for (int64_t count = 1; count <= 16 && (count == 1 || (count * least <= length && count * bytes <= int64_t(256) << 20)); ++count) {
+    const int64_t rounds = (tiles * count + device.multiprocessors - 1) / device.multiprocessors;
+    const double time = double(rounds) / double(count) * flops_of_tile / 5e12 + (count > 1 ? double(count * bytes) / 2e12 : 0.0);
+    if (count == 1 || time < 0.97 * fastest) best = count, fastest = time;
+  }
+  const int64_t each = ((length + best - 1) / best + least - 1) / least * least;
+  return {(length + each - 1) / each < 1 ? 1 : (length + each - 1) / each, each < 1 ? least : each, offset};
 }
 
-Slices slices_of_weight(const Problem& p, const Device& device) {
-  const int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + 127) / 128);
+Slices slices_of_output(Family family, const Problem& p, const Device& device) {
+  const size_t offset = size_of_described(p) + rounded(size_of_cubics(p));
+  const int64_t columns = columns_of_output(family, p), bytes = p.batch * p.out_features * 4;
+  const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
+  if (!is_warpgroup(family)) return cut(p.in_features, 32, tiles, bytes, 2, device, offset);
+  const double depth = double(p.in_features) * ((p.bases() + 7) / 8 * 8 + 1);
+  return cut_rounds(p.in_features, 64, tiles, 2.0 * 128 * double(columns) * depth, bytes, device, offset);
+}
+
+Slices slices_of_weight(Family family, const Problem& p, const Device& device) {
+  const size_t offset = size_of_described(p) + rounded(size_of_cubics(p));
+  const int64_t columns = columns_of_weight(p);
+  int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + columns - 1) / columns);
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * 4;
-  return cut(p.batch, 128, tiles, bytes, 2, device, size_of_described(p) + rounded(size_of_cubics(p)));
+  if (!is_warpgroup(family)) return cut(p.batch, 128, tiles, bytes, 2, device, offset);
+  tiles += (p.in_features + 127) / 128 * ((p.out_features + columns - 1) / columns);
+  return cut_rounds(p.batch, 64, tiles, 2.0 * 128 * double(columns) * double(p.batch), bytes, device, offset);
 }
 
 Slices slices_any(const Problem& p, const Device& device) {
@@ -145,16 +171,27 @@ size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {
   }
 
 template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, columns_of(p), parts, slices, stream)
+#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, columns_of_output(kSparse ? Family::sparse : Family::dense, p), parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
 
 template <bool kSparse>
 int output_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-  const int columns = columns_of(p);
+  const int columns = columns_of_output(kSparse ? Family::wgmma_sparse : Family::wgmma, p);
   if (products(p) == Products::bfloat16) return launch_output_warpgroup<Products::bfloat16, kSparse>(a, columns, parts, slices, stream);
   return launch_output_warpgroup<Products::float16, kSparse>(a, columns, parts, slices, stream);
+}
+
+int input_warpgroup(const Problem& p, const WideArguments& a, void* stream) {
+  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, stream);
+  return launch_input_warpgroup<Products::float16>(a, stream);
+}
+
+int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
+  const int columns = columns_of_weight(p);
+  if (products(p) == Products::bfloat16) return launch_weight_warpgroup<Products::bfloat16>(a, columns, parts, slices, stream);
+  return launch_weight_warpgroup<Products::float16>(a, columns, parts, slices, stream);
 }
 
 int input_wide(const Problem& p, const WideArguments& a, void* stream) {
@@ -164,7 +201,7 @@ int input_wide(const Problem& p, const WideArguments& a, void* stream) {
 }
 
 int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-#define KAN_CALL(products) launch_weight_wide<products>(a, parts, slices, stream)
+#define KAN_CALL(products) launch_weight_wide<products>(a, columns_of_weight(p), parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
@@ -175,7 +212,7 @@ size_t workspace_of_output(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::output);
   if (family == Family::narrow) return 0;
   if (family == Family::any) return size_of_described(p);
-  const Slices slices = slices_of_output(p, device);
+  const Slices slices = slices_of_output(family, p, device);
   return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
 }
 
@@ -189,7 +226,7 @@ size_t workspace_of_weight(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::weight);
   const int64_t numbers = p.in_features * (p.bases() + 1) * p.out_features;
   if (family == Family::narrow) return rounded(size_t(plan_narrow(p, device, Operation::weight).blocks * numbers) * 4);
-  const Slices slices = family == Family::any ? slices_any(p, device) : slices_of_weight(p, device);
+  const Slices slices = family == Family::any ? slices_any(p, device) : slices_of_weight(family, p, device);
   return slices.offset + size_of_parts(slices, numbers, compute_size(p));
 }
 
@@ -198,7 +235,7 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
   if (family == Family::any) KAN_BY_TYPE(launch_output_any, p, workspace, stream)
   if (family == Family::narrow)
     return launch_output_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::output)), stream);
-  const Slices slices = slices_of_output(p, device);
+  const Slices slices = slices_of_output(family, p, device);
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const auto output = family == Family::wgmma          ? output_warpgroup<false>
@@ -214,8 +251,9 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
   const Family family = choose(p, device, Operation::input);
   if (family == Family::narrow)
     return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
-  if (family != Family::any) return input_wide(p, make_wide(p, workspace, size_of_described(p)), stream);
-  KAN_BY_TYPE(launch_input_any, p, workspace, stream)
+  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, workspace, stream)
+  const WideArguments a = make_wide(p, workspace, size_of_described(p));
+  return is_warpgroup(family) && p.bases() < 256 ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {
@@ -223,9 +261,10 @@ int launch_contract_weight(const Problem& p, const Device& device, void* workspa
   if (family == Family::narrow)
     return launch_weight_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::weight)), workspace, stream);
   if (family == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
-  const Slices slices = slices_of_weight(p, device);
+  const Slices slices = slices_of_weight(family, p, device);
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
-  const int error = weight_wide(p, make_wide(p, workspace, size_of_described(p)), parts, slices, stream);
+  const auto weight = is_warpgroup(family) ? weight_warpgroup : weight_wide;
+  const int error = weight(p, make_wide(p, workspace, size_of_described(p)), parts, slices, stream);
   if (error != 0 || parts == nullptr) return error;
   KAN_BY_TYPE(launch_add_slices, p, parts, slices.count, stream)
 }

@@ -24,9 +24,12 @@ template <Products P, bool kSparse> int launch_output_wide(const WideArguments&,
 // The same by warpgroups, 16-bit types only.
 template <Products P, bool kSparse> int launch_output_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
+template <Products P> int launch_input_warpgroup(const WideArguments&, void* stream);
+template <Products P> int launch_weight_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
+
 template <Products P> int launch_input_wide(const WideArguments&, void* stream);
 // d_spline and d_base; parts (slices, in, bases, out) and behind them (slices, in, out), or null for one slice.
-template <Products P> int launch_weight_wide(const WideArguments&, float* parts, Slices, void* stream);
+template <Products P> int launch_weight_wide(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
 // to (size,) of type T = sums over `slices` of parts (slices, size).
 template <class T> int launch_add(const void* parts, void* to, int64_t size, int64_t slices, void* stream);

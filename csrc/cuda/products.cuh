@@ -55,6 +55,18 @@ KAN_DEVICE void multiply_half_sparse(SumsOf<kHigh, kTiles>& c, const uint32_t (&
   }
 }
 
+// A float32 number for tensor cores: rounded to tf32 or, for true float32, as the sum of two numbers. `low` has at most a bit more
+// than the 11 that are read of it, the last; NaN, which the rounding here may lose, is in it too.
+template <Products P> KAN_DEVICE void split(float value, uint32_t& high, uint32_t& low) {
+  if constexpr (P == Products::tf32x3) {
+    high = (as_bits(value) + 0x1000u) & 0xffffe000u;
+    low = as_bits(value - as_float(high));
+  } else {
+    high = to_tf32(value);
+    low = 0;
+  }
+}
+
 // sum += a b in true float32: three products of numbers split in two (the fourth is below float32's rounding), the small ones
 // first. Tensor cores cut sums off instead of rounding them, always towards zero: they add up these three alone, and the long
 // sum is rounded to nearest by ordinary additions.
@@ -72,26 +84,18 @@ template <Products P, bool kSparse, int kPitch, int kHigh, int kTiles>
 KAN_DEVICE void multiply_tf32(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kHigh][4], const uint32_t (&e)[kHigh], const float* stage,
                               int live, int lane) {
   constexpr int kRows = kSparse ? 4 : 2;
-  constexpr bool kSplit = P == Products::tf32x3;
   uint32_t high[kHigh][4], low[kHigh][4];
   KAN_UNROLL_ALL
   for (int m = 0; m < kHigh; ++m)
     KAN_UNROLL_ALL
-    for (int r = 0; r < 4; ++r) {
-      high[m][r] = to_tf32(as_float(a[m][r]));
-      low[m][r] = kSplit ? to_tf32(as_float(a[m][r]) - as_float(high[m][r])) : 0u;
-    }
+    for (int r = 0; r < 4; ++r) split<P>(as_float(a[m][r]), high[m][r], low[m][r]);
   const float* column = stage + (lane & 3) * kPitch + (lane >> 2);
   KAN_UNROLL_ALL
   for (int n = 0; n < kTiles; ++n) {
     if (n % kTilesAtOnce == 0 && n * 8 >= live) break;
     uint32_t b[4] = {}, b_low[4] = {};
     KAN_UNROLL_ALL
-    for (int r = 0; r < kRows; ++r) {
-      const float value = column[4 * r * kPitch + n * 8];
-      b[r] = to_tf32(value);
-      b_low[r] = kSplit ? to_tf32(value - as_float(b[r])) : 0u;
-    }
+    for (int r = 0; r < kRows; ++r) split<P>(column[4 * r * kPitch + n * 8], b[r], b_low[r]);
     KAN_UNROLL_ALL
     for (int m = 0; m < kHigh; ++m) {
       auto product = [&](float(&to)[4], bool low_left, bool low_right) {
@@ -100,7 +104,7 @@ KAN_DEVICE void multiply_tf32(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kHig
         if constexpr (kSparse) mma_sparse_tf32(to, left, right, e[m]);
         else mma_tf32(to, left, right[0], right[1]);
       };
-      if constexpr (kSplit) add_three_products(c[m][n], product);
+      if constexpr (P == Products::tf32x3) add_three_products(c[m][n], product);
       else product(c[m][n], false, false);
     }
   }

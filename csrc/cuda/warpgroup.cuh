@@ -1,7 +1,7 @@
 // The instructions of a warpgroup: four warps multiply 64 rows at once, and go on while the tensor cores work (sm_90a only).
 // As with instructions.cuh, the emulation in tests/ has a twin of this file with the same guard.
 //
-// Written by the PTX ISA, section 9.7.15 "Asynchronous Warpgroup Level Matrix Instructions"; not yet run on a GPU.
+// Written by the PTX ISA, section 9.7.15 "Asynchronous Warpgroup Level Matrix Instructions".
 #ifndef KAN_CUDA_WARPGROUP
 #define KAN_CUDA_WARPGROUP
 
@@ -24,6 +24,27 @@ KAN_DEVICE uint32_t shared_address(const void* shared) { return uint32_t(__cvta_
 // 9.7.15.4 "Async Proxy": tensor cores read shared memory by another path than threads write it by; this orders the two. After
 // it a barrier, then the product. What a finished product has read needs no fence before it is written again.
 KAN_DEVICE void show_to_tensor_cores() { KAN_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// 9.7.13.1, barrier: one of 15 numbered ones, at which as many threads are counted, from wherever they stand. Who arrives goes on;
+// what it wrote before is seen by those who meet.
+KAN_DEVICE void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+KAN_DEVICE void arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// 9.7.19.5, setmaxnreg: a warpgroup's registers from here on, a multiple of 8, in place of the 128 that a thread of 512 has. What
+// some take others must give.
+template <int kRegisters> KAN_DEVICE void set_registers() {
+  if constexpr (kRegisters > 128) KAN_ASM("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  if constexpr (kRegisters < 128) KAN_ASM("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// To shared memory, from where tensor cores will read it.
+KAN_DEVICE void store_16_bytes(void* shared, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+KAN_DEVICE void store_8_bytes(void* shared, const uint32_t (&words)[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "r"(words[0]), "r"(words[1]) : "memory");
+}
 
 // 9.7.15.7: before a product, once its registers (sums and left operand) are written; not between products of one shape that
 // only share sums.
@@ -49,19 +70,20 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
 #define KAN_OPERANDS_64 KAN_SIXTEEN(0), KAN_SIXTEEN(16), KAN_SIXTEEN(32), KAN_SIXTEEN(48)
 #define KAN_OPERANDS_128 KAN_OPERANDS_64, KAN_SIXTEEN(64), KAN_SIXTEEN(80), KAN_SIXTEEN(96), KAN_SIXTEEN(112)
 
-// c (64 x columns) += a b, float32 sums, a in registers, b in shared memory by a matrix descriptor, columns contiguous
-// ("MN-major", imm-trans-b = 1). Warp w of the group has rows 16 w .. 16 w + 15. 9.7.15.5.1.1, "Register Fragments", with
-// g = lane / 4, q = lane % 4: a is that of mma_bfloat16 (instructions.cuh), and c[4 j + r] lies in row g + 8 (r / 2), column
-// 8 j + 2 q + r % 2. The numbers behind the descriptor: scale-d (the sums count), signs of a and b, imm-trans-b.
+// c (64 x columns) += a b, float32 sums, a and b in shared memory by matrix descriptors: with the depth contiguous ("K-major"), or
+// by lines of rows or columns at one depth ("MN-major", imm-trans = 1). Warp w of the group has rows 16 w .. 16 w + 15 of c.
+// 9.7.15.5.1.1, "Register Fragments", with g = lane / 4, q = lane % 4: c[4 j + r] lies in row g + 8 (r / 2), column
+// 8 j + 2 q + r % 2. The numbers behind the descriptors: scale-d (the sums count), signs of a and b, imm-trans-a, imm-trans-b.
 //
-// Sparse (9.7.15.6): a is stored with half its columns in the same layout, two of every four; e has the metadata as
-// mma_sparse_bfloat16 takes it, sparsity selector 0: lanes 0 and 1 of each quad supply it.
+// Sparse (9.7.15.6): a in registers, laid out as that of mma_bfloat16 (instructions.cuh), stored with half its columns, two of
+// every four; e has the metadata as mma_sparse_bfloat16 takes it, sparsity selector 0: lanes 0 and 1 of each quad supply it.
 #define KAN_WGMMA(name, type, columns, sums, a0, a1, a2, a3, b, e)                                                      \
-  KAN_DEVICE void wgmma_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t descriptor) {                         \
+  template <bool kLeftByLines, bool kRightByLines>                                                                      \
+  KAN_DEVICE void wgmma_##name(float (&c)[sums], uint64_t left, uint64_t right) {                                       \
     KAN_ASM("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " KAN_SUMS_##sums                    \
-            ", {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1, 1;"                                                    \
+            ", " a0 ", " a1 ", 1, 1, 1, " a2 ", " a3 ";"                                                                \
             : KAN_OPERANDS_##sums                                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                             \
+            : "l"(left), "l"(right), "n"(int(kLeftByLines)), "n"(int(kRightByLines)));                                  \
   }                                                                                                                     \
   KAN_DEVICE void wgmma_sparse_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t descriptor, const uint32_t& metadata) { \
     KAN_ASM("wgmma.mma_async.sp.sync.aligned.m64n" columns "k32.f32." type "." type " " KAN_SUMS_##sums                 \

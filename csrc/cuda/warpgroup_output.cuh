@@ -1,223 +1,265 @@
-// contract_output of wide layers by warpgroups (sm_90a): y = Phi W as in wide_output.cuh. A product of 64 rows goes on by itself,
-// and meanwhile the warps make the left operand of the next one in registers.
+// contract_output of wide layers on Hopper (sm_90a): y = Phi W, where Phi (batch, in * bases) is made in shared memory by two
+// warpgroups while two others multiply what these made a step before.
 //
-// Weights come by cp.async, in the layout that the tensor cores read through a descriptor. 9.7.15.5.1.2 of the PTX ISA,
-// "Shared Memory Matrix Layout", MN-major with the 128-byte swizzle: rows of 64 columns (128 bytes), whose pieces of 16 bytes
-// stand at their number xor row % 8; eight rows, 1024 bytes, are an atom, which begins at a multiple of its size; `stride` is
-// the distance from atom to atom down the rows, `leading` the one to the next 64 columns.
+// A block: 128 rows by kColumns outputs. A step: 8 inputs x 8 bases, or the base branch of 64 inputs, 64 deep either way. Makers
+// take turns, and a thread has one row: an item (row, input) is 16 bytes of the left operand, one store. Every 64
+// inputs end with a step of the base branch, whose features were made along with the splines', so x is read once. The weights
+// come by cp.async from the multipliers, which have nothing else to do.
+//
+// Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, and comes into the
+// multipliers' registers by ldmatrix, along with the metadata that the maker left beside it.
 //
 // 16-bit types only. Of 32-bit numbers the instruction wants the depth contiguous (only .f16 and .bf16 have imm-trans-b), and ours
-// have the columns so: 4 bytes a copy in place of 16, 32 copies of each thread for a step of 256 columns, about as long as the
-// step's products. And it would read weights cut off to tf32, where wide_output.cuh rounds them.
-//
-// Not yet run on a GPU.
+// have the columns so. And it would read weights cut off to tf32, where wide_output.cuh rounds them.
 #pragma once
-#include "launch.h"
-#include "warpgroup.cuh"
-#include "wide.cuh"
+#include "warpgroup_tile.cuh"
 
 namespace kan::cuda {
 
-constexpr int kGroups = 2, kGroupThreads = 128 * kGroups, kGroupRows = 64 * kGroups;
-// Of weights: one is multiplied, one is multiplied by whoever is behind, the others are on their way.
-constexpr int kGroupStages = 4;
-constexpr int kAtomColumns = 64, kAtomBytes = 1024, kPanelBytes = kStepDepth * 2 * kAtomColumns;
-template <int kColumns> constexpr int kGroupStageBytes = kColumns / kAtomColumns * kPanelBytes;
-// The first stage begins at the next multiple of an atom.
+// The base branch's features: one is multiplied, one is made, but only one step in nine is theirs.
+constexpr int kBaseStages = 2, kMetadataBytes = kGroupRows * kGroupInputs;
 template <int kColumns>
-constexpr size_t kGroupShared = kAtomBytes + kGroupStages * kGroupStageBytes<kColumns> + kGroupRows * kBasePitch * 2;
+constexpr size_t kGroupOutputShared =
+    kAtomBytes + kRightStages * kRightBytes<kColumns> + (kLeftStages + kBaseStages) * kLeftBytes + kLeftStages * kMetadataBytes;
 
-// 9.7.15.5.1.2.2, "Matrix Descriptor Format": offsets without their last four bits, from bit 0, 16 and 32; the swizzle from bit 62.
-KAN_DEVICE uint64_t describe_weights(uint32_t address) {
-  constexpr uint64_t kLeading = kPanelBytes, kStride = kAtomBytes, kSwizzle128 = 1;
-  return (address & 0x3ffff) >> 4 | kLeading >> 4 << 16 | kStride >> 4 << 32 | kSwizzle128 << 62;
-}
-constexpr uint64_t kSixteenRows = 2 * kAtomBytes >> 4;  // the descriptor of the rows 16 further
-
-// The steps of a slice: groups of 4 inputs, each with all its chunks of 8 bases; then the base branch, 32 inputs a step. An
-// even number of either: what comes too much lies beyond the inputs, where everything is zero.
-struct GroupSteps {
-  int64_t begin, end, of_spline, all;
-  int chunks;
-
-  KAN_DEVICE GroupSteps(int64_t begin, int64_t end, int chunks, bool has_base) : begin(begin), end(end), chunks(chunks) {
-    of_spline = even((end - begin + kStepInputs - 1) / kStepInputs * chunks);
-    all = of_spline + (has_base ? even((end - begin + kStepDepth - 1) / kStepDepth) : 0);
-  }
-  static KAN_DEVICE int64_t even(int64_t count) { return (count + 1) / 2 * 2; }
-};
-struct GroupStep {
-  int64_t number, input;
-  int chunk;  // -1: base branch
-
-  KAN_DEVICE void advance(const GroupSteps& steps) {
-    if (++number == steps.of_spline) input = steps.begin, chunk = -1;
-    else if (chunk < 0) input += kStepDepth;
-    else if (++chunk == steps.chunks) chunk = 0, input += kStepInputs;
-  }
-};
-
-template <bool kSparse, int kColumns, class T>
-KAN_DEVICE void stage_for_groups(const WideArguments& a, const GroupStep& step, int64_t end, int64_t o0, T* stage) {
-  const Problem& p = a.p;
-  constexpr int kPieces = kColumns / 8;
-  KAN_UNROLL_ALL
-  for (int m = 0; m < kStepDepth * kPieces / kGroupThreads; ++m) {
-    const int piece = threadIdx.x + m * kGroupThreads, row = piece / kPieces, column = piece % kPieces * 8;
-    const bool is_base = step.chunk < 0;
-    const int64_t i = step.input + (is_base ? row : row / kStepBases);
-    const int f = step.chunk * kStepBases + basis_of_place<kSparse, true>(row % kStepBases);
-    const T* from = is_base ? static_cast<const T*>(p.base_weight) + i * p.out_features
-                            : static_cast<const T*>(p.spline_weight) + (i * p.bases() + f) * p.out_features;
-    const bool exists = i < end && (is_base || f < p.bases());
-    const int at = (column / kAtomColumns * kStepDepth + row) * kAtomColumns + (column % kAtomColumns ^ row % 8 * 8);
-    stage_16_bytes(stage + at, from + o0 + column, exists ? p.out_features - o0 - column : 0, a.aligned);
-  }
-}
-
-template <Products P, int kSums> KAN_DEVICE void multiply_group(float (&c)[kSums], const uint32_t (&a)[4], uint64_t weights) {
-  if constexpr (P == Products::bfloat16) wgmma_bfloat16(c, a, weights);
-  else wgmma_float16(c, a, weights);
-}
 template <Products P, int kSums>
-KAN_DEVICE void multiply_group_sparse(float (&c)[kSums], const uint32_t (&a)[4], uint64_t weights, const uint32_t& metadata) {
-  if constexpr (P == Products::bfloat16) wgmma_sparse_bfloat16(c, a, weights, metadata);
-  else wgmma_sparse_float16(c, a, weights, metadata);
+KAN_DEVICE void multiply_sparse(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right, const uint32_t& metadata) {
+  if constexpr (P == Products::bfloat16) wgmma_sparse_bfloat16(c, left, right, metadata);
+  else wgmma_sparse_float16(c, left, right, metadata);
+}
+
+// The steps of a slice, in order: of every 64 inputs the groups of 8 with all chunks of 8 bases, then the base branch.
+struct GroupStep {
+  int block, end;  // first of the 64 inputs; end of the slice
+  int chunks, group = 0, chunk = 0;
+  bool has_base;
+
+  KAN_DEVICE GroupStep(int64_t begin, int64_t end, int chunks, bool has_base)
+      : block(int(begin)), end(int(end)), chunks(chunks), has_base(has_base) {}
+  KAN_DEVICE int count() const {
+    const int inputs = end - block;
+    return (inputs + kGroupInputs - 1) / kGroupInputs * chunks + (has_base ? (inputs + kGroupDepth - 1) / kGroupDepth : 0);
+  }
+  KAN_DEVICE bool more() const { return block < end; }
+  KAN_DEVICE bool is_base() const { return group == kGroupInputs; }
+  KAN_DEVICE int input() const { return block + group * kGroupInputs; }
+  KAN_DEVICE void advance() {
+    if (!is_base()) {
+      if (++chunk < chunks) return;
+      chunk = 0;
+      if (++group < kGroupInputs && input() < end) return;
+      group = kGroupInputs;
+      if (has_base) return;
+    }
+    group = 0;
+    block += kGroupDepth;
+  }
+};
+
+// Where everything lies in shared memory.
+template <int kColumns> struct GroupMemory {
+  char *right, *left, *base, *metadata;
+
+  KAN_DEVICE GroupMemory() {
+    right = first_atom();
+    left = right + kRightStages * kRightBytes<kColumns>;
+    base = left + kLeftStages * kLeftBytes;
+    metadata = base + kBaseStages * kLeftBytes;
+  }
+};
+
+// One thread's pieces of the steps' weights: 8 columns of every kRows-th row of a step, all of one basis, of every input or every
+// other one. Pointers run along: a multiplication less for every piece.
+template <bool kSparse, int kColumns, class T> struct WeightCopies {
+  static constexpr int kPieces = kColumns / 8, kRows = kMultipliers / kPieces, kCount = kGroupDepth / kRows;
+  const T *spline, *base;  // this thread's first row of the step at hand, of either kind
+  int place, row, basis, left;
+
+  KAN_DEVICE WeightCopies(const Problem& p, const GroupStep& first, int64_t o0) {
+    const int column = int(threadIdx.x) % kPieces * 8;
+    row = int(threadIdx.x) / kPieces;
+    basis = basis_of_place<kSparse, true>(row % kStepBases);
+    left = columns_left(p, o0 + column);
+    place = column / kLineNumbers * kPanelBytes + swizzled(row, column % kLineNumbers);
+    const int64_t o = o0 + column;
+    spline = static_cast<const T*>(p.spline_weight) + (int64_t(first.block + row / kStepBases) * p.bases() + basis) * p.out_features + o;
+    base = static_cast<const T*>(p.base_weight) + int64_t(first.block + row) * p.out_features + o;
+  }
+  // Of the step at hand, which is `step`; then to the next one.
+  KAN_DEVICE void copy(const WideArguments& a, const GroupStep& step, char* stage) {
+    const Problem& p = a.p;
+    T* to = reinterpret_cast<T*>(stage + place);
+    if (step.is_base()) {
+      copy_rows<kCount>(to, kRows * kLineNumbers, base, kRows * p.out_features, left, step.block + row, kRows, step.end, a.aligned);
+      base += kGroupDepth * p.out_features;
+    } else {
+      constexpr int kInputs = kRows / kStepBases;  // from row to row
+      const int64_t of_input = p.bases() * p.out_features;
+      const bool exists = step.chunk * kStepBases + basis < p.bases();
+      copy_rows<kCount>(to, kRows * kLineNumbers, spline, kInputs * of_input, left, step.input() + row / kStepBases, kInputs,
+                        exists ? step.end : 0, a.aligned);
+      spline += step.chunk + 1 < step.chunks ? kStepBases * p.out_features : kGroupInputs * of_input - (step.chunks - 1) * kStepBases * p.out_features;
+    }
+  }
+};
+
+// Four items of a row in the sparse form: the first or the second half of its 64 bytes.
+KAN_DEVICE void write_sparse_windows(const PackedItem (&items)[4], int first_base, char* left, char* metadata, int row, int half) {
+  metadata += half * (kMetadataBytes / 2) + row / 16 * 64 + row % 8 * 8 + row / 8 % 2 * 2;
+  KAN_UNROLL_ALL
+  for (int m = 0; m < 2; ++m) {
+    uint32_t words[4], bits = 0;
+    KAN_UNROLL_ALL
+    for (int r = 0; r < 2; ++r) {
+      const int shift = items[2 * m + r].first - first_base;
+      sparse_words(items[2 * m + r].words, shift, words[2 * r], words[2 * r + 1]);
+      bits |= pair_metadata(shift) << (8 * r);
+    }
+    store_16_bytes(left + row * kGroupDepth + ((2 * half + m) ^ row / 2 % 4) * 16, words);
+    *reinterpret_cast<uint16_t*>(metadata + m * 4) = uint16_t(bits);
+  }
+}
+
+// A maker's thread: row `b`, at place `row` of the tile.
+template <Products P, bool kSparse, int kColumns>
+KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t b, int row, int maker) {
+  const Problem& p = a.p;
+  const bool vectors = inputs_in_vectors(p), quick = !kSparse && first.chunks == 1 && quick_windows(a);
+  FourInputs ahead[2];
+  int coming = first.chunks == 1 ? first.block + maker * kGroupInputs : first.block;  // the input whose x they are
+  KAN_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) ahead[half].load(p, b, coming + 4 * half, first.end, vectors);
+  make_steps(first, maker, [&](const GroupStep& step, int stage) {
+    char* base = memory.base + (step.block - first.block) / kGroupDepth % kBaseStages * kLeftBytes;
+    if (step.is_base()) {
+      const uint32_t zeros[4] = {};
+      for (int group = (step.end - step.block + kGroupInputs - 1) / kGroupInputs; group < kGroupInputs; ++group)
+        store_16_bytes(base + swizzled(row, group * 8), zeros);
+      return;
+    }
+    char* left = memory.left + stage * kLeftBytes;
+    const bool expected = coming == step.input();
+    // This maker's next one, in groups from here: every other step, and the base branch has one as well.
+    int skipped = !step.has_base || step.group < 6 ? 2 : step.group == 6 ? 3 : 1;
+    if (step.chunks > 1) skipped = step.chunk + 2 < step.chunks ? 0 : 1;
+    coming = step.input() + skipped * kGroupInputs;
+    KAN_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      const int i = step.input() + 4 * half, first_base = step.chunk * kStepBases;
+      float x[4];
+      if (!expected) ahead[half].load(p, b, i, step.end, vectors);
+      ahead[half].unpack(p, x);
+      ahead[half].load(p, b, coming + 4 * half, step.end, vectors);
+      if (step.has_base && step.chunk == 0) {
+        uint32_t words[2];
+        base_features<P>(a, b, i, x, words);
+        store_8_bytes(base + swizzled(row, step.group * 8) + 8 * half, words);
+      }
+      if (quick && write_quick_windows<P>(a, i, step.end, x, left, row, 4 * half)) continue;
+      PackedItem items[4];
+      make_items<P, kSparse>(a, b, i, step.end, x, items);
+      if constexpr (kSparse) write_sparse_windows(items, first_base, left, memory.metadata + stage * kMetadataBytes, row, half);
+      else write_windows(items, first_base, left, row, 4 * half);
+    }
+  });
 }
 
 template <Products P, bool kSparse, int kColumns>
-__global__ void __launch_bounds__(kGroupThreads)
-    output_warpgroup(WideArguments a, float* parts, int64_t slices, int64_t inputs_per_slice) {
-#if KAN_WARPGROUPS
+KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t o0, GroupSums<kColumns>& sums) {
   using T = typename StorageOf<P>::Type;
-  const Problem& p = a.p;
-  T* memory = shared_memory<T>();
-  T* stages = memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes / sizeof(T);
-  constexpr int kStageNumbers = kGroupStageBytes<kColumns> / sizeof(T);
-  const uint64_t first_stage = describe_weights(shared_address(stages));
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane >> 2, q = lane & 3;
-  T* base_values = stages + kGroupStages * kStageNumbers + warp * 16 * kBasePitch;  // (16 rows, 32 inputs) of this warp
-  const int64_t b0 = int64_t(blockIdx.x) * kGroupRows + warp * 16;
-  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
+  WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
+  int base_stage = 0;
+  uint32_t left[2][4], metadata[2];  // of the sparse form: in use until the product has been waited for
+  auto copy = [&](const GroupStep& step, int stage) {
+    copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
+  };
+  auto multiply = [&](bool is_base, int left_stage, int stage) {
+    const char* right = memory.right + stage * kRightBytes<kColumns>;
+    if (!kSparse || is_base) {
+      const char* tile = is_base ? memory.base + base_stage * kLeftBytes : memory.left + left_stage * kLeftBytes;
+      if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
+      order_registers();
+      multiply_group<P, false, true>(sums, tile + int(threadIdx.x) / 128 * (kLeftBytes / 2), right);
+      commit_products();
+    } else if constexpr (kSparse) {
+      // The other group multiplies while this one waits.
+      wait_for_products<0>();
+      const int warp = anew(int(threadIdx.x) / 32), lane = anew(int(threadIdx.x) % 32);
+      const char* rows = memory.left + left_stage * kLeftBytes + (16 * warp + lane % 16) * kGroupDepth;
+      const char* bits = memory.metadata + left_stage * kMetadataBytes + warp * 64 + lane / 4 * 8 + lane % 2 * 4;
+      KAN_UNROLL_ALL
+      for (int k = 0; k < 2; ++k) {
+        load_matrices(left[k], rows + ((2 * k + lane / 16) ^ lane / 2 % 4) * 16);
+        metadata[k] = *reinterpret_cast<const uint32_t*>(bits + k * (kMetadataBytes / 2));
+      }
+      order_registers();
+      KAN_UNROLL_ALL
+      for (int part = 0; part < kColumns / 128; ++part)
+        KAN_UNROLL_ALL
+        for (int k = 0; k < 2; ++k)
+          multiply_sparse<P>(sums[part], left[k], describe_tile(right + part * 2 * kPanelBytes) + 2 * k * kSixteenLines, metadata[k]);
+      commit_products();
+    }
+    if (is_base) base_stage = 1 - base_stage;
+  };
+  multiply_steps<true>(first, copy, multiply);
+}
 
+// body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's
+// is read.
+template <int kColumns, class Body> KAN_DEVICE void for_every_tile(const Problem& p, int64_t slices, int64_t inputs_per_slice, Body body) {
+  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
     for (int64_t o0 = int64_t(blockIdx.y) * kColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kColumns) {
       const int64_t begin = slice * inputs_per_slice;
       const int64_t end = begin + inputs_per_slice < p.in_features ? begin + inputs_per_slice : p.in_features;
-      const GroupSteps steps(begin, end, chunks, p.base_weight != nullptr);
-      float sums[kColumns / 2] = {};
-      // Of two steps: one's is made while the products of the other's are under way.
-      uint32_t left[2][2][4], metadata[2];
-      GroupStep now{0, begin, 0}, coming = now;
-      int stage = 0, next_stage = kGroupStages - 2;
-      barrier();
-      for (int s = 0; s < kGroupStages - 2; ++s) {
-        if (s < steps.all) stage_for_groups<kSparse, kColumns>(a, coming, end, o0, stages + s * kStageNumbers);
-        commit_copies();
-        coming.advance(steps);
-      }
-      // This step's weights are there, for everybody; those of the step before last, which nobody reads any more, make room.
-      auto turn_stages = [&] {
-        wait_for_copies<kGroupStages - 3>();
-        show_to_tensor_cores();
-        barrier();
-        if (coming.number < steps.all) stage_for_groups<kSparse, kColumns>(a, coming, end, o0, stages + next_stage * kStageNumbers);
-        commit_copies();
-        coming.advance(steps);
-        now.advance(steps);
-        const uint64_t weights = first_stage + uint64_t(stage * (kGroupStageBytes<kColumns> >> 4));
-        stage = stage + 1 < kGroupStages ? stage + 1 : 0;
-        next_stage = next_stage + 1 < kGroupStages ? next_stage + 1 : 0;
-        return weights;
-      };
-
-      // Items of half h of the inputs; their x is loaded a group of inputs ahead.
-      const int64_t row = b0 + g + 8 * (q & 1);
-      Item items[2];
-      Point points[2];
-      KAN_UNROLL_ALL
-      for (int h = 0; h < 2; ++h) points[h] = load_point(p, row, begin + 2 * h + (q >> 1));
-      while (now.number < steps.of_spline) {
-        KAN_UNROLL_ALL
-        for (int turn = 0; turn < 2; ++turn) {
-          if (now.chunk == 0) {
-            KAN_UNROLL_ALL
-            for (int h = 0; h < 2; ++h) {
-              const int64_t i = now.input + 2 * h + (q >> 1);
-              items[h] = item_at(a, row, i < end ? i : p.in_features, points[h]);
-              points[h] = load_point(p, row, i + kStepInputs);
-            }
-          }
-          const int first_base = now.chunk * kStepBases;
-          const int shifts[2] = {items[0].first - first_base, items[1].first - first_base};
-          uint32_t windows[2][2];
-          KAN_UNROLL_ALL
-          for (int h = 0; h < 2; ++h) {
-            const float(&w)[4] = items[h].w;
-            windows[h][0] = pack<P>(w[0], w[kSparse ? 2 : 1]);
-            windows[h][1] = pack<P>(w[kSparse ? 1 : 2], w[3]);
-          }
-          if constexpr (kSparse) {
-            half_sparse(windows, shifts, lane, left[turn][0], metadata[turn]);
-          } else {
-            KAN_UNROLL_ALL
-            for (int h = 0; h < 2; ++h) half_dense<P>(windows[h], shifts[h], lane, left[turn][h]);
-          }
-          const uint64_t weights = turn_stages();
-          order_registers();
-          if constexpr (kSparse) {
-            multiply_group_sparse<P>(sums, left[turn][0], weights, metadata[turn]);
-          } else {
-            multiply_group<P>(sums, left[turn][0], weights);
-            multiply_group<P>(sums, left[turn][1], weights + kSixteenRows);
-          }
-          commit_products();
-          wait_for_products<1>();
-        }
-      }
-      // Products of two shapes may not be under way on the same sums.
-      wait_for_products<0>();
-      while (now.number < steps.all) {
-        KAN_UNROLL_ALL
-        for (int turn = 0; turn < 2; ++turn) {
-          write_base_values<16>(a, b0, now.input, end, lane, base_values);
-          KAN_UNROLL_ALL
-          for (int k = 0; k < 2; ++k)
-            load_matrices(left[turn][k], base_values + (lane & 15) * kBasePitch + 16 * k + (lane >> 4) * 8);
-          const uint64_t weights = turn_stages();
-          order_registers();
-          multiply_group<P>(sums, left[turn][0], weights);
-          multiply_group<P>(sums, left[turn][1], weights + kSixteenRows);
-          commit_products();
-          wait_for_products<1>();
-        }
-      }
-      wait_for_products<0>();
-      wait_for_copies<0>();
-
-      KAN_UNROLL_ALL
-      for (int j = 0; j < kColumns / 8; ++j)
-        KAN_UNROLL_ALL
-        for (int r = 0; r < 4; ++r) {
-          const int64_t b = b0 + g + 8 * (r >> 1), o = o0 + 8 * j + 2 * q + (r & 1);
-          if (b >= p.batch || o >= p.out_features) continue;
-          if (parts != nullptr) parts[(slice * p.batch + b) * p.out_features + o] = sums[4 * j + r];
-          else put(static_cast<T*>(p.y)[b * p.out_features + o], sums[4 * j + r]);
-        }
+      body(GroupStep(begin, end, chunks, p.base_weight != nullptr), o0, slice);
+      meet(kTileBarrier, kGroupThreads);
     }
+}
+
+template <Products P, bool kSparse, int kColumns>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    output_warpgroup(WideArguments a, float* parts, int64_t slices, int64_t inputs_per_slice) {
+#if KAN_WARPGROUPS
+  const GroupMemory<kColumns> memory;
+  const int thread = int(threadIdx.x);
+  const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
+  if (thread >= kMultipliers) {
+    set_registers<kMakersRegisters<kColumns>>();
+    const int row = thread % kGroupRows, maker = thread / kGroupRows % 2;
+    for_every_tile<kColumns>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
+      make_left<P, kSparse>(a, memory, first, b0 + row, row, maker);
+    });
+  } else {
+    set_registers<kMultipliersRegisters<kColumns>>();
+    for_every_tile<kColumns>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t o0, int64_t slice) {
+      GroupSums<kColumns> sums = {};
+      multiply_left<P, kSparse>(a, memory, first, o0, sums);
+      using T = typename StorageOf<P>::Type;
+      const Problem& p = a.p;
+      for_every_pair(sums, [&](int row, int column, float low, float high) {
+        const int64_t b = b0 + row, o = o0 + column;
+        if (b >= p.batch || o >= p.out_features) return;
+        if (parts != nullptr) write_pair(parts + (slice * p.batch + b) * p.out_features, o, p.out_features, low, high);
+        else write_pair<P>(static_cast<T*>(p.y) + b * p.out_features, o, p.out_features, a.aligned, low, high);
+      });
+    });
+  }
 #else
   __trap();  // never launched: launch.cpp asks for the architecture and for the build
 #endif
 }
 
+// Of columns 128 or 256; sparse 128 alone.
 template <Products P, bool kSparse>
 int launch_output_warpgroup(const WideArguments& a, int columns, float* parts, Slices slices, void* stream) {
   const Problem& p = a.p;
   if (int error = launch_cubics(a, stream)) return error;
   const Blocks blocks{(p.batch + kGroupRows - 1) / kGroupRows, (p.out_features + columns - 1) / columns, slices.count};
-  if (columns == 256)
-    return launch(output_warpgroup<P, kSparse, 256>, blocks, kGroupThreads, kGroupShared<256>, stream, a, parts, slices.count, slices.rows);
-  return launch(output_warpgroup<P, kSparse, 128>, blocks, kGroupThreads, kGroupShared<128>, stream, a, parts, slices.count, slices.rows);
+  const bool wide = columns == 256;
+  const auto kernel = wide ? output_warpgroup<P, kSparse, kSparse ? 128 : 256> : output_warpgroup<P, kSparse, 128>;
+  return launch(kernel, blocks, kGroupThreads, wide ? kGroupOutputShared<256> : kGroupOutputShared<128>, stream, a, parts, slices.count, slices.rows);
 }
 
 }  // namespace kan::cuda

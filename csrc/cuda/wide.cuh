@@ -5,9 +5,9 @@
 
 namespace kan::cuda {
 
-// A block: 4 warps under each other, each 32 rows by all columns. All of a row's columns in one warp means that no window is
-// evaluated twice in a block; two row tiles to a warp halve the reads of weights from shared memory.
-constexpr int kWideThreads = 128, kWideRows = 128, kWideColumns = 128;
+// Rows of a block's tile; a step of a product's depth: 4 inputs with 8 bases each, 32 inputs of the base branch, or 32 rows of the
+// batch.
+constexpr int kWideRows = 128;
 constexpr int kStepInputs = 4, kStepBases = 8, kStepDepth = kStepInputs * kStepBases;
 constexpr int kBasePitch = 40;  // base activations of a row and 32 inputs
 
@@ -28,16 +28,23 @@ template <int kWords> struct alignas(4 * kWords) Words {
   uint32_t w[kWords];
 };
 
-// Window at x on even knots where the result is continuous (a.continuous): the spacing alone then says where x is, and no knot is
-// read. Counted from the middle, where knots are small, and rounded once: v is off by few eps max|t| / h. Bases that do
-// not exist come out as any finite number.
-KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, float scale) {
+// The interval of x among even knots, and how far x is from its middle. Counted from the middle of all, where knots are small, and
+// rounded once: v is off by few eps max|t| / h.
+KAN_DEVICE int even_interval(const Problem& p, const Even& d, float x, float& v) {
   constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
+  const float from_middle = x - d.middle, place = from_middle * d.inverse_h + kToNearest;
+  v = from_middle * d.inverse_h - (place - kToNearest);
+  return int(as_bits(place) - as_bits(kToNearest)) + middle_interval(p.knots());
+}
+
+// Window at x on even knots where the result is continuous (a.continuous): the spacing alone then says where x is, and no knot is
+// read. Bases that do not exist come out as any finite number.
+KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, float scale) {
   const Problem& p = a.p;
-  const float at = keep_within(x, d.first, d.last), from_middle = at - d.middle, place = from_middle * d.inverse_h + kToNearest;
-  const float v = from_middle * d.inverse_h - (place - kToNearest);
+  const float at = keep_within(x, d.first, d.last);
+  float v;
   Item item;
-  item.first = int(as_bits(place) - as_bits(kToNearest)) + middle_interval(p.knots()) - p.spline_order;
+  item.first = even_interval(p, d, at, v) - p.spline_order;
   KAN_UNROLL_WINDOW
   for (int q = 0; q < 4; ++q) {
     const float* c = a.centred[q].c;
@@ -153,20 +160,51 @@ template <class T> KAN_DEVICE void stage_16_bytes(T* to, const T* from, int64_t 
   for (int m = 0; m < kNumbers; ++m) to[m] = m < left ? from[m] : T{};
 }
 
+// kLines pieces of a thread in shared memory, kStep numbers apart there and `distance` apart at `from`, where `left` numbers of a
+// row are left. The first belongs to row i, the others follow in steps of `next`; those from row `last` on are zeros.
+template <int kLines, int kStep, class T>
+KAN_DEVICE void stage_lines(const WideArguments& a, const T* from, uint64_t distance, T* to, int left, int i, int next, int last) {
+  auto advance = [&] { to += kStep, from += distance, i += next; };
+  if (a.aligned) {
+    KAN_UNROLL_ALL
+    for (int line = 0; line < kLines; ++line, advance()) {
+      const bool exists = left > 0 && i < last;
+      copy_16_bytes(to, exists ? from : nullptr, !exists);
+    }
+  } else {
+    KAN_NO_UNROLL
+    for (int line = 0; line < kLines; ++line, advance()) stage_16_bytes(to, from, i < last ? left : 0, false);
+  }
+}
+
 // Two neighbours at once, the first at a multiple of the size of both.
 KAN_DEVICE void store_pair(float* to, float a, float b) { *reinterpret_cast<Words<2>*>(to) = {{as_bits(a), as_bits(b)}}; }
 KAN_DEVICE void store_pair(BFloat16* to, float a, float b) { *reinterpret_cast<uint32_t*>(to) = pack_bfloat16(a, b); }
 KAN_DEVICE void store_pair(Float16* to, float a, float b) { *reinterpret_cast<uint32_t*>(to) = pack_float16(a, b); }
 
-// body(row, column, sum) for the lane's share of a warp's sums, by the layout of the instructions' result.
-template <int kHigh, int kTiles, class Body>
-KAN_DEVICE void for_every_sum(const float (&sums)[kHigh][kTiles][4], int lane, Body body) {
+// A warp's sums to columns `column` .. of the rows that row(line), lines 0 .., gives: pointers to column 0, or null.
+template <int kHigh, int kTiles, class Row>
+KAN_DEVICE void store_sums(const float (&sums)[kHigh][kTiles][4], int column, int columns, int lane, Row row) {
+  const bool pairs = columns % 2 == 0;
+  column += lane % 4 * 2;
   KAN_UNROLL_ALL
-  for (int m = 0; m < kHigh; ++m)
+  for (int half = 0; half < 2 * kHigh; ++half) {
+    auto* to = row(lane / 4 + 8 * half);
+    if (to == nullptr) continue;
+    to += column;
     KAN_UNROLL_ALL
-    for (int n = 0; n < kTiles; ++n)
-      KAN_UNROLL_ALL
-      for (int r = 0; r < 4; ++r) body(16 * m + lane / 4 + 8 * (r >> 1), 8 * n + 2 * (lane % 4) + (r & 1), sums[m][n][r]);
+    for (int n = 0; n < kTiles; ++n) {
+      const float* sum = sums[half / 2][n] + half % 2 * 2;
+      const int left = columns - column - 8 * n;
+      if (left <= 0) break;
+      if (pairs) {
+        store_pair(to + 8 * n, sum[0], sum[1]);
+      } else {
+        put(to[8 * n], sum[0]);
+        if (left > 1) put(to[8 * n + 1], sum[1]);
+      }
+    }
+  }
 }
 
 }  // namespace kan::cuda

@@ -1,174 +1,193 @@
 // contract_input of wide layers on tensor cores: the product g W^T, whose epilogue weighs by phi^(n) and sums over the bases.
 #pragma once
 #include "launch.h"
-#include "products.cuh"
+#include "operand.cuh"
 
 namespace kan::cuda {
 
-// A block: 128 rows of the batch (4 warps of 32) by 8 inputs with 8 bases each, and the base branch of these inputs: 80 rows
-// of weights, the last 8 of which are padding. Stages are 64 bytes of outputs deep.
-constexpr int kTileInputs = 8, kTileWeights = kTileInputs * kStepBases + 2 * 8, kInputStages = 3;
-constexpr int kDepthBytes = 64, kInputPitchBytes = kDepthBytes + 16;  // a pitch of 80 bytes meets no bank twice
-constexpr size_t kInputStageBytes = size_t(kWideRows + kTileWeights) * kInputPitchBytes;
-// After its products a warp's sums (32 rows, 73 to a row) lie where the stages were.
-constexpr int kSumsPitch = kTileInputs * kStepBases + kTileInputs + 1;
-constexpr size_t kInputSums = size_t(kWideRows) * kSumsPitch * sizeof(float);
-constexpr size_t kInputShared = (kInputStages * kInputStageBytes > kInputSums ? kInputStages * kInputStageBytes : kInputSums) +
-                                size_t(kWideRows) * kTileInputs * sizeof(float);
+// A block: 8 warps, 128 rows of the batch by kInputs inputs with 8 bases each, and the base branch of these inputs. A warp: kRows
+// rows by 8 inputs, a tile of 8 columns each, and one tile for their base branch.
+template <Products P> struct InputTile {
+  static constexpr int kHigh = kIsHalf<P> ? 4 : 2, kRows = 16 * kHigh, kDown = kWideRows / kRows, kAcross = kThreads / 32 / kDown;
+  static constexpr int kInputs = 8 * kAcross, kBaseRow = kWideRows + kInputs * kStepBases;
+  // A stage: 64 bytes of outputs, of the rows of g, of the weights of all bases and of the base weights.
+  static constexpr int kStages = 3, kLineBytes = 64, kStageBytes = (kBaseRow + kInputs) * kLineBytes;
+  // After the products a warp's sums, 16 rows at a time, lie where the stages were.
+  static constexpr int kSumsPitch = 8 * kStepBases + 8 + 1;
+  static_assert(kThreads / 32 * 16 * kSumsPitch * sizeof(float) <= kStages * kStageBytes);
+  static constexpr size_t kShared = kStages * kStageBytes + size_t(kWideRows) * kInputs * sizeof(float);
+  using Sums = SumsOf<kHigh, 9>;
+};
 
-using InputSums = float[2][kTileInputs + 1][4];
-
-template <Products P, class T> KAN_DEVICE void multiply_rows(InputSums& c, const T* left_rows, const T* weights, bool has_base, int lane) {
-  constexpr int kPitch = kInputPitchBytes / sizeof(T), kDepth = kDepthBytes / sizeof(T);
-  const int g = lane >> 2, q = lane & 3;
-  if constexpr (kIsHalf<P>) {
-    KAN_UNROLL_ALL
-    for (int k = 0; k < kDepth; k += 16) {
-      uint32_t a[2][4];
-      for (int m = 0; m < 2; ++m) load_matrices(a[m], left_rows + (16 * m + (lane & 15)) * kPitch + k + (lane >> 4) * 8);
-      KAN_UNROLL_ALL
-      for (int n = 0; n <= kTileInputs; n += 2) {
-        if (n == kTileInputs && !has_base) break;
-        uint32_t b[4];
-        load_matrices(b, weights + (8 * n + (lane & 7) + (lane >> 4) * 8) * kPitch + k + (lane & 8));
-        KAN_UNROLL_ALL
-        for (int m = 0; m < 2; ++m) {
-          if constexpr (P == Products::bfloat16) {
-            mma_bfloat16(c[m][n], a[m], b[0], b[1]);
-            if (n < kTileInputs) mma_bfloat16(c[m][n + (n < kTileInputs)], a[m], b[2], b[3]);
-          } else {
-            mma_float16(c[m][n], a[m], b[0], b[1]);
-            if (n < kTileInputs) mma_float16(c[m][n + (n < kTileInputs)], a[m], b[2], b[3]);
-          }
-        }
-      }
-    }
+// sum += a b^T of one column tile. low: of numbers split in two.
+template <Products P>
+KAN_DEVICE void add_product(float (&sum)[4], const uint32_t (&high)[4], const uint32_t (&low)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (P == Products::bfloat16) {
+    mma_bfloat16(sum, high, b0, b1);
+  } else if constexpr (P == Products::float16) {
+    mma_float16(sum, high, b0, b1);
   } else {
-    constexpr bool kSplit = P == Products::tf32x3;
+    uint32_t b[2], b_low[2];
+    split<P>(as_float(b0), b[0], b_low[0]);
+    split<P>(as_float(b1), b[1], b_low[1]);
+    if constexpr (P == Products::tf32) {
+      mma_tf32(sum, high, b[0], b[1]);
+    } else {
+      add_three_products(sum, [&](float(&to)[4], bool low_left, bool low_right) {
+        mma_tf32(to, low_left ? low : high, low_right ? b_low[0] : b[0], low_right ? b_low[1] : b[1]);
+      });
+    }
+  }
+}
+
+// A warp's part of a stage.
+template <Products P, class Tile>
+KAN_DEVICE void multiply_rows(typename Tile::Sums& sums, const char* stage, bool has_base, int warp, int lane) {
+  const int across = warp / Tile::kDown, left_place = piece_offset<4>(warp % Tile::kDown * Tile::kRows + (lane & 15), lane >> 4);
+  const int spline_place = piece_offset<4>(kWideRows + 64 * across + (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+  const int base_place = piece_offset<4>(Tile::kBaseRow + 8 * across + (lane & 7), lane >> 3 & 1);
+  auto half = [&](int k) {
+    uint32_t high[Tile::kHigh][4], low[Tile::kHigh][4];
     KAN_UNROLL_ALL
-    for (int k = 0; k < kDepth; k += 8) {
-      uint32_t high[2][4], low[2][4];
+    for (int m = 0; m < Tile::kHigh; ++m) {
+      load_matrices(high[m], stage + (left_place ^ 2 * k * 16) + 16 * m * Tile::kLineBytes);
       KAN_UNROLL_ALL
-      for (int m = 0; m < 2; ++m)
-        KAN_UNROLL_ALL
-        for (int r = 0; r < 4; ++r) {
-          const float value = left_rows[(16 * m + g + 8 * (r & 1)) * kPitch + k + q + 4 * (r >> 1)];
-          high[m][r] = to_tf32(value);
-          low[m][r] = kSplit ? to_tf32(value - as_float(high[m][r])) : 0u;
-        }
-      KAN_UNROLL_ALL
-      for (int n = 0; n <= kTileInputs; ++n) {
-        if (n == kTileInputs && !has_base) break;
-        uint32_t b[2], b_low[2];
-        KAN_UNROLL_ALL
-        for (int r = 0; r < 2; ++r) {
-          const float value = weights[(8 * n + g) * kPitch + k + q + 4 * r];
-          b[r] = to_tf32(value);
-          b_low[r] = kSplit ? to_tf32(value - as_float(b[r])) : 0u;
-        }
-        KAN_UNROLL_ALL
-        for (int m = 0; m < 2; ++m) {
-          auto product = [&](float(&to)[4], bool low_left, bool low_right) {
-            const uint32_t(&right)[2] = low_right ? b_low : b;
-            mma_tf32(to, low_left ? low[m] : high[m], right[0], right[1]);
-          };
-          if constexpr (kSplit) add_three_products(c[m][n], product);
-          else product(c[m][n], false, false);
-        }
+      for (int r = 0; r < 4; ++r) {
+        low[m][r] = 0;
+        if constexpr (!kIsHalf<P>) split<P>(as_float(high[m][r]), high[m][r], low[m][r]);
       }
     }
-  }
-}
-
-// Outputs o0 .. of g's rows b0 .. and of the weights of inputs i0 .., bases 8 chunk ..; the base branch with the first chunk.
-template <class T> KAN_DEVICE void stage_rows(const WideArguments& a, int64_t b0, int64_t i0, int chunk, int64_t o0, char* stage) {
-  const Problem& p = a.p;
-  for (int piece = threadIdx.x; piece < (kWideRows + kTileWeights) * 4; piece += kWideThreads) {
-    const int row = piece / 4, w = row - kWideRows, offset = piece % 4 * int(16 / sizeof(T));
-    const T* from;
-    bool exists;
-    if (w < 0) {
-      exists = b0 + row < p.batch;
-      from = static_cast<const T*>(p.g) + (b0 + row) * p.out_features;
-    } else if (w < kTileInputs * kStepBases) {
-      const int64_t i = i0 + w / kStepBases;
-      const int f = chunk * kStepBases + w % kStepBases;
-      exists = i < p.in_features && f < p.bases();
-      from = static_cast<const T*>(p.spline_weight) + (i * p.bases() + f) * p.out_features;
-    } else {
-      const int64_t i = i0 + w - kTileInputs * kStepBases;
-      exists = p.base_weight != nullptr && chunk == 0 && w < kTileWeights - 8 && i < p.in_features;
-      from = static_cast<const T*>(p.base_weight) + i * p.out_features;
+    KAN_UNROLL_ALL
+    for (int n = 0; n <= 8; n += 2) {
+      if (n == 8 && !has_base) break;
+      uint32_t b[4];
+      load_matrices(b, stage + (n < 8 ? (spline_place ^ 2 * k * 16) + 8 * n * Tile::kLineBytes : base_place ^ 2 * k * 16));
+      KAN_UNROLL_ALL
+      for (int m = 0; m < Tile::kHigh; ++m) {
+        add_product<P>(sums[m][n], high[m], low[m], b[0], b[1]);
+        if (n < 8) add_product<P>(sums[m][n + (n < 8)], high[m], low[m], b[2], b[3]);
+      }
     }
-    T* to = reinterpret_cast<T*>(stage + row * kInputPitchBytes) + offset;
-    stage_16_bytes(to, from + o0 + offset, exists ? p.out_features - o0 - offset : 0, a.aligned);
+  };
+  if constexpr (P == Products::tf32x3) {
+    // Mixed with each other, the two would want more registers than there are.
+    KAN_NO_UNROLL
+    for (int k = 0; k < 2; ++k) half(k);
+  } else {
+    half(0), half(1);
   }
 }
 
-template <Products P> __global__ void __launch_bounds__(kWideThreads) input_wide(WideArguments a) {
+// Outputs o0 .. of g's rows b0 .. and of the weights of inputs i0 .., bases 8 chunk ..; the base branch where it has its turn.
+template <class Tile, class T>
+KAN_DEVICE void stage_rows(const WideArguments& a, int64_t b0, int rows, int i0, int chunk, bool has_base, int o0, char* stage) {
+  const Problem& p = a.p;
+  constexpr int kRows = kThreads / 4, kPitch = Tile::kLineBytes / sizeof(T), kInputs = kRows / kStepBases;
+  const unsigned thread = thread_now();
+  const int row = int(thread / 4), column = o0 + int(thread % 4) * int(16 / sizeof(T)), f = chunk * kStepBases + row % kStepBases;
+  const int inputs = int(p.in_features), bases = p.bases(), i = i0 + row / kStepBases;
+  const unsigned outputs = unsigned(p.out_features);
+  T* to = reinterpret_cast<T*>(stage + piece_offset<4>(row, int(thread % 4)));
+  const int left = int(outputs) - column;
+  auto line = [&](const void* data, int64_t number) { return static_cast<const T*>(data) + number * outputs + column; };
+  stage_lines<kWideRows / kRows, kRows * kPitch>(a, line(p.g, b0 + row), uint64_t(kRows) * outputs, to, left, row, kRows, rows);
+  const uint64_t distance = uint64_t(unsigned(kInputs * bases)) * outputs;
+  stage_lines<Tile::kInputs / kInputs, kRows * kPitch>(a, line(p.spline_weight, i * bases + f), distance, to + kWideRows * kPitch, left,
+                                                       i, kInputs, f < bases ? inputs : 0);
+  if (has_base && row < Tile::kInputs)
+    stage_lines<1, 0>(a, line(p.base_weight, i0 + row), uint64_t(0), to + Tile::kBaseRow * kPitch, left, i0 + row, 0, inputs);
+}
+
+template <Products P> __global__ void __launch_bounds__(kThreads, 1) input_wide(WideArguments a) {
   using T = typename StorageOf<P>::Type;
-  constexpr int kDepth = kDepthBytes / sizeof(T);
+  using Tile = InputTile<P>;
+  constexpr int kDepth = Tile::kLineBytes / sizeof(T), kStages = Tile::kStages;
   const Problem& p = a.p;
   char* stages = shared_memory<char>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* values = shared_memory<float>() + warp * 32 * kSumsPitch;
-  float* totals = reinterpret_cast<float*>(stages + kInputShared) - (4 - warp) * 32 * kTileInputs;  // (32 rows, 8 inputs)
-  const int64_t b0 = int64_t(blockIdx.x) * kWideRows, steps = (p.out_features + kDepth - 1) / kDepth;
+  const int64_t b0 = int64_t(blockIdx.x) * kWideRows;
+  const int rows = p.batch - b0 < kWideRows ? int(p.batch - b0) : kWideRows;
+  const int inputs = int(p.in_features), steps = (int(p.out_features) + kDepth - 1) / kDepth;
   const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
 
-  for (int64_t i0 = int64_t(blockIdx.y) * kTileInputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * kTileInputs)
+  for (int i0 = blockIdx.y * Tile::kInputs; i0 < inputs; i0 += gridDim.y * Tile::kInputs)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const bool has_base = p.base_weight != nullptr && chunk == 0;
-      InputSums sums = {};
+      typename Tile::Sums sums = {};
       barrier();
-      for (int s = 0; s < kInputStages - 1; ++s) {
-        if (s < steps) stage_rows<T>(a, b0, i0, chunk, s * kDepth, stages + s * kInputStageBytes);
-        commit_copies();
-      }
-      int stage = 0, next_stage = kInputStages - 1;
-      for (int64_t s = 0; s < steps; ++s) {
-        wait_for_copies<kInputStages - 2>();
+      KAN_NO_UNROLL
+      for (int s = 1 - kStages; s < steps; ++s) {
+        wait_for_copies<kStages - 2>();
         barrier();
-        if (s + kInputStages - 1 < steps)
-          stage_rows<T>(a, b0, i0, chunk, (s + kInputStages - 1) * kDepth, stages + next_stage * kInputStageBytes);
+        if (const int coming = s + kStages - 1; coming < steps) {
+          char* stage = stages + unsigned(coming) % kStages * Tile::kStageBytes;
+          stage_rows<Tile, T>(a, b0, rows, i0, chunk, has_base, coming * kDepth, stage);
+        }
         commit_copies();
-        const char* rows = stages + stage * kInputStageBytes;
-        multiply_rows<P>(sums, reinterpret_cast<const T*>(rows + warp * 32 * kInputPitchBytes),
-                         reinterpret_cast<const T*>(rows + kWideRows * kInputPitchBytes), has_base, lane);
-        stage = stage + 1 < kInputStages ? stage + 1 : 0;
-        next_stage = next_stage + 1 < kInputStages ? next_stage + 1 : 0;
+        if (s >= 0) multiply_rows<P, Tile>(sums, stages + unsigned(s) % kStages * Tile::kStageBytes, has_base, warp, lane);
       }
       wait_for_copies<0>();
       barrier();
-      for_every_sum(sums, lane, [&](int row, int column, float sum) { values[row * kSumsPitch + column] = sum; });
-      warp_barrier();
-      // Lane: one of 8 inputs, one of 4 rows at a time.
-      const int64_t i = i0 + lane % kTileInputs;
-      for (int r = lane / kTileInputs; r < 32; r += 32 / kTileInputs) {
-        const int64_t b = b0 + warp * 32 + r;
-        if (b >= p.batch || i >= p.in_features) continue;
-        const Point point = load_point(p, b, i);
-        const Item item = evaluate(a, i, point.x, 1.0f);
-        const float* row = values + r * kSumsPitch;
-        float total = 0;
+
+      // Lane: one of the warp's 8 inputs, one of 4 rows at a time. 16 rows' sums come from the lanes that have them; the code
+      // stands here once, and the sums move along.
+      float* values = shared_memory<float>() + warp * 16 * Tile::kSumsPitch;
+      float* totals = reinterpret_cast<float*>(stages + kStages * Tile::kStageBytes);  // (128 rows, kInputs)
+      const int input = warp / Tile::kDown * 8 + lane % 8, i = i0 + input;
+      const Even even = i < inputs ? even_knots(a.described[i]) : Even{};
+      KAN_NO_UNROLL
+      for (int m = 0; m < Tile::kHigh; ++m) {
+        const int first_row = warp % Tile::kDown * Tile::kRows + 16 * m + lane / 8;
+        Stored<1> stored[4];
         KAN_UNROLL_ALL
-        for (int m = 0; m < 4; ++m) {
-          const int f = item.first - chunk * kStepBases + m;
-          if (f >= 0 && f < kStepBases) total += item.w[m] * row[lane % kTileInputs * kStepBases + f];
+        for (int r = 0; r < 4; ++r) {
+          const int row = first_row + 4 * r;
+          stored[r].load(rows_from(p, p.x, b0), p.x_dtype, row * inputs + i, row < rows && i < inputs, false);
         }
-        if (has_base) total += activate(a.activation, point.x) * row[kTileInputs * kStepBases + lane % kTileInputs];
-        float* sum = totals + r * kTileInputs + lane % kTileInputs;
-        if (chunk > 0) total += *sum;
-        *sum = total;
-        if (chunk == chunks - 1) write<float>(p.dx, b * p.in_features + i, p.x_dtype, total);
+        KAN_UNROLL_ALL
+        for (int n = 0; n < 9; ++n)
+          KAN_UNROLL_ALL
+          for (int r = 0; r < 4; ++r)
+            values[(lane / 4 + 8 * (r >> 1)) * Tile::kSumsPitch + 8 * n + 2 * (lane % 4) + (r & 1)] = sums[0][n][r];
+        KAN_UNROLL_ALL
+        for (int h = 1; h < Tile::kHigh; ++h)
+          KAN_UNROLL_ALL
+          for (int n = 0; n < 9; ++n)
+            KAN_UNROLL_ALL
+            for (int r = 0; r < 4; ++r) sums[h - 1][n][r] = sums[h][n][r];
+        warp_barrier();
+        KAN_NO_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          float x[1];
+          stored[0].widen(p.x_dtype, x);
+          KAN_UNROLL_ALL
+          for (int h = 1; h < 4; ++h) stored[h - 1] = stored[h];
+          const int row = first_row + 4 * r;
+          if (row >= rows || i >= inputs) continue;
+          const Item item = a.continuous && even.inverse_h > 0 ? even_window(a, even, x[0], 1.0f) : any_window(a, i, x[0], 1.0f);
+          const float* line = values + (lane / 8 + 4 * r) * Tile::kSumsPitch;
+          float total = 0;
+          KAN_UNROLL_ALL
+          for (int q = 0; q < 4; ++q) {
+            const int f = item.first - chunk * kStepBases + q;
+            if (f >= 0 && f < kStepBases) total += item.w[q] * line[lane % 8 * kStepBases + f];
+          }
+          if (has_base) total += activate(a.activation, x[0]) * line[8 * kStepBases + lane % 8];
+          float* sum = totals + row * Tile::kInputs + input;
+          if (chunk > 0) total += *sum;
+          *sum = total;
+          if (chunk == chunks - 1) write<float>(p.dx, (b0 + row) * inputs + i, p.x_dtype, total);
+        }
+        warp_barrier();
       }
     }
 }
 
 template <Products P> int launch_input_wide(const WideArguments& a, void* stream) {
+  using Tile = InputTile<P>;
   if (int error = launch_cubics(a, stream)) return error;
-  const Blocks blocks{(a.p.batch + kWideRows - 1) / kWideRows, (a.p.in_features + kTileInputs - 1) / kTileInputs};
-  return launch(input_wide<P>, blocks, kWideThreads, kInputShared, stream, a);
+  const Blocks blocks{(a.p.batch + kWideRows - 1) / kWideRows, (a.p.in_features + Tile::kInputs - 1) / Tile::kInputs};
+  return launch(input_wide<P>, blocks, kThreads, Tile::kShared, stream, a);
 }
 
 }  // namespace kan::cuda

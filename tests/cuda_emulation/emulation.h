@@ -7,6 +7,7 @@
 #define KAN_CUDA_INSTRUCTIONS
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -42,6 +43,8 @@ extern size_t shared_bytes;
 [[noreturn]] void fail(const std::string& what);
 void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 void wait_at_barrier(const void* place);
+void meet(int id, int threads);
+void arrive(int id, int threads);
 // Hands in `mine`; the lane of a warp that comes last runs the instruction on what all 32 handed in.
 void with_warp(const char* name, void* mine, const std::function<void(void* const* lanes)>& instruction);
 void copy_later(std::function<void()> copy);
@@ -96,6 +99,7 @@ template <class T> T exchange(const char* name, T value, int source) {
 template <class T> T shuffle_xor(T value, int mask) { return exchange("shuffle_xor", value, emulation::self->lane ^ mask); }
 template <class T> T shuffle(T value, int lane) { return exchange("shuffle", value, lane & 31); }
 
+inline int anew(int value) { return value; }
 inline float reciprocal(float x) { return 1 / x; }
 inline double reciprocal(double x) { return 1 / x; }
 inline float reciprocal_of_normal(float x) { return 1 / x; }
@@ -119,6 +123,15 @@ inline uint32_t to_tf32(float value) { return (std::bit_cast<uint32_t>(value) + 
 inline float keep_within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 inline uint64_t shift_left(uint64_t value, uint32_t bits) { return bits < 64 ? value << bits : 0; }
 inline uint64_t shift_right(uint64_t value, uint32_t bits) { return bits < 64 ? value >> bits : 0; }
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t r = 0;
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t digit = selector >> (4 * k) & 15u, byte = (digit & 4u ? high : low) >> (8 * (digit & 3u)) & 255u;
+    r |= (digit & 8u ? (byte >> 7) * 255u : byte) << (8 * k);
+  }
+  return r;
+}
+inline uint32_t shift_word_left(uint32_t value, int by) { return by >= 0 && by < 32 ? value << by : 0u; }
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t as_bits(float value) { return std::bit_cast<uint32_t>(value); }
 

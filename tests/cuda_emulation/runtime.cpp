@@ -77,7 +77,7 @@ void acquire(void*) {}
 void release(void*) {}
 #endif
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { ready, at_barrier, at_named, in_warp, done };
 constexpr size_t kStack = 128 * 1024;
 
 struct Fiber : Thread {
@@ -96,6 +96,13 @@ struct Meeting {
   unsigned turn = 0;
 };
 
+// A named barrier: threads that wait, and such as only arrive.
+struct Named {
+  Meeting meeting;
+  std::vector<Fiber*> waiting;
+  int arrived = 0, expected = 0;
+};
+
 struct Warp {
   std::vector<Fiber*> lanes;
   void* handed[32];
@@ -109,6 +116,7 @@ struct Machine {
   // Those of blocks that ended stay until the launch ends: no two blocks may share an address that orders them.
   std::vector<std::unique_ptr<std::vector<Warp>>> warps;
   std::vector<std::unique_ptr<Meeting>> barriers;
+  std::vector<std::unique_ptr<std::array<Named, 16>>> named;
   std::vector<char*> memories;
   void *stack_pointer = nullptr, *tsan = nullptr, *asan = nullptr;
   const void* stack = nullptr;
@@ -266,6 +274,32 @@ void wait_at_barrier(const void* place) {
   acquire(object);
 }
 
+// One more thread at a named barrier; true if it was the last one.
+bool count(int id, int threads, Named& barrier) {
+  if (id < 1 || id > 15) fail("a barrier of number " + std::to_string(id));
+  if (barrier.arrived == 0) barrier.expected = threads;
+  if (barrier.expected != threads) fail("a barrier is told different numbers of threads");
+  release(&barrier.meeting.objects[barrier.meeting.turn & 1]);
+  if (++barrier.arrived < threads) return false;
+  for (Fiber* fiber : barrier.waiting) fiber->state = State::ready;
+  barrier.waiting.clear();
+  barrier.arrived = 0;
+  ++barrier.meeting.turn;
+  return true;
+}
+void meet(int id, int threads) {
+  Machine& m = machine();
+  Named& barrier = (*m.named.back())[id & 15];
+  void* object = &barrier.meeting.objects[barrier.meeting.turn & 1];
+  if (!count(id, threads, barrier)) {
+    m.running->state = State::at_named;
+    barrier.waiting.push_back(m.running);
+    leave();
+  }
+  acquire(object);
+}
+void arrive(int id, int threads) { count(id, threads, (*machine().named.back())[id & 15]); }
+
 void with_warp(const char* name, void* mine, const std::function<void(void* const*)>& instruction) {
   Machine& m = machine();
   Fiber& me = *m.running;
@@ -329,6 +363,7 @@ void run_blocks(Index blocks, int threads, size_t bytes, const std::function<voi
     m.memories.clear();
     m.warps.clear();
     m.barriers.clear();
+    m.named.clear();
     end_launch();
     m.running = nullptr;
     m.waiting = 0;
@@ -341,6 +376,7 @@ void run_blocks(Index blocks, int threads, size_t bytes, const std::function<voi
       m.memories.push_back(shared);
       m.warps.push_back(std::make_unique<std::vector<Warp>>(threads / 32));
       m.barriers.push_back(std::make_unique<Meeting>());
+      m.named.push_back(std::make_unique<std::array<Named, 16>>());
       for (int t = 0; t < threads; ++t) {
         Fiber& fiber = m.fibers[t];
         fiber.thread = {unsigned(t), 0, 0};
@@ -356,6 +392,8 @@ void run_blocks(Index blocks, int threads, size_t bytes, const std::function<voi
       begin_block(threads);
       release(&m.start);
       run_block(warp_order);
+      for (const Named& barrier : *m.named.back())
+        if (barrier.arrived != 0) fail("a block ends with threads at a barrier");
       end_block();
     }
   } catch (...) {

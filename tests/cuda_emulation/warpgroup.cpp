@@ -97,26 +97,27 @@ void start_product(const std::array<Product, 32>& lanes, Finish finish) {
   const Product& one = lanes[0];
   if (states.back()->warps.size() % 4 != 0) fail(std::string(one.name) + ": a block without whole groups of four warps");
   for (const Product& product : lanes)
-    if (product.descriptor != one.descriptor) fail(std::string(one.name) + ": lanes with different descriptors");
+    if (product.descriptor != one.descriptor || product.left_descriptor != one.left_descriptor) fail(std::string(one.name) + ": lanes with different descriptors");
   warp.issued.push_back({one.name, one.descriptor});
   if (!warp.fenced) fail(std::string(one.name) + ": registers were written, and no fence followed");
   Lefts early;
   for (int i = 0; i < 32; ++i) {
     const Product& product = lanes[i];
     Lane& lane = warp.lanes[i];
+    hold(lane, product);
+    if (product.left == nullptr) continue;
     const Registers left = registers(product.left, 4);
     auto before = lane.fenced.find(product.left);
     if (before != lane.fenced.end() && before->second != left) fail(std::string(one.name) + ": the left operand was written after the fence");
     lane.fenced[product.left] = left;
     for (int r = 0; r < 4; ++r) early[i][r] = left[r];
     early[i][4] = product.metadata ? *product.metadata : 0;
-    hold(lane, product);
   }
   warp.open.push_back([&warp, lanes, early, finish = std::move(finish)] {
     float* sums[32];
     for (int i = 0; i < 32; ++i) {
       const Product& product = lanes[i];
-      if (std::memcmp(product.left, early[i].data(), 16) != 0 || (product.metadata && *product.metadata != early[i][4]))
+      if (product.left && (std::memcmp(product.left, early[i].data(), 16) != 0 || (product.metadata && *product.metadata != early[i][4])))
         fail(std::string(product.name) + ": the left operand is written while it is under way");
       sums[i] = warp.lanes[i].sums[product.sums].values.data();
     }

@@ -20,9 +20,9 @@ struct Product {
   const char* name;
   float* sums;
   int count;
-  const uint32_t* left;  // 4
+  const uint32_t* left;  // 4, or null: then by a descriptor
   const uint32_t* metadata;
-  uint64_t descriptor;
+  uint64_t left_descriptor, descriptor;
 };
 using Lefts = std::array<std::array<uint32_t, 5>, 32>;  // the left operand's registers, and its metadata
 using Finish = std::function<void(const Lefts& left, float* const* sums)>;
@@ -38,7 +38,7 @@ void expect_shown(const char* piece);
 // The window of shared memory begins at no multiple of 1024.
 constexpr uint32_t kSharedBase = 0x480;
 
-// Where number (n, k) of the right operand lies: its address in shared memory.
+// Where a number of an operand lies: its address in shared memory.
 struct Descriptor {
   uint32_t start, leading, stride, swizzle;
 
@@ -54,27 +54,37 @@ struct Descriptor {
   uint32_t swizzled(uint32_t address) const { return address ^ (address >> 7 & uint32_t(pieces() - 1)) << 4; }
   // Columns contiguous, T = 8 of 16 bits to a piece. None: ((T,1,m),(8,k)) : ((1,T,SBO),(T,LBO)); else, with W pieces:
   // ((T,W,m),(8,k)) : ((1,T,LBO),(WT,SBO)).
+  // Number (n, k) of a right operand, or a left one's, by lines of columns (rows) at one depth.
   uint32_t place(int n, int k) const {
     const int w = pieces();
     const uint32_t far_n = swizzle ? leading : stride, far_k = swizzle ? stride : leading;
     return swizzled(start + uint32_t(n % 8 * 2 + n / 8 % w * 16 + k % 8 * w * 16) + uint32_t(n / 8 / w) * far_n + uint32_t(k / 8) * far_k);
   }
+  // The same with the depth contiguous: ((8,m),(T,2)) : ((WT,SBO),(1,T)). A start within a line of an atom goes on in
+  // that line.
+  uint32_t place_in_line(int m, int k) const {
+    if (swizzle == 0) fail("lines without a swizzle are not emulated");
+    return swizzled(start + uint32_t(m % 8 * pieces() * 16 + k * 2) + uint32_t(m / 8) * stride);
+  }
 };
 
-template <Kind K> std::vector<float> read_right(uint64_t bits, int columns, int depth) {
+template <Kind K> float number_at(uint32_t address, const char*& shown) {
+  if (address < kSharedBase || address + 2 > kSharedBase + shared_bytes) fail("a descriptor points outside shared memory");
+  const char* piece = shared + (address - kSharedBase) / 16 * 16;
+  if (piece != shown) expect_shown(shown = piece);
+  return number_in<K>(*reinterpret_cast<const uint16_t*>(shared + (address - kSharedBase)), 0);
+}
+
+// (count, depth): columns of a right operand, or rows from `first` on of a left one.
+template <Kind K, bool kByLines> std::vector<float> read_operand(uint64_t bits, int first, int count, int depth) {
   const Descriptor descriptor(bits);
-  std::vector<float> right(size_t(columns * depth));
+  std::vector<float> numbers(size_t(count * depth));
   const char* shown = nullptr;
-  for (int n = 0; n < columns; ++n)
-    for (int k = 0; k < depth; ++k) {
-      const uint32_t address = descriptor.place(n, k);
-      if (address < kSharedBase || address + 2 > kSharedBase + shared_bytes) fail("a descriptor points outside shared memory");
-      const char* number = shared + (address - kSharedBase);
-      const char* piece = shared + (address - kSharedBase) / 16 * 16;
-      if (piece != shown) expect_shown(shown = piece);
-      right[size_t(n * depth + k)] = number_in<K>(*reinterpret_cast<const uint16_t*>(number), 0);
-    }
-  return right;
+  for (int n = 0; n < count; ++n)
+    for (int k = 0; k < depth; ++k)
+      numbers[size_t(n * depth + k)] =
+          number_at<K>(kByLines ? descriptor.place(first + n, k) : descriptor.place_in_line(first + n, k), shown);
+  return numbers;
 }
 
 // Row m (0 .. 15 of the warp's), column k of the left operand as it is stored. ALayout_64x16: thread (4,8,4) : (2 columns, row,
@@ -94,29 +104,56 @@ template <Kind K> float sparse_left(const Lefts& lanes, int m, int k) {
   return place == first ? stored_left<K>(lanes, m, 2 * group) : place == second ? stored_left<K>(lanes, m, 2 * group + 1) : 0.0f;
 }
 
-template <Kind K, int kDepth, bool kSparse>
-void multiply_later(const char* name, float* sums, int count, const uint32_t* left, uint64_t descriptor, const uint32_t* metadata) {
-  Product mine{name, sums, count, left, metadata, descriptor};
+// The sums of a warp plus left(m, k) times the right operand.
+template <Kind K, int kDepth, class Left> void add_later(float* const* sums, const std::vector<float>& right, int columns, Left left) {
+  for (int m = 0; m < 16; ++m) {
+    double row[kDepth];
+    for (int k = 0; k < kDepth; ++k) row[k] = left(m, k);
+    for (int n = 0; n < columns; ++n) {
+      // CLayout_64xN: thread (4,8,4) : (2 columns, row, 16 rows), value (2,2,N/8) : (column, 8 rows, 8 columns).
+      float& c = sums[m % 8 * 4 + n / 2 % 4][n % 2 + 2 * (m / 8) + 4 * (n / 8)];
+      double sum = c;
+      for (int k = 0; k < kDepth; ++k) sum += row[k] * right[size_t(n * kDepth + k)];
+      c = float(sum);
+    }
+  }
+}
+inline void expect_same(const std::vector<float>& now, const std::vector<float>& early) {
+  if (std::memcmp(now.data(), early.data(), now.size() * sizeof(float)) != 0) fail("shared memory is written while a product reads it");
+}
+
+// Both operands from shared memory. A warp takes its 16 rows of the left one.
+template <Kind K, int kDepth, bool kLeftByLines, bool kRightByLines>
+void multiply_shared_later(const char* name, float* sums, int count, uint64_t left, uint64_t right) {
+  Product mine{name, sums, count, nullptr, nullptr, left, right};
   with_warp(name, &mine, [](void* const* lanes) {
     std::array<Product, 32> products;
     for (int lane = 0; lane < 32; ++lane) products[lane] = *static_cast<const Product*>(lanes[lane]);
-    const uint64_t bits = products[0].descriptor;
+    const uint64_t left = products[0].left_descriptor, right = products[0].descriptor;
+    const int columns = 2 * products[0].count, first = self->warp % 4 * 16;
+    auto rows = [=] { return read_operand<K, kLeftByLines>(left, first, 16, kDepth); };
+    auto weights = [=] { return read_operand<K, kRightByLines>(right, 0, columns, kDepth); };
+    start_product(products, [=, early_rows = rows(), early = weights()](const Lefts&, float* const* sums) {
+      expect_same(rows(), early_rows);
+      expect_same(weights(), early);
+      add_later<K, kDepth>(sums, early, columns, [&](int m, int k) { return early_rows[size_t(m * kDepth + k)]; });
+    });
+  });
+}
+
+// The left operand sparse, in registers.
+template <Kind K, int kDepth>
+void multiply_sparse_later(const char* name, float* sums, int count, const uint32_t* left, uint64_t right, const uint32_t* metadata) {
+  Product mine{name, sums, count, left, metadata, 0, right};
+  with_warp(name, &mine, [](void* const* lanes) {
+    std::array<Product, 32> products;
+    for (int lane = 0; lane < 32; ++lane) products[lane] = *static_cast<const Product*>(lanes[lane]);
+    const uint64_t right = products[0].descriptor;
     const int columns = 2 * products[0].count;
-    start_product(products, [bits, columns, early = read_right<K>(bits, columns, kDepth)](const Lefts& left, float* const* sums) {
-      const std::vector<float> right = read_right<K>(bits, columns, kDepth);
-      if (std::memcmp(right.data(), early.data(), right.size() * sizeof(float)) != 0)
-        fail("shared memory is written while a product reads it");
-      for (int m = 0; m < 16; ++m) {
-        double row[kDepth];
-        for (int k = 0; k < kDepth; ++k) row[k] = kSparse ? sparse_left<K>(left, m, k) : stored_left<K>(left, m, k);
-        for (int n = 0; n < columns; ++n) {
-          // CLayout_64xN: thread (4,8,4) : (2 columns, row, 16 rows), value (2,2,N/8) : (column, 8 rows, 8 columns).
-          float& c = sums[m % 8 * 4 + n / 2 % 4][n % 2 + 2 * (m / 8) + 4 * (n / 8)];
-          double sum = c;
-          for (int k = 0; k < kDepth; ++k) sum += row[k] * right[size_t(n * kDepth + k)];
-          c = float(sum);
-        }
-      }
+    auto weights = [=] { return read_operand<K, true>(right, 0, columns, kDepth); };
+    start_product(products, [=, early = weights()](const Lefts& left, float* const* sums) {
+      expect_same(weights(), early);
+      add_later<K, kDepth>(sums, early, columns, [&](int m, int k) { return sparse_left<K>(left, m, k); });
     });
   });
 }
@@ -142,13 +179,28 @@ template <int kGroupsLeft> void wait_for_products() {
   emulation::with_warp("wait_for_products", &nothing, [](void* const*) { emulation::wait_for_products(kGroupsLeft); });
 }
 
+template <int> void set_registers() {}
+inline void meet(int id, int threads) { emulation::meet(id, threads); }
+inline void arrive(int id, int threads) { emulation::arrive(id, threads); }
+inline void store_16_bytes(void* shared, const uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("a misaligned store of 16 bytes");
+  for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(shared)[i] = words[i];
+  emulation::note_copy(shared);
+}
+inline void store_8_bytes(void* shared, const uint32_t (&words)[2]) {
+  if (reinterpret_cast<uintptr_t>(shared) % 8 != 0) emulation::fail("a misaligned store of 8 bytes");
+  for (int i = 0; i < 2; ++i) static_cast<uint32_t*>(shared)[i] = words[i];
+  emulation::note_copy(shared);
+}
+
 #define KAN_WGMMA(kind, depth)                                                                                          \
-  template <int kSums> void wgmma_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b) {                       \
-    emulation::multiply_later<emulation::Kind::kind, depth, false>("wgmma_" #kind, c, kSums, a, b, nullptr);            \
+  template <bool kLeftByLines, bool kRightByLines, int kSums>                                                           \
+  void wgmma_##kind(float (&c)[kSums], uint64_t a, uint64_t b) {                                                        \
+    emulation::multiply_shared_later<emulation::Kind::kind, depth, kLeftByLines, kRightByLines>("wgmma_" #kind, c, kSums, a, b); \
   }                                                                                                                     \
   template <int kSums>                                                                                                  \
   void wgmma_sparse_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b, const uint32_t& metadata) {           \
-    emulation::multiply_later<emulation::Kind::kind, 2 * depth, true>("wgmma_sparse_" #kind, c, kSums, a, b, &metadata); \
+    emulation::multiply_sparse_later<emulation::Kind::kind, 2 * depth>("wgmma_sparse_" #kind, c, kSums, a, b, &metadata); \
   }
 KAN_WGMMA(bfloat16, 16)
 KAN_WGMMA(float16, 16)

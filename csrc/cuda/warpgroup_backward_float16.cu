@@ -1,0 +1,9 @@
+#include "warpgroup_input.cuh"
+#include "warpgroup_weight.cuh"
+
+namespace kan::cuda {
+
+template int launch_input_warpgroup<Products::float16>(const WideArguments&, void*);
+template int launch_weight_warpgroup<Products::float16>(const WideArguments&, int, float*, Slices, void*);
+
+}  // namespace kan::cuda

@@ -1,0 +1,170 @@
+// What the warpgroup kernels share: a block's tile of 128 x kColumns sums, held by two warpgroups; its layouts in shared memory;
+// the loop over steps that are 64 deep.
+//
+// Layouts, by 9.7.15.5.1.2 of the PTX ISA, "Shared Memory Matrix Layout", 128-byte swizzle: lines of 128 bytes, whose pieces of
+// 16 bytes stand at their number xor line % 8; eight lines, 1024 bytes, are an atom, which begins at a multiple of its size.
+// Depth contiguous ("K-major"): a line is 64 numbers of one row or column. Else ("MN-major"): a line is 64 rows or columns at one
+// depth, and panels of 64 such lines follow each other.
+#pragma once
+#include "launch.h"
+#include "warpgroup.cuh"
+#include "window.cuh"
+
+namespace kan::cuda {
+
+constexpr int kMultipliers = 256, kMakers = 256, kGroupThreads = kMultipliers + kMakers;
+// Of the 65536 registers of a multiprocessor, which the launch shares out evenly: 128 each.
+template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 168 : 112;
+template <int kColumns> constexpr int kMakersRegisters = 256 - kMultipliersRegisters<kColumns>;
+constexpr int kGroupRows = 128, kGroupDepth = 64, kGroupInputs = kGroupDepth / kStepBases;
+// Left: while one is multiplied each group of makers has one. Copied: one is multiplied, one may still be by whoever is behind, the
+// others are on their way.
+constexpr int kLeftStages = 3, kRightStages = 4;
+constexpr int kAtomBytes = 1024, kLineNumbers = 64, kPanelBytes = kGroupDepth * 2 * kLineNumbers;
+constexpr int kLeftBytes = kGroupRows * kGroupDepth * 2;
+template <int kColumns> constexpr int kRightBytes = kColumns * kGroupDepth * 2;
+
+// The first multiple of an atom in the block's shared memory.
+KAN_DEVICE char* first_atom() {
+  char* memory = shared_memory<char>();
+  return memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
+}
+// Of number `number` of line `line`, a multiple of 8.
+KAN_DEVICE int swizzled(int line, int number) { return swizzled_piece(line, number / 8); }
+// Columns from o on; more than a tile has count as that many.
+KAN_DEVICE int columns_left(const Problem& p, int64_t o) { return p.out_features - o < 256 ? int(p.out_features - o) : 256; }
+
+// 9.7.15.5.1.2.2, "Matrix Descriptor Format": offsets without their last four bits, from bit 0, 16 and 32; the swizzle from bit 62.
+// Here panel to panel, which has no meaning where the depth is contiguous, and atom to atom.
+KAN_DEVICE uint64_t describe_tile(const char* tile) {
+  constexpr uint64_t kLeading = kPanelBytes, kStride = kAtomBytes, kSwizzle128 = 1;
+  return (shared_address(tile) & 0x3ffff) >> 4 | kLeading >> 4 << 16 | kStride >> 4 << 32 | kSwizzle128 << 62;
+}
+// To the descriptor of what is 16 deeper: two pieces of every line, or two atoms.
+constexpr uint64_t kSixteenInLine = 32 >> 4, kSixteenLines = 2 * kAtomBytes >> 4;
+
+// A warpgroup's 64 rows of the tile. 128 columns to an instruction: with 256, whose sums alone are 128 registers, nothing is
+// compiled for 512 threads, however many registers the multipliers take later.
+template <int kColumns> using GroupSums = float[kColumns / 128][64];
+
+// A step's product, 64 deep. By lines: of that operand a line is one depth.
+template <Products P, bool kLeftByLines, bool kRightByLines, int kParts>
+KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right) {
+  const uint64_t a = describe_tile(left), b = describe_tile(right);
+  // 128 columns further: two panels of lines, or 128 lines.
+  constexpr uint64_t kPart = (kRightByLines ? 2 * kPanelBytes : 128 * 2 * kLineNumbers) >> 4;
+  KAN_UNROLL_ALL
+  for (int k = 0; k < kGroupDepth / 16; ++k)
+    KAN_UNROLL_ALL
+    for (int part = 0; part < kParts; ++part) {
+      const uint64_t a_k = a + k * (kLeftByLines ? kSixteenLines : kSixteenInLine);
+      const uint64_t b_k = b + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
+      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k);
+      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k);
+    }
+}
+
+// 8 numbers of every one of kRows rows, to shared memory: row `row`, `next` rows further and so on, as far as they lie below
+// `end`; only `left` columns exist. What does not exist becomes zeros.
+template <int kRows, class T>
+KAN_DEVICE void copy_rows(T* to, int to_next, const T* from, int64_t from_next, int left, int row, int next, int end, bool aligned) {
+  if (aligned) {
+    const int rows = left > 0 ? end : 0;
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kRows; ++m) {
+      copy_16_bytes(to + m * to_next, from, row + m * next >= rows);
+      from += from_next;
+    }
+    return;
+  }
+  KAN_NO_UNROLL
+  for (int m = 0; m < kRows * 8; ++m) {
+    to[m / 8 * to_next + m % 8] = row < end && m % 8 < left ? from[m % 8] : T{};
+    if (m % 8 == 7) row += next, from += from_next;
+  }
+}
+
+// Numbered barriers: of each left stage one for "made" and one for "read", and one for everybody.
+constexpr int kMadeBarrier = 1, kReadBarrier = kMadeBarrier + kLeftStages, kTileBarrier = kReadBarrier + kLeftStages;
+constexpr int kHandover = kMultipliers + kMakers / 2;  // threads of both: one of the makers' groups
+
+KAN_DEVICE int next_of(int stage, int stages) { return stage + 1 < stages ? stage + 1 : 0; }
+
+// A makers' group's loop over step.count() steps, of which the two groups take turns: making one may take as long as
+// multiplying two. make(step, stage) writes what the tensor cores will read.
+template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
+  const int steps = step.count();
+  int stage = 0;
+  KAN_NO_UNROLL
+  for (int s = 0; s < steps; ++s) {
+    if ((s & 1) == group) {
+      if (s >= kLeftStages) meet(kReadBarrier + stage, kHandover);
+      make(step, stage);
+      show_to_tensor_cores();
+      arrive(kMadeBarrier + stage, kHandover);
+    }
+    step.advance();
+    stage = next_of(stage, kLeftStages);
+  }
+}
+
+// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
+// product, with a fence before and a commit behind. Without makers only the multipliers meet.
+template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
+  const int steps = coming.count();
+  uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
+  int copied = 0;
+  auto copy_next = [&](int stage) {
+    kinds = kinds << 1 | uint32_t(coming.is_base());
+    if (copied++ < steps) copy(coming, stage);
+    commit_copies();
+    coming.advance();
+  };
+  for (int s = 0; s < kRightStages - 2; ++s) copy_next(s);
+  int left = 0, before = kLeftStages - 1, right = 0, next = kRightStages - 2;
+  KAN_NO_UNROLL
+  for (int s = 0; s < steps; ++s) {
+    // This step's copies are there, and what has been made, for everybody.
+    wait_for_copies<kRightStages - 3>();
+    show_to_tensor_cores();
+    if (kMade) meet(kMadeBarrier + left, kHandover);
+    else meet(kTileBarrier, kMultipliers);
+    multiply(bool(kinds >> (kRightStages - 3) & 1u), left, right);
+    // What the step before last used has been read by both groups.
+    copy_next(next);
+    wait_for_products<1>();
+    if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before, kHandover);
+    before = left;
+    left = next_of(left, kLeftStages), right = next_of(right, kRightStages), next = next_of(next, kRightStages);
+  }
+  wait_for_products<0>();
+  wait_for_copies<0>();
+}
+
+// body(row, column, sum, next column's sum) for a multiplier's share of the tile.
+template <int kParts, class Body> KAN_DEVICE void for_every_pair(const float (&sums)[kParts][64], Body body) {
+  const int thread = anew(int(threadIdx.x)), row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+  KAN_UNROLL_ALL
+  for (int part = 0; part < kParts; ++part)
+    KAN_UNROLL_ALL
+    for (int j = 0; j < 16; ++j)
+      KAN_UNROLL_ALL
+      for (int r = 0; r < 2; ++r)
+        body(row + 8 * r, 128 * part + 8 * j + column, sums[part][4 * j + 2 * r], sums[part][4 * j + 2 * r + 1]);
+}
+
+// Two neighbouring outputs o, o + 1 of a row of numbers: 16-bit or float32. `aligned`: the row's length is even.
+template <Products P> KAN_DEVICE void write_pair(typename StorageOf<P>::Type* row, int64_t o, int64_t outputs, bool aligned, float low, float high) {
+  if (aligned) {
+    *reinterpret_cast<uint32_t*>(row + o) = pack<P>(low, high);
+    return;
+  }
+  put(row[o], low);
+  if (o + 1 < outputs) put(row[o + 1], high);
+}
+KAN_DEVICE void write_pair(float* row, int64_t o, int64_t outputs, float low, float high) {
+  row[o] = low;
+  if (o + 1 < outputs) row[o + 1] = high;
+}
+
+}  // namespace kan::cuda

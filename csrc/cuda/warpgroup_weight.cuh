@@ -1,0 +1,157 @@
+// contract_weight of wide layers on Hopper (sm_90a): Phi^T g, 16-bit types. A block: 16 inputs by 8 bases (or 128 inputs of the base
+// branch) by kColumns outputs, over one slice of the batch, which is the depth; slices are added in a fixed order afterwards.
+//
+// A step is 64 rows of the batch. Two warpgroups make the left operand by lines: a line is one row's 8 inputs x 8 bases (or 64
+// base activations), and there are two panels of such lines. Two others multiply, and copy the rows of g.
+#pragma once
+#include "warpgroup_tile.cuh"
+
+namespace kan::cuda {
+
+template <int kColumns> constexpr size_t kGroupWeightShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + kLeftStages * kLeftBytes;
+
+struct BatchStep {
+  int64_t b, end;
+  KAN_DEVICE int count() const { return int((end - b + kGroupDepth - 1) / kGroupDepth); }
+  KAN_DEVICE static bool is_base() { return false; }
+  KAN_DEVICE bool more() const { return b < end; }
+  KAN_DEVICE void advance() { b += kGroupDepth; }
+};
+
+// Which inputs and bases a block has.
+struct FeatureTile {
+  bool is_base;
+  int chunk;
+  int input;  // first of 16, or of 128
+};
+KAN_DEVICE FeatureTile feature_tile(const Problem& p, int64_t number) {
+  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
+  const int64_t of_spline = (p.in_features + 15) / 16 * chunks;
+  if (number >= of_spline) return {true, 0, int(number - of_spline) * kGroupRows};
+  return {false, int(number % chunks), int(number / chunks) * 16};
+}
+
+// A maker's thread: one line of a panel, that is 8 inputs of one row (or 64 of the base branch).
+template <Products P>
+KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left, int thread, int maker) {
+  const Problem& p = a.p;
+  const int line = thread % kGroupDepth, panel = thread / kGroupDepth;
+  const bool vectors = inputs_in_vectors(p), quick = p.bases() <= kStepBases && quick_windows(a);
+  const int i0 = tile.input + panel * (tile.is_base ? kGroupDepth : kGroupInputs);
+  FourInputs ahead[2];
+  auto load = [&](int half, int64_t b, int i) { ahead[half].load(p, b < first.end ? b : p.batch, i + 4 * half, p.in_features, vectors); };
+  KAN_UNROLL_ALL
+  for (int half = 0; half < 2; ++half) load(half, first.b + maker * kGroupDepth + line, i0);
+  // Four inputs at a time; what comes next is loaded before what is there is used. Outside the batch g's rows are zero.
+  if (tile.is_base) {
+    make_steps(first, maker, [&](const BatchStep& step, int stage) {
+      char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
+      const int64_t b = step.b + line;
+      KAN_NO_UNROLL
+      for (int group = 0; group < kGroupInputs; ++group) {
+        const bool last = group + 1 == kGroupInputs;
+        KAN_UNROLL_ALL
+        for (int half = 0; half < 2; ++half) {
+          float x[4];
+          uint32_t words[2];
+          ahead[half].unpack(p, x);
+          load(half, last ? b + 2 * kGroupDepth : b, last ? i0 : i0 + (group + 1) * kGroupInputs);
+          base_features<P>(a, b, i0 + group * kGroupInputs + 4 * half, x, words);
+          store_8_bytes(lines + swizzled(line, group * 8) + 8 * half, words);
+        }
+      }
+    });
+    return;
+  }
+  make_steps(first, maker, [&](const BatchStep& step, int stage) {
+    char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
+    const int64_t b = step.b + line;
+    KAN_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      const int i = i0 + 4 * half;
+      float x[4];
+      ahead[half].unpack(p, x);
+      load(half, b + 2 * kGroupDepth, i0);
+      if (quick && write_quick_windows<P>(a, i, int(p.in_features), x, lines, line, 4 * half)) continue;
+      PackedItem items[4];
+      make_items<P, false>(a, b, i, p.in_features, x, items);
+      write_windows(items, tile.chunk * kStepBases, lines, line, 4 * half);
+    }
+  });
+}
+
+// One thread's pieces of a step of g: 8 columns of every kRows-th row.
+template <int kColumns, class T> KAN_DEVICE void copy_gradients(const WideArguments& a, const BatchStep& step, int64_t o0, char* stage) {
+  const Problem& p = a.p;
+  constexpr int kPieces = kColumns / 8, kRows = kMultipliers / kPieces;
+  const int column = int(threadIdx.x) % kPieces * 8, row = int(threadIdx.x) / kPieces;
+  const T* from = static_cast<const T*>(p.g) + (step.b + row) * p.out_features + o0 + column;
+  const int there = step.end - step.b < kGroupDepth ? int(step.end - step.b) : kGroupDepth;
+  char* to = stage + column / kLineNumbers * kPanelBytes + swizzled(row, column % kLineNumbers);
+  copy_rows<kGroupDepth / kRows>(reinterpret_cast<T*>(to), kRows * kLineNumbers, from, kRows * p.out_features, columns_left(p, o0 + column), row,
+                                 kRows, there, a.aligned);
+}
+
+template <Products P, int kColumns>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    weight_warpgroup(WideArguments a, void* spline, void* base, bool whole, int64_t slices, int64_t rows_per_slice) {
+#if KAN_WARPGROUPS
+  using T = typename StorageOf<P>::Type;
+  const Problem& p = a.p;
+  char* right = first_atom();
+  char* left = right + kRightStages * kRightBytes<kColumns>;
+  const int thread = int(threadIdx.x);
+  const FeatureTile tile = feature_tile(p, blockIdx.x);
+  auto for_every_tile = [&](auto body) {
+    for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
+      for (int64_t o0 = int64_t(blockIdx.y) * kColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kColumns) {
+        const int64_t begin = slice * rows_per_slice;
+        body(BatchStep{begin, begin + rows_per_slice < p.batch ? begin + rows_per_slice : p.batch}, o0, slice);
+        meet(kTileBarrier, kGroupThreads);  // nobody makes or copies what belongs to the next tile while this one's is read
+      }
+  };
+  if (thread >= kMultipliers) {
+    set_registers<kColumns == 256 ? 96 : 136>();
+    for_every_tile([&](const BatchStep& first, int64_t, int64_t) { make_lines<P>(a, tile, first, left, thread % 128, thread / 128 % 2); });
+  } else {
+    set_registers<kColumns == 256 ? 160 : 120>();
+    for_every_tile([&](const BatchStep& first, int64_t o0, int64_t slice) {
+      GroupSums<kColumns> sums = {};
+      multiply_steps<true>(
+          first,
+          [&](const BatchStep& step, int stage) { copy_gradients<kColumns, T>(a, step, o0, right + stage * kRightBytes<kColumns>); },
+          [&](bool, int left_stage, int stage) {
+            order_registers();
+            multiply_group<P, true, true>(sums, left + left_stage * kLeftBytes + thread / 128 * kPanelBytes, right + stage * kRightBytes<kColumns>);
+            commit_products();
+          });
+      for_every_pair(sums, [&](int feature, int column, float low, float high) {
+        const int64_t i = tile.input + (tile.is_base ? feature : feature / kStepBases), o = o0 + column;
+        const int f = tile.chunk * kStepBases + feature % kStepBases;
+        if (i >= p.in_features || o >= p.out_features || (!tile.is_base && f >= p.bases())) return;
+        const int64_t row = slice * p.in_features + i, at = (tile.is_base ? row : row * p.bases() + f) * p.out_features;
+        void* to = tile.is_base ? base : spline;
+        if (whole) write_pair<P>(static_cast<T*>(to) + at, o, p.out_features, a.aligned, low, high);
+        else write_pair(static_cast<float*>(to) + at, o, p.out_features, low, high);
+      });
+    });
+  }
+#else
+  __trap();  // never launched: launch.cpp asks for the architecture and for the build
+#endif
+}
+
+template <Products P> int launch_weight_warpgroup(const WideArguments& a, int columns, float* parts, Slices slices, void* stream) {
+  const Problem& p = a.p;
+  if (int error = launch_cubics(a, stream)) return error;
+  const int64_t chunks = (p.bases() + kStepBases - 1) / kStepBases;
+  const int64_t base_tiles = p.d_base != nullptr ? (p.in_features + kGroupRows - 1) / kGroupRows : 0;
+  const Blocks blocks{(p.in_features + 15) / 16 * chunks + base_tiles, (p.out_features + columns - 1) / columns, slices.count};
+  void* spline = parts == nullptr ? p.d_spline : parts;
+  void* base = parts == nullptr ? p.d_base : parts + slices.count * p.in_features * p.bases() * p.out_features;
+  const auto kernel = columns == 256 ? weight_warpgroup<P, 256> : weight_warpgroup<P, 128>;
+  return launch(kernel, blocks, kGroupThreads, columns == 256 ? kGroupWeightShared<256> : kGroupWeightShared<128>, stream, a, spline, base,
+                parts == nullptr, slices.count, slices.rows);
+}
+
+}  // namespace kan::cuda
