@@ -67,45 +67,57 @@ template <Products P> KAN_DEVICE void split(float value, uint32_t& high, uint32_
   }
 }
 
-// sum += a b in true float32: three products of numbers split in two (the fourth is below float32's rounding), the small ones
-// first. Tensor cores cut sums off instead of rounding them, always towards zero: they add up these three alone, and the long
-// sum is rounded to nearest by ordinary additions.
-template <class Product> KAN_DEVICE void add_three_products(float (&sum)[4], Product product) {
+// sum += a b in true float32, kDeep fragments deep: three products each of numbers split in two (the fourth is below float32's
+// rounding), the small ones first. Tensor cores cut sums off instead of rounding them, always towards zero: they add up these few
+// alone, and the long sum is rounded to nearest by ordinary additions.
+template <int kDeep, class Product> KAN_DEVICE void add_three_products(float (&sum)[4], Product product) {
   float part[4] = {};
-  product(part, true, false);
-  product(part, false, true);
-  product(part, false, false);
+  KAN_UNROLL_ALL
+  for (int d = 0; d < kDeep; ++d) {
+    product(part, d, true, false);
+    product(part, d, false, true);
+  }
+  KAN_UNROLL_ALL
+  for (int d = 0; d < kDeep; ++d) product(part, d, false, false);
   KAN_UNROLL_ALL
   for (int r = 0; r < 4; ++r) sum[r] += part[r];
 }
 
-// tf32, a as the bits of float32 numbers: depth 8 (dense) or 16 (sparse) from the stage's first row on.
-template <Products P, bool kSparse, int kPitch, int kHigh, int kTiles>
-KAN_DEVICE void multiply_tf32(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kHigh][4], const uint32_t (&e)[kHigh], const float* stage,
-                              int live, int lane) {
+// tf32, a as the bits of float32 numbers: kDeep fragments of depth 8 (dense) or 16 (sparse) from the stage's first row on.
+template <Products P, bool kSparse, int kPitch, int kDeep, int kHigh, int kTiles>
+KAN_DEVICE void multiply_tf32(SumsOf<kHigh, kTiles>& c, const uint32_t (&a)[kDeep][kHigh][4], const uint32_t (&e)[kDeep][kHigh],
+                              const float* stage, int live, int lane) {
   constexpr int kRows = kSparse ? 4 : 2;
-  uint32_t high[kHigh][4], low[kHigh][4];
+  uint32_t high[kDeep][kHigh][4], low[kDeep][kHigh][4];
   KAN_UNROLL_ALL
-  for (int m = 0; m < kHigh; ++m)
+  for (int d = 0; d < kDeep; ++d)
     KAN_UNROLL_ALL
-    for (int r = 0; r < 4; ++r) split<P>(as_float(a[m][r]), high[m][r], low[m][r]);
+    for (int m = 0; m < kHigh; ++m)
+      KAN_UNROLL_ALL
+      for (int r = 0; r < 4; ++r) split<P>(as_float(a[d][m][r]), high[d][m][r], low[d][m][r]);
   const float* column = stage + (lane & 3) * kPitch + (lane >> 2);
   KAN_UNROLL_ALL
   for (int n = 0; n < kTiles; ++n) {
     if (n % kTilesAtOnce == 0 && n * 8 >= live) break;
-    uint32_t b[4] = {}, b_low[4] = {};
+    uint32_t b[kDeep][4] = {}, b_low[kDeep][4] = {};
     KAN_UNROLL_ALL
-    for (int r = 0; r < kRows; ++r) split<P>(column[4 * r * kPitch + n * 8], b[r], b_low[r]);
+    for (int d = 0; d < kDeep; ++d)
+      KAN_UNROLL_ALL
+      for (int r = 0; r < kRows; ++r) split<P>(column[4 * (d * kRows + r) * kPitch + n * 8], b[d][r], b_low[d][r]);
     KAN_UNROLL_ALL
     for (int m = 0; m < kHigh; ++m) {
-      auto product = [&](float(&to)[4], bool low_left, bool low_right) {
-        const uint32_t(&left)[4] = low_left ? low[m] : high[m];
-        const uint32_t(&right)[4] = low_right ? b_low : b;
-        if constexpr (kSparse) mma_sparse_tf32(to, left, right, e[m]);
+      auto product = [&](float(&to)[4], int d, bool low_left, bool low_right) {
+        const uint32_t(&left)[4] = low_left ? low[d][m] : high[d][m];
+        const uint32_t(&right)[4] = low_right ? b_low[d] : b[d];
+        if constexpr (kSparse) mma_sparse_tf32(to, left, right, e[d][m]);
         else mma_tf32(to, left, right[0], right[1]);
       };
-      if constexpr (P == Products::tf32x3) add_three_products(c[m][n], product);
-      else product(c[m][n], false, false);
+      if constexpr (P == Products::tf32x3) {
+        add_three_products<kDeep>(c[m][n], product);
+      } else {
+        KAN_UNROLL_ALL
+        for (int d = 0; d < kDeep; ++d) product(c[m][n], d, false, false);
+      }
     }
   }
 }

@@ -33,7 +33,7 @@ KAN_DEVICE void add_product(float (&sum)[4], const uint32_t (&high)[4], const ui
     if constexpr (P == Products::tf32) {
       mma_tf32(sum, high, b[0], b[1]);
     } else {
-      add_three_products(sum, [&](float(&to)[4], bool low_left, bool low_right) {
+      add_three_products<1>(sum, [&](float(&to)[4], int, bool low_left, bool low_right) {
         mma_tf32(to, low_left ? low : high, low_right ? b_low[0] : b[0], low_right ? b_low[1] : b[1]);
       });
     }

@@ -44,22 +44,25 @@ KAN_DEVICE void stage_weights(const WideArguments& a, const Step& step, int end,
 template <Products P, bool kSparseStep, class Tile, class T>
 KAN_DEVICE void multiply_step(SumsOf<Tile::kHigh, Tile::kTiles>& sums, const char* operand, const char* metadata, const T* weights,
                               int row, int live, int lane) {
-  constexpr int kHere = kPieces<P, kSparseStep>, kDepth = kStepDepth / (kHere / 2);
+  constexpr int kHere = kPieces<P, kSparseStep>, kDepth = kStepDepth / (kHere / 2), kDeep = kIsHalf<P> ? 1 : 2;
   const int place = piece_offset<kHere>(row + (lane & 15), lane >> 4);
   KAN_UNROLL_ALL
-  for (int k = 0; k < kHere / 2; ++k) {
-    uint32_t left[Tile::kHigh][4], e[Tile::kHigh];
+  for (int k = 0; k < kHere / 2; k += kDeep) {
+    uint32_t left[kDeep][Tile::kHigh][4], e[kDeep][Tile::kHigh] = {};
     KAN_UNROLL_ALL
-    for (int m = 0; m < Tile::kHigh; ++m) {
-      load_matrices(left[m], operand + (place ^ 2 * k * 16) + 16 * m * kHere * 16);
-      e[m] = 0;
-      if constexpr (kSparseStep)
-        e[m] = *reinterpret_cast<const uint32_t*>(metadata + metadata_offset<P>(row + 16 * m + lane / 4, 2 * k + (lane & 1)));
-    }
+    for (int d = 0; d < kDeep; ++d)
+      KAN_UNROLL_ALL
+      for (int m = 0; m < Tile::kHigh; ++m) {
+        load_matrices(left[d][m], operand + (place ^ 2 * (k + d) * 16) + 16 * m * kHere * 16);
+        if constexpr (kSparseStep) {
+          const int at = metadata_offset<P>(row + 16 * m + lane / 4, 2 * (k + d) + (lane & 1));
+          e[d][m] = *reinterpret_cast<const uint32_t*>(metadata + at);
+        }
+      }
     const T* rows = weights + k * kDepth * Tile::kPitch;
     if constexpr (!kIsHalf<P>) multiply_tf32<P, kSparseStep, Tile::kPitch>(sums, left, e, rows, live, lane);
-    else if constexpr (kSparseStep) multiply_half_sparse<P, Tile::kPitch>(sums, left, e, rows, live, lane);
-    else multiply_half<P, Tile::kPitch>(sums, left, rows, live, lane);
+    else if constexpr (kSparseStep) multiply_half_sparse<P, Tile::kPitch>(sums, left[0], e[0], rows, live, lane);
+    else multiply_half<P, Tile::kPitch>(sums, left[0], rows, live, lane);
   }
 }
 

@@ -38,27 +38,28 @@ template <Products P, class Tile, class T>
 KAN_DEVICE void multiply_features(SumsOf<Tile::kHigh, Tile::kTiles>& sums, const char* features, const T* gradients, int column,
                                   int live, int lane) {
   using Row = FeatureRow<P>;
-  constexpr int kDepth = kIsHalf<P> ? 16 : 8;
-  // Matrices of the fragment: rows of the batch k .. (lanes 0-15) and k + 8 .., columns 0 .. and 8 .. in turn.
+  // Matrices of a 16-bit fragment: rows of the batch k .. (lanes 0-15) and k + 8 .., columns 0 .. and 8 .. in turn.
   const int place = Row::piece_at((lane & 7) + (lane >> 4) * 8, column / 8 + (lane >> 3 & 1));
   KAN_UNROLL_ALL
-  for (int k = 0; k < kStepDepth; k += kDepth) {
-    uint32_t left[Tile::kHigh][4];
-    KAN_UNROLL_ALL
-    for (int m = 0; m < Tile::kHigh; ++m) {
-      if constexpr (kIsHalf<P>) {
-        load_matrices_transposed(left[m], features + (place ^ 2 * m * 16) + k * Row::kPitch);
-      } else {
-        const float* from = reinterpret_cast<const float*>(features + (k + (lane & 3)) * Row::kPitch) + column + 16 * m + lane / 4;
-        KAN_UNROLL_ALL
-        for (int r = 0; r < 4; ++r) left[m][r] = as_bits(from[(r >> 1) * Row::kPitch + 8 * (r & 1)]);
-      }
-    }
+  for (int k = 0; k < kStepDepth; k += 16) {
     const T* rows = gradients + k * Tile::kPitch;
     if constexpr (kIsHalf<P>) {
+      uint32_t left[Tile::kHigh][4];
+      KAN_UNROLL_ALL
+      for (int m = 0; m < Tile::kHigh; ++m) load_matrices_transposed(left[m], features + (place ^ 2 * m * 16) + k * Row::kPitch);
       multiply_half<P, Tile::kPitch>(sums, left, rows, live, lane);
     } else {
-      const uint32_t none[Tile::kHigh] = {};
+      uint32_t left[2][Tile::kHigh][4];
+      const uint32_t none[2][Tile::kHigh] = {};
+      KAN_UNROLL_ALL
+      for (int d = 0; d < 2; ++d)
+        KAN_UNROLL_ALL
+        for (int m = 0; m < Tile::kHigh; ++m)
+          KAN_UNROLL_ALL
+          for (int r = 0; r < 4; ++r) {
+            const int line = k + 8 * d + (lane & 3) + 4 * (r >> 1), at = column + 16 * m + lane / 4 + 8 * (r & 1);
+            left[d][m][r] = as_bits(reinterpret_cast<const float*>(features + line * Row::kPitch)[at]);
+          }
       multiply_tf32<P, false, Tile::kPitch>(sums, left, none, rows, live, lane);
     }
   }
