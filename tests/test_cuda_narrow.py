@@ -30,7 +30,7 @@ def place(library, monkeypatch):
 
 
 # shape, grid_size, k, kind, outside: every number of outputs to a lane, one and more lanes to a row, rows of 16 and not of 16
-# bytes, tails of a tile and of 16 bytes, more tiles than warps, inputs enough for several turns of a team.
+# bytes, tails of a tile and of 16 bytes, more tiles than warps, several turns to a tile, inputs enough for several of a team.
 SHAPES = [
     ((1, 1, 1), 5, 3, "uniform", "zero"),
     ((2700, 2, 5), 5, 3, "uniform", "zero"),
@@ -46,6 +46,8 @@ SHAPES = [
     ((35, 2, 17), 5, 3, "uneven", "zero"),
     ((40, 3, 32), 5, 3, "uniform", "clamp"),
     ((300, 32, 1), 5, 3, "uniform", "zero"),
+    ((9001, 2, 1), 5, 3, "uniform", "zero"),
+    ((4100, 1, 9), 5, 3, "uneven", "clamp"),
     ((70, 40, 2), 5, 3, "uneven", "zero"),
 ]
 
@@ -113,6 +115,7 @@ def test_what_it_does_not_serve(place):
 PLANTED = {
     "copies": ("cuda/narrow.cuh", r"wait_for_copies<0>\(\);\n    warp_barrier", "warp_barrier"),
     "warp": ("cuda/narrow.cuh", r"warp_barrier\(\);  // the tile", "// the tile"),
+    "turns": ("cuda/narrow.cuh", r"if \(first > 0\) warp_barrier\(\);", ""),
     "tables": ("cuda/narrow.cuh", r"barrier\(\);\n  if \(!with_edges", "if (!with_edges"),
     "tail": ("cuda/narrow.cuh", r"e \+ each > total", "e + 1 > total"),
     "knots": ("cuda/narrow.cuh", r"sureness = C\(0\.5\)", "sureness = C(1)"),
@@ -129,7 +132,7 @@ def test_planted_bugs_are_found(bug, place, monkeypatch):
     monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=[PLANTED[bug]]), multiprocessors=1))
 
     def use_all():
-        for shape in ((2601, 3, 5), (70, 2, 15)):
+        for shape in ((2601, 3, 5), (70, 2, 15), (4100, 1, 9)):
             problem = make_problem(place, torch.float32, shape)
             for operation in OPERATIONS:
                 assert_close_to_truth(place, problem, operation, 0)

@@ -7,8 +7,9 @@ namespace {
 
 // Bytes of shared memory that leave room for some blocks more.
 constexpr int64_t kRoomy = 56 * 1024;
-// Bytes of a warp's tile at the most where more than one turn of its lanes goes into it: fetching it takes many instructions.
-constexpr int64_t kTile = 2048;
+// Bytes of a warp's tile at the most where it takes more than one turn of its lanes, since fetching costs many instructions; and
+// warps of a multiprocessor that then still get one.
+constexpr int64_t kTile = 2048, kBusyWarps = 32;
 
 int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -35,7 +36,7 @@ int64_t stage_of(const Problem& p, Operation operation, int64_t rows, NarrowPlan
 }
 
 // A warp walks by itself, over tiles of its own.
-void plan_walk(const Problem& p, Operation operation, int64_t number, NarrowPlan& plan) {
+void plan_walk(const Problem& p, const Device& device, Operation operation, int64_t number, NarrowPlan& plan) {
   const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = (int64_t(1) << plan.side) * kNarrowRows;
   plan.result_pitch = int(pitch_of(results * number) / number);
   plan.result = int(round_up(rows * plan.result_pitch * number));
@@ -46,7 +47,7 @@ void plan_walk(const Problem& p, Operation operation, int64_t number, NarrowPlan
     return plan.stage;
   };
   size(rows);
-  while (2 * plan.stage <= kTile && plan.tile_rows * 2 * 32 <= p.batch) size(plan.tile_rows * 2);
+  while (2 * plan.stage <= kTile && int64_t(2 * plan.tile_rows) * kBusyWarps * device.multiprocessors <= p.batch) size(2 * plan.tile_rows);
   plan.tiles = (p.batch + plan.tile_rows - 1) / plan.tile_rows;
   plan.warps = kNarrowWarps;
   auto shared = [&] { return plan.buffers + int64_t(plan.warps) * (2 * plan.stage + plan.result); };
@@ -68,10 +69,9 @@ void plan_teams(const Problem& p, int64_t number, NarrowPlan& plan) {
   };
   plan.teams = plan.share = 1;
   while (lane_rows > 1 && shared() > kRoomy) lane_rows /= 2;
-  for (plan.shares = 1;; ++plan.shares) {
-    plan.share = int((jobs + plan.shares - 1) / plan.shares);
-    if (plan.share == 1 || shared() <= kRoomy) break;
-  }
+  const int64_t room = (kRoomy - (shared() - sums)) / sums, most = at_most(jobs, room > 1 ? room : 1);
+  plan.shares = int((jobs + most - 1) / most);
+  plan.share = int((jobs + plan.shares - 1) / plan.shares);
   plan.shares = int((jobs + plan.share - 1) / plan.share);
   const int turns = (plan.share + kNarrowWarps - 1) / kNarrowWarps;
   plan.team = (plan.share + turns - 1) / turns;
@@ -122,7 +122,7 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.knots = reserve(inputs * p.knots() * number);
   plan.described = reserve(inputs * int64_t(is_double ? sizeof(Described<double>) : sizeof(Described<float>)));
   if (is_weight) plan_teams(p, number, plan);
-  else plan_walk(p, operation, number, plan);
+  else plan_walk(p, device, operation, number, plan);
   if (plan.shared < offset) plan.shared = offset;
 
   // As many blocks as are at work at once.
