@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import ceilings
 from benchmarks.cases import BARS, DTYPES, Shape
+from benchmarks.layer import CUDA_SHAPES
 from benchmarks.tables import latest
 
 Row = dict[str, Any]
@@ -126,7 +127,7 @@ def roofline(rows: list[Row], folder: Path) -> list[Path]:
             panel.set_xlabel("FLOP of the dense product of equal parameters, a byte that must move")
             panel.set_ylabel("TFLOP/s, dense count")
             panel.set_title(
-                f"Above the roof: a B-spline layer skips the zeros of the dense product\n({_where(mine)})", fontsize=10
+                f"Rates in terms of the dense product, whose zeros a B-spline layer may skip\n({_where(mine)})", fontsize=10
             )
             panel.grid(True, which="major", alpha=0.3)
             panel.legend(fontsize=8, loc="lower right")
@@ -140,14 +141,15 @@ def roofline(rows: list[Row], folder: Path) -> list[Path]:
 def rivals(rows: list[Row], folder: Path) -> list[Path]:
     """Ratios to the linear layer of equal parameters, all contestants, one group of bars a shape."""
     made = []
-    chosen = latest(rows, what="layer", dtype="float32")
-    for device in dict.fromkeys(row["device"] for row in chosen):
-        mine = [row for row in chosen if row["device"] == device and "linear" not in row["contestant"]
+    chosen = latest(rows, what="layer")
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        mine = [row for row in chosen if row["device"] == device and row["dtype"] == dtype
+                and "linear" not in row["contestant"]
                 and row["contestant"] != "kan_fast reference" and "step_ratio" in row]
         if not mine:
             continue
         present = list(dict.fromkeys(Shape.parse(row["shape"]) for row in mine))
-        shapes = [shape for shape in BARS if shape in present] or present
+        shapes = [shape for shape in (BARS if device == "cpu" else CUDA_SHAPES) if shape in present] or present
         names = list(dict.fromkeys(row["contestant"] for row in mine))
         figure, panels = plt.subplots(2, 1, figsize=(11, 7.5), sharex=True)
         for panel, phase in zip(panels, ("forward", "step"), strict=True):
@@ -158,15 +160,15 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
                 panel.bar(at, [heights[shape.key()] for shape in shapes if heights.get(shape.key())],
                           width=0.8 / len(names), color=COLOURS.get(name, "#555555"), label=name)
             panel.axhline(1, color="#222222", linewidth=1)
-            panel.set_ylim(bottom=0.1)
             _plain_log(panel)
+            panel.set_ylim(0.1, panel.get_ylim()[1] * 4)  # room for the legend
             panel.set_ylabel(f"{phase}: time / nn.Linear's\nof equal parameters")
             panel.grid(True, axis="y", alpha=0.3)
         panels[1].set_xticks(range(len(shapes)), [str(shape).replace(", ", "\n") for shape in shapes], fontsize=9)
         panels[0].legend(ncol=4, fontsize=8, frameon=False, loc="upper left")
         panels[0].set_title(f"Below 1 is faster than a linear layer of equal parameters ({_where(mine)})", fontsize=11)
         figure.tight_layout()
-        made.append(folder / f"rivals_{device}.png")
+        made.append(folder / f"rivals_{device}{'' if device == 'cpu' else '_' + dtype}.png")
         figure.savefig(made[-1], dpi=110)
         plt.close(figure)
     return made

@@ -257,24 +257,26 @@ def gpu(rows: list[Row]) -> str:
     from benchmarks.layer import CUDA_SHAPES
 
     chosen = latest(rows, what="layer", device="cuda")
-    body = []
+    body, used = [], []
     for shape in CUDA_SHAPES:
         for dtype in ("float32", "bfloat16"):
             mine = [row for row in chosen if row["shape"] == shape.key() and row["dtype"] == dtype and row["ours"]]
-            cells = []
-            for phase in ("forward", "step"):
-                best = min((row for row in mine if f"{phase}_ms" in row), key=lambda row: row[f"{phase}_ms"], default=None)
-                cells.append(NOT_YET if best is None else f"{best[f'{phase}_ms']:.3g}")
-                ratio = None if best is None else best.get(f"{phase}_ratio")
-                cells.append(NOT_YET if ratio is None else f"{ratio:.2f}")
-                rate = None if best is None else best.get(f"{phase}_tflops")
-                cells.append(NOT_YET if rate is None else f"{rate:.3g}")
-            body.append([f"{shape}, {dtype}", *cells])
+            best = min((row for row in mine if "step_ms" in row), key=lambda row: row["step_ms"], default={})
+            used += [best] if best else []
+
+            def cell(key: str, row: Row = best, form: str = ".3g") -> str:
+                return f"{row[key]:{form}}" if key in row else NOT_YET if not row else "-"
+
+            body.append([
+                f"{shape}, {dtype}", cell("forward_ms"), cell("forward_graph_ms"), cell("forward_ratio", form=".2f"),
+                cell("step_ms"), cell("step_ratio", form=".2f"), cell("step_ratio_to_fastest_rival", form=".2f"),
+                cell("error", form=".1e"), str(best.get("contestant", NOT_YET)).removeprefix("kan_fast "),
+            ])  # fmt: skip
     head = [
-        "batch x in x out", "forward, ms", "ratio to linear", "TFLOP/s, dense count", "step, ms", "ratio to linear",
-        "TFLOP/s, dense count",
+        "batch x in x out", "forward, ms", "as a CUDA graph, ms", "to linear", "step, ms", "to linear",
+        "to the fastest rival", "error to float64", "backend",
     ]
-    return markdown(head, body) + circumstances(chosen)
+    return markdown(head, body) + circumstances(used)
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {

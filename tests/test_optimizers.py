@@ -132,7 +132,9 @@ def test_weight_averaging(place64, use_buffers):
         states.append(copy.deepcopy(model.state_dict()))
     for name, value in averaged.module.state_dict().items():
         want = torch.stack([state[name] for state in states]).mean(0)
-        torch.testing.assert_close(value, want, rtol=1e-13, atol=1e-13)
+        # On CUDA torch divides by the count of averages in float32: some units of 2^-24 of the weights' range.
+        close = 1e-13 if place64.device.type == "cpu" else 2.0**-22
+        torch.testing.assert_close(value, want, rtol=close, atol=close)
     assert isinstance(averaged.module, KAN) and averaged(x).shape == (256, 1)
     update_bn([x], averaged)  # nothing to do, and nothing that breaks
     averaged.load_state_dict(copy.deepcopy(averaged.state_dict()))
