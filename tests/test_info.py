@@ -1,6 +1,7 @@
 """kan_fast.info says what is there, and why the rest is not."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -82,3 +83,17 @@ def test_plain_pytorch_chosen_for_want_of_kernels_is_said_once():
     environment = {**os.environ, "KAN_FAST_NATIVE_LIBRARY": "absent.so"}
     said = subprocess.run(command, text=True, capture_output=True, check=True, env=environment).stdout
     assert said.startswith("1 ") and "plain PyTorch" in said and "absent.so, which does not exist" in said
+
+
+def test_a_library_of_older_sources_says_so(tmp_path):
+    """After an update of the sources alone: a library that loads and lacks an operator."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path / "_native.so"
+    subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", library], check=True)
+    program = "import torch, kan_fast.backends as b; print(b.reason_not('native', torch.device('cpu'), torch.float32))"
+    environment = {**os.environ, "KAN_FAST_NATIVE_LIBRARY": str(library)}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "built from older sources" in said
+    assert "contract_output" in said

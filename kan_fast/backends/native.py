@@ -20,6 +20,11 @@ from kan_fast.spline import OUTSIDE
 # The variable names another build of the library, such as the one with sanitizers.
 _LIBRARY = Path(os.environ.get("KAN_FAST_NATIVE_LIBRARY") or Path(__file__).parent.parent / "_native.so")
 
+_OPERATORS = (
+    "contract_output", "contract_input", "contract_weight", "contract_backward", "network_output", "network_backward",
+    "network_pays",
+)  # fmt: skip
+
 
 def _load() -> str | None:
     """Load the library; why it cannot be, or None."""
@@ -31,6 +36,9 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"{_LIBRARY.name} cannot be loaded by torch {torch.__version__}: {error}"
+    for name in _OPERATORS:
+        if not hasattr(torch.ops.kan_fast_native, name):
+            return f"{_LIBRARY.name} was built from older sources, it has no {name}: build it anew (`make build`, `pip install .`)"
     return None
 
 
