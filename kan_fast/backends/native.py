@@ -38,7 +38,7 @@ def _load() -> str | None:
         return f"{_LIBRARY.name} cannot be loaded by torch {torch.__version__}: {error}"
     for name in _OPERATORS:
         if not hasattr(torch.ops.kan_fast_native, name):
-            return f"{_LIBRARY.name} was built from older sources, without {name}: `make build` or `pip install .` makes it anew"
+            return f"{_LIBRARY.name} was built from older sources, without {name}: `make build` or `pip install .` renews it"
     return None
 
 
