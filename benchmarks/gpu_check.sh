@@ -190,8 +190,10 @@ fi
 # 6. Profile of the main kernels, then whatever time is left for the wider benchmarks.
 if [ $gpu = 1 ] && have ncu; then
   refusal=ERR_NVGPUCTRPERM refused=ERR_NVGPUCTRPERM
-  stage ncu 60 ncu --set basic --launch-count 12 --kernel-name-base demangled -k 'regex:kan|contract' "$PYTHON" -m benchmarks \
-    --device cuda --shapes 4096,1024,1024,5 --phases step --seconds 0.01 --peers
+  sections=(SpeedOfLight SchedulerStats WarpStateStats InstructionStats MemoryWorkloadAnalysis SourceCounters)
+  stage ncu 60 ncu --clock-control none "${sections[@]/#/--section=}" --launch-count 12 --kernel-name-base demangled \
+    -k 'regex:kan|contract|warpgroup|wide|narrow' --export "$out/ncu" --force-overwrite --page details "$PYTHON" -m benchmarks \
+    --device cuda --shapes 4096,1024,1024,5 --dtype bfloat16 --phases step --seconds 0.01 --peers
   refusal='' refused=''
 else
   missing ncu "$([ $gpu = 1 ] && echo "not installed" || echo "no GPU")"

@@ -28,10 +28,11 @@ template <int kWords> struct alignas(4 * kWords) Words {
   uint32_t w[kWords];
 };
 
+constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
+
 // The interval of x among even knots, and how far x is from its middle. Counted from the middle of all, where knots are small, and
 // rounded once: v is off by few eps max|t| / h.
 KAN_DEVICE int even_interval(const Problem& p, const Even& d, float x, float& v) {
-  constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
   const float from_middle = x - d.middle, place = from_middle * d.inverse_h + kToNearest;
   v = from_middle * d.inverse_h - (place - kToNearest);
   return int(as_bits(place) - as_bits(kToNearest)) + middle_interval(p.knots());

@@ -126,18 +126,21 @@ KAN_DEVICE bool quick_windows(const WideArguments& a) { return a.continuous && a
 // written, where one of them needs the general way. 40 instructions an item, in place of 80.
 template <Products P>
 KAN_DEVICE bool write_quick_windows(const WideArguments& a, int i, int end, const float (&x)[4], char* tile, int line, int piece) {
-  const int last = a.p.grid_size - 1;  // the range's last interval; beyond it x may be extrapolated
-  const uint32_t most = uint32_t(last < 4 ? last : 4);
   if (i + 4 > end) return false;
+  // Intervals 0 .. 4 of the range, as even_interval counts them; an x that rounding puts beyond its ends is kept in the last one.
+  const int last = a.p.grid_size - 1;
+  const float lowest = kToNearest + float(a.p.spline_order - middle_interval(a.p.knots()));
+  const float highest = lowest + float(last < 4 ? last : 4);
   uint32_t low[4], high[4];
   int shift[4];
   bool inside = true;
   KAN_UNROLL_ALL
   for (int m = 0; m < 4; ++m) {
     const Even d = even_knots(a.described[i + m]);
-    float v;
-    shift[m] = even_interval(a.p, d, x[m], v) - a.p.spline_order;
-    inside = inside & (uint32_t(shift[m]) <= most) & (d.inverse_h > 0);
+    const float from_middle = x[m] - d.middle, place = fminf(fmaxf(from_middle * d.inverse_h + kToNearest, lowest), highest);
+    const float v = from_middle * d.inverse_h - (place - kToNearest);
+    shift[m] = int(as_bits(place) - as_bits(lowest));
+    inside = inside & (fabsf(v) <= 0.5f + 3.8e-6f) & (d.inverse_h > 0);  // NaN is not
     float w[4];
     KAN_UNROLL_ALL
     for (int q = 0; q < 4; ++q) {
