@@ -43,21 +43,6 @@ template <bool kSparse, bool kHalf> KAN_INLINE int basis_of_place(int place) {
   return kHalf ? (place & 3) * 2 + (place >> 2) : (place & 1) * 4 + (place >> 1);
 }
 
-// For operands that stay in registers: a tile of 16 rows and a step of 4 inputs x 8 bases has 64 windows, two for each lane of a
-// warp. Lane (g, q) = (lane / 4, lane % 4) evaluates, for half h of the inputs, row g + 8 (q & 1) of input 2h + (q >> 1), its
-// "item". A quad thus holds all that its four lanes need, and what a lane lacks comes by shuffles within the quad.
-
-// Transposes a 4 x 4 matrix held by a quad: lane q has row q before and after.
-KAN_DEVICE void transpose_quad(uint32_t (&r)[4], int lane) {
-  const bool odd = lane & 1, upper = lane & 2;
-  uint32_t a = shuffle_xor(odd ? r[0] : r[1], 1), b = shuffle_xor(odd ? r[2] : r[3], 1);
-  if (odd) r[0] = a, r[2] = b;
-  else r[1] = a, r[3] = b;
-  a = shuffle_xor(upper ? r[0] : r[2], 2), b = shuffle_xor(upper ? r[1] : r[3], 2);
-  if (upper) r[0] = a, r[1] = b;
-  else r[2] = a, r[3] = b;
-}
-
 // 16-bit, dense: words of two neighbouring bases; r[j] = bases 2j, 2j + 1.
 template <Products P> KAN_DEVICE void spread_words(const uint32_t (&window)[2], int shift, uint32_t (&r)[4]) {
   // 128 bits in two halves. Of two shifts in opposite directions one is by a negative number, that is by far too many bits.
@@ -91,34 +76,6 @@ KAN_INLINE bool upper_of_pair(int j, int shift) { return j < shift; }
 KAN_INLINE uint32_t fold_metadata(int shift) {
   const int uppers = shift < 0 ? 0 : shift > 4 ? 4 : shift;
   return 0x4444u | (0xaaaau & ((1u << (4 * uppers)) - 1));
-}
-
-// The operand of one half of a step (2 inputs), 16-bit dense: one m16 x k16 fragment.
-template <Products P> KAN_DEVICE void half_dense(const uint32_t (&window)[2], int shift, int lane, uint32_t (&a)[4]) {
-  spread_words<P>(window, shift, a);
-  transpose_quad(a, lane);
-}
-
-// Of a whole step (4 inputs), 16-bit sparse: one m16 x k32 fragment and its metadata. windows[h]: words (w0, w2), (w1, w3).
-KAN_DEVICE void half_sparse(const uint32_t (&windows)[2][2], const int (&shifts)[2], int lane, uint32_t (&a)[4], uint32_t& e) {
-  const bool odd_lane = lane & 1;
-  uint32_t bits[2];
-  KAN_UNROLL_WINDOW
-  for (int h = 0; h < 2; ++h) {
-    const int shift = shifts[h];
-    const bool odd = shift & 1;
-    const uint32_t even_word = kept_word(odd ? windows[h][1] : windows[h][0], pair_begin(shift, 0));
-    const uint32_t odd_word = kept_word(odd ? windows[h][0] : windows[h][1], pair_begin(shift, 1));
-    // A lane's columns are of the parity of its number, its item of the row of its number: half stays, half is exchanged.
-    const uint32_t mine = odd_lane ? odd_word : even_word;
-    const uint32_t got = shuffle_xor(odd_lane ? even_word : odd_word, 1);
-    a[2 * h] = odd_lane ? got : mine;
-    a[2 * h + 1] = odd_lane ? mine : got;
-    bits[h] = pair_metadata(shift) << (16 * (lane & 1) + 4 * (lane & 2));
-  }
-  // Even lanes gather the first half's bits, odd lanes the second's.
-  e = (odd_lane ? bits[1] : bits[0]) | shuffle_xor(odd_lane ? bits[0] : bits[1], 1);
-  e |= shuffle_xor(e, 2);
 }
 
 }  // namespace kan::cuda

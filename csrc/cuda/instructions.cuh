@@ -144,7 +144,8 @@ KAN_DEVICE uint32_t shift_word_left(uint32_t value, int by) { return __funnelshi
 KAN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 KAN_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 
-// 16 bytes from global to shared memory, or as many zeros; they are there once their group has been waited for.
+// 16 bytes from global to shared memory, or as many zeros, when `global` is not read and may be anywhere; they are there once their
+// group has been waited for.
 KAN_DEVICE void copy_16_bytes(void* shared, const void* global, bool zeros) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
                "l"(global), "r"(zeros ? 0 : 16)

@@ -9,7 +9,6 @@ namespace kan::cuda {
 // batch.
 constexpr int kWideRows = 128;
 constexpr int kStepInputs = 4, kStepBases = 8, kStepDepth = kStepInputs * kStepBases;
-constexpr int kBasePitch = 40;  // base activations of a row and 32 inputs
 
 template <Products P> struct StorageOf { using Type = float; };
 template <> struct StorageOf<Products::bfloat16> { using Type = BFloat16; };
@@ -136,20 +135,6 @@ KAN_DEVICE Item item_at(const WideArguments& a, int64_t b, int64_t i, Point poin
   return evaluate(a, i, point.x, point.scale);
 }
 
-// Base activations of a warp's rows b0 .. b0 + kRows - 1 and 32 inputs from `first` on, none beyond `end`: values (kRows,
-// kBasePitch), each lane an input. They are then read as fragments.
-template <int kRows, class T>
-KAN_DEVICE void write_base_values(const WideArguments& a, int64_t b0, int64_t first, int64_t end, int lane, T* values) {
-  warp_barrier();
-  const int64_t i = first + lane;
-  for (int r = 0; r < kRows; ++r) {
-    const Point point = load_point(a.p, b0 + r, i);
-    const bool inside = b0 + r < a.p.batch && i < end;
-    put(values[r * kBasePitch + lane], inside ? activate(a.activation, point.x) * point.scale : 0.0f);
-  }
-  warp_barrier();
-}
-
 // 16 bytes of a row of global memory, `left` of whose numbers exist, to shared memory; the rest becomes zeros.
 template <class T> KAN_DEVICE void stage_16_bytes(T* to, const T* from, int64_t left, bool aligned) {
   constexpr int kNumbers = 16 / sizeof(T);
@@ -168,10 +153,7 @@ KAN_DEVICE void stage_lines(const WideArguments& a, const T* from, uint64_t dist
   auto advance = [&] { to += kStep, from += distance, i += next; };
   if (a.aligned) {
     KAN_UNROLL_ALL
-    for (int line = 0; line < kLines; ++line, advance()) {
-      const bool exists = left > 0 && i < last;
-      copy_16_bytes(to, exists ? from : nullptr, !exists);
-    }
+    for (int line = 0; line < kLines; ++line, advance()) copy_16_bytes(to, from, !(left > 0 && i < last));
   } else {
     KAN_NO_UNROLL
     for (int line = 0; line < kLines; ++line, advance()) stage_16_bytes(to, from, i < last ? left : 0, false);
