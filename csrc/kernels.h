@@ -103,6 +103,19 @@ struct Problem {
   KAN_HOST_DEVICE int knots() const { return grid_size + 2 * spline_order + 1; }
 };
 
+// A layer of a network: its problem in order n = 0, and its bias of the weights' dtype.
+struct NetworkLayer {
+  Problem problem;
+  const void* bias;  // (out) or null
+  void* d_bias;      // (out) or null
+};
+
+// As kan::Network.
+struct Network {
+  int depth;
+  const NetworkLayer* layers;  // (depth)
+};
+
 // What a launch must know of the GPU: compute capability (80, 90, ...), and the shared memory that a block may ask for.
 struct Device {
   int architecture, multiprocessors;
@@ -118,6 +131,13 @@ size_t workspace_of_weight(const Problem&, const Device&);
 int launch_contract_output(const Problem&, const Device&, void* workspace, void* stream);  // y
 int launch_contract_input(const Problem&, const Device&, void* workspace, void* stream);   // dx
 int launch_contract_weight(const Problem&, const Device&, void* workspace, void* stream);  // d_spline, d_base
+
+// The same for whole networks, where there is a kernel for them: network.cpp.
+const char* why_not_network(const Network&, const Device&);  // null, or what it does not serve
+size_t workspace_of_network_output(const Network&, const Device&);
+size_t workspace_of_network_backward(const Network&, const Device&);
+int launch_network_output(const Network&, const Device&, void* workspace, void* stream);    // y
+int launch_network_backward(const Network&, const Device&, void* workspace, void* stream);  // dx, and weights' gradients or none
 
 }  // namespace cuda
 

@@ -83,10 +83,9 @@ template <class C> KAN_DEVICE CubicOf<C> beyond(const CubicOf<C>& w, int outside
   return {};
 }
 
-// All tables of a block. Piece m - 1 of an input is its interval low + m, as Described counts them.
-template <class C> KAN_DEVICE_CALL void make_tables(const NarrowArguments<C>& a, char* shared, bool with_edges) {
-  const Problem& p = a.p;
-  const NarrowPlan& plan = a.plan;
+// All tables of a block. Piece m - 1 of an input is its interval low + m, as Described counts them. uniform: make_uniform_cubics.
+template <class C>
+KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const CubicOf<C>* uniform, char* shared, bool with_edges) {
   const int thread = threadIdx.x, threads = plan.warps * 32, inputs = int(p.in_features), outputs = int(p.out_features);
   const int count = p.knots(), pieces = plan.pieces;
   C* knots = at_offset<C>(shared, plan.knots);
@@ -127,7 +126,7 @@ template <class C> KAN_DEVICE_CALL void make_tables(const NarrowArguments<C>& a,
       C factor = 1;
       for (int n = 0; n < p.n; ++n) factor *= d.inverse_h;
       KAN_UNROLL_WINDOW
-      for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = a.uniform[q] * factor;
+      for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = uniform[q] * factor;
     } else {
       make_cubics(t, count, p.spline_order, j, p.n, w);
     }

@@ -9,7 +9,7 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, n
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
-  make_tables(a, shared, true);
+  make_tables(p, plan, a.uniform, shared, true);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 1 << plan.side;
   const int place = lane & (side - 1), column = (lane >> plan.side) * kOut;
   const int inputs = int(p.in_features), outputs = int(p.out_features);

@@ -11,7 +11,7 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, n
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
-  make_tables(a, shared, false);
+  make_tables(p, plan, a.uniform, shared, false);
   const int thread = threadIdx.x, threads = plan.warps * 32, lane = thread % 32, warp = thread / 32;
   const int team = warp / plan.team, member = warp % plan.team;
   const int inputs = int(p.in_features), outputs = int(p.out_features), pieces = plan.pieces, bases = p.bases();

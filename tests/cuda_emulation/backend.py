@@ -27,6 +27,18 @@ class Problem(ctypes.Structure):
     ]
 
 
+class NetworkLayer(ctypes.Structure):
+    """kan::cuda::NetworkLayer of csrc/kernels.h."""
+
+    _fields_ = [("problem", Problem), ("bias", ctypes.c_void_p), ("d_bias", ctypes.c_void_p)]
+
+
+class Network(ctypes.Structure):
+    """kan::cuda::Network of csrc/kernels.h."""
+
+    _fields_ = [("depth", ctypes.c_int), ("layers", ctypes.POINTER(NetworkLayer))]
+
+
 class Device(ctypes.Structure):
     """kan::cuda::Device of csrc/kernels.h."""
 
@@ -69,6 +81,7 @@ class Backend:
     def __init__(self, path: Path, architecture: int = 80, multiprocessors: int = 4) -> None:
         self.library = ctypes.CDLL(str(path))
         self.library.kan_error.restype = ctypes.c_char_p
+        self.library.kan_why_not_network.restype = ctypes.c_char_p
         self.device = Device(architecture, multiprocessors, 99 * 1024)
 
     def _run(
@@ -135,3 +148,65 @@ class Backend:
         order = grid.shape[1] - spline_weight.shape[1] - 1
         dx = self.contract_input(x, spline_weight, base_weight, g, grid, activation, outside, n + 1)
         return dx, *self.contract_weight(x, None, g, grid, order, activation, outside, n)
+
+    def _network(
+        self, name: str, model: Any, first: dict[str, Tensor], last: dict[str, Tensor], gradients: bool
+    ) -> list[Tensor]:
+        """Runs an operator on a KAN; the gradients of its weights, in the order of its parameters, where they are wanted.
+
+        first, last: further tensors of the first and the last layer.
+        """
+        flats: list[tuple[Tensor, Tensor | None]] = []
+
+        def place(tensor: Tensor | None, result: Tensor | None = None) -> int | None:
+            if tensor is None:
+                return None
+            flats.append((_with_margins(tensor), result))
+            return flats[-1][0].data_ptr() + MARGIN * tensor.element_size()
+
+        found: list[Tensor] = []
+        layers = (NetworkLayer * len(model.layers))()
+        batch = len(first["x"])
+        for at, (layer, c) in enumerate(zip(model.layers, layers, strict=True)):
+            activation = "none" if layer.base_weight is None else layer.base_activation
+            ends = (first if at == 0 else {}) | (last if at == len(layers) - 1 else {})
+            c.problem = Problem(
+                batch, layer.in_features, layer.out_features, layer.grid_size, layer.spline_order,
+                ACTIVATIONS.index(activation), OUTSIDE.index(layer.outside), 0, 0, 0, 0,
+                spline_weight=place(layer.spline_weight), base_weight=place(layer.base_weight), grid=place(layer.grid),
+                **{key: place(tensor, tensor if key in RESULTS else None) for key, tensor in ends.items()},
+            )  # fmt: skip
+            c.bias = place(layer.bias)
+            if gradients:
+                for key, target, field in (
+                    ("spline_weight", c.problem, "d_spline"), ("base_weight", c.problem, "d_base"), ("bias", c, "d_bias"),
+                ):  # fmt: skip
+                    if getattr(layer, key) is not None:
+                        found.append(torch.full_like(getattr(layer, key), torch.nan))
+                        setattr(target, field, place(found[-1], found[-1]))
+        network = Network(len(layers), layers)
+        reason = self.library.kan_why_not_network(ctypes.byref(network), ctypes.byref(self.device))
+        if reason is not None:
+            raise Fault(f"it does not serve {reason.decode()}")
+        if getattr(self.library, f"kan_{name}")(ctypes.byref(network), ctypes.byref(self.device)):
+            raise Fault(self.library.kan_error().decode())
+        for flat, result in flats:
+            if not _margins_are_whole(flat):
+                raise Fault("a tensor was written out of bounds")
+            if result is not None:
+                with torch.no_grad():
+                    result.copy_(flat[MARGIN:-MARGIN].view(result.shape))
+        return found
+
+    def network_output(self, model: Any, x: Tensor) -> Tensor:
+        """model(x)"""
+        y = torch.full((len(x), model.layers[-1].out_features), torch.nan)
+        self._network("network_output", model, {"x": x}, {"y": y}, False)
+        return y
+
+    def network_backward(self, model: Any, x: Tensor, g: Tensor, need_x: bool, need_weights: bool) -> list[Tensor]:
+        """[dx where need_x, gradients of all parameters where need_weights]"""
+        dx = torch.full_like(x, torch.nan)
+        first = {"x": x, "dx": dx} if need_x else {"x": x}
+        found = self._network("network_backward", model, first, {"g": g}, need_weights)
+        return [dx] * need_x + found

@@ -16,6 +16,7 @@
 #include <string>
 
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define KAN_DEVICE inline
 #define KAN_UNROLL_ALL

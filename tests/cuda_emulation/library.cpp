@@ -13,8 +13,8 @@ namespace {
 
 std::string error;
 
-template <class Workspace, class Launch>
-int run(const Problem& p, const Device& device, Workspace workspace, Launch launch) {
+template <class P, class Workspace, class Launch>
+int run(const P& p, const Device& device, Workspace workspace, Launch launch) {
   try {
     // What is not written holds NaN. Rows of 256 bytes, so that the alignment is the allocator's of a GPU.
     const size_t bytes = workspace(p, device);
@@ -37,4 +37,9 @@ const char* kan_error() { return error.c_str(); }
 int kan_contract_output(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_output, launch_contract_output); }
 int kan_contract_input(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_input, launch_contract_input); }
 int kan_contract_weight(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_weight, launch_contract_weight); }
+const char* kan_why_not_network(const Network* n, const Device* d) { return why_not_network(*n, *d); }
+int kan_network_output(const Network* n, const Device* d) { return run(*n, *d, workspace_of_network_output, launch_network_output); }
+int kan_network_backward(const Network* n, const Device* d) {
+  return run(*n, *d, workspace_of_network_backward, launch_network_backward);
+}
 }
