@@ -334,5 +334,8 @@ STABLE_TORCH_LIBRARY_IMPL(kan_fast_native, CUDA, m) {
   m.impl("contract_input", TORCH_BOX(&on_cuda::contract_input));
   m.impl("contract_weight", TORCH_BOX(&on_cuda::contract_weight));
   m.impl("contract_backward", TORCH_BOX(&on_cuda::contract_backward));
+  m.impl("network_output", TORCH_BOX(&on_cuda::network_output));
+  m.impl("network_backward", TORCH_BOX(&on_cuda::network_backward));
+  m.impl("network_pays", TORCH_BOX(&on_cuda::network_pays));
 }
 #endif

@@ -54,8 +54,9 @@ Call prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& splin
 }
 
 // Queues a launch on the current stream of x's device, with scratch memory that the stream keeps until the kernels are done.
-void run(const Tensor& x, const kan::cuda::Problem& p, size_t (*workspace)(const kan::cuda::Problem&, const kan::cuda::Device&),
-         int (*launch)(const kan::cuda::Problem&, const kan::cuda::Device&, void*, void*)) {
+template <class P>
+void run(const Tensor& x, const P& p, size_t (*workspace)(const P&, const kan::cuda::Device&),
+         int (*launch)(const P&, const kan::cuda::Device&, void*, void*)) {
   require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   const int32_t index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
@@ -109,6 +110,75 @@ std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& x, const Tens
   auto [d_spline, d_base] =
       contract_weight(x, std::nullopt, g, grid, order_of(x, spline, grid), activation, outside, n, precision);
   return {dx, d_spline, d_base};
+}
+
+// A network and the tensors that its pointers lead into.
+struct NetworkCall {
+  std::vector<kan::cuda::NetworkLayer> layers;
+  std::vector<Tensor> held;
+
+  kan::cuda::Network network() const { return {int(layers.size()), layers.data()}; }
+  const void* input(const char* name, const Tensor& x, const Tensor& t) {
+    expect_device(name, x, t);
+    held.push_back(prepared(t, x.scalar_type()));
+    return held.back().const_data_ptr();
+  }
+};
+
+NetworkCall prepare_network(const Tensor& x, const std::vector<Tensor>& layers, int64_t activation, int64_t outside, bool bias) {
+  NetworkCall call;
+  for_every_layer(x, layers, activation, outside, bias, [&](const LayerTensors& tensors) {
+    auto p = problem_of<kan::cuda::Problem>(tensors, x.size(0), activation, outside);
+    p.x_dtype = p.weight_dtype = dtype_of(x.scalar_type());
+    p.spline_weight = call.input("spline_weight", x, *tensors.spline);
+    p.grid = call.input("grid", x, *tensors.grid);
+    if (tensors.base) p.base_weight = call.input("base_weight", x, *tensors.base);
+    call.layers.push_back({p, tensors.bias ? call.input("bias", x, *tensors.bias) : nullptr, nullptr});
+  });
+  call.layers.front().problem.x = call.input("x", x, x);
+  return call;
+}
+
+// By counting instructions: with more rows, sums that one thread makes for all rows of a tile take longer than the launches of
+// the layers' own kernels.
+constexpr int64_t kMostRows = 1 << 16;
+
+bool network_pays(const Tensor& x, const std::vector<Tensor>& layers, int64_t activation, int64_t outside, bool bias) {
+  const NetworkCall call = prepare_network(x, layers, activation, outside, bias);
+  const kan::cuda::Device& device = kan::cuda::device(x.get_device_index());
+  const char* wanted = std::getenv("KAN_FAST_CUDA_KERNEL");  // names kernels of layers
+  const bool free = wanted == nullptr || *wanted == '\0';
+  return free && x.size(0) <= kMostRows && kan::cuda::why_not_network(call.network(), device) == nullptr;
+}
+
+void expect_served(const Tensor& x, const NetworkCall& call) {
+  const char* no = kan::cuda::why_not_network(call.network(), kan::cuda::device(x.get_device_index()));
+  if (no != nullptr) require(false, std::string("no CUDA kernel serves networks with ") + no);
+}
+
+Tensor network_output(const Tensor& x, const std::vector<Tensor>& layers, int64_t activation, int64_t outside, bool bias) {
+  NetworkCall call = prepare_network(x, layers, activation, outside, bias);
+  expect_served(x, call);
+  auto& last = call.layers.back().problem;
+  Tensor y = torch::stable::new_empty(x, {last.batch, last.out_features}, x.scalar_type());
+  last.y = y.mutable_data_ptr();
+  run(x, call.network(), kan::cuda::workspace_of_network_output, kan::cuda::launch_network_output);
+  return y;
+}
+
+std::vector<Tensor> network_backward(const Tensor& x, const std::vector<Tensor>& layers, const Tensor& g, int64_t activation,
+                                     int64_t outside, bool bias, bool need_x, bool need_weights) {
+  NetworkCall call = prepare_network(x, layers, activation, outside, bias);
+  expect_served(x, call);
+  auto& last = call.layers.back().problem;
+  expect_shape("g", g, {last.batch, last.out_features});
+  require(g.scalar_type() == x.scalar_type(), "g must have the dtype of spline_weight");
+  last.g = call.input("g", x, g);
+  std::vector<Tensor> results = network_results(call.layers, need_x, need_weights, [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_empty(x, sizes, x.scalar_type());
+  });
+  if (!results.empty()) run(x, call.network(), kan::cuda::workspace_of_network_backward, kan::cuda::launch_network_backward);
+  return results;
 }
 
 }  // namespace on_cuda

@@ -1,4 +1,4 @@
-"""Stacks of narrow layers as one native call on the CPU: what is between the layers never leaves cache.
+"""Stacks of narrow layers as one native call: what is between the layers never leaves the CPU's cache or a block of a GPU.
 
 Values and first derivatives are one operator each. Where more is asked of a backward (to be differentiated itself, in
 reverse or forward mode, or batched), it is composed of the layers' own operations (ops.py), which have every further
@@ -43,11 +43,11 @@ _ENABLED = os.environ.get("KAN_FAST_FUSED_NETWORK", "1") != "0"
 
 
 def serves(x: Tensor) -> bool:
-    """Whether x is float32 or float64 in CPU memory, and nobody traces, transforms or casts what is computed."""
+    """Whether x is one for the native kernels, float32 or float64, and nobody traces, transforms or casts what is computed."""
     return (
         _ENABLED
         and (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and (x.dtype is torch.float32 or x.dtype is torch.float64)
         and not _is_compiling()
         and not _transformed(x)
@@ -77,7 +77,9 @@ def network(x: Tensor, layers: Layers, activation: str, outside: str, bias: bool
 
 
 def _pays(x: Tensor, layers: Layers, activation: str, outside: str, bias: bool) -> bool:
-    if x.shape[0] <= _FEW_ROWS:
+    if not x.is_cpu and x.dtype is not torch.float32:
+        return False  # no CUDA kernel
+    if x.is_cpu and x.shape[0] <= _FEW_ROWS:
         size = 0
         for at in range(0, len(layers), tensors_of_a_layer(activation, bias)):
             size += layers[at].nbytes

@@ -20,7 +20,7 @@ SAMPLE = [
     ("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80"),
     ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"), ("warpgroup_output_bfloat16", "90a"),
     ("warpgroup_backward_float16", "90a"),
-    ("narrow_output", "90a"), ("narrow_input", "80"), ("narrow_weight", "120"),
+    ("narrow_output", "90a"), ("narrow_input", "80"), ("narrow_weight", "120"), ("network", "90a"),
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import parameters
 
-from kan_fast import KANLayer
+from kan_fast import KAN, KANLayer
 from kan_fast.backends import get, reference
 from kan_fast.spline import uniform_grid
 
@@ -123,3 +123,23 @@ def test_more_numbers_than_32_bits_count(place, batch, into, out):
 def close(ours, expected):
     """bfloat16 features, weights and results: three roundings of 2^-9 in every term and one of the sum."""
     assert (ours.double() - expected).abs().max() <= 2.0**-6 * expected.abs().max()
+
+
+@every_kernel
+@pytest.mark.parametrize("batch", [1, 300, 20_000, 70_000])
+def test_a_network_as_one_call_has_the_numbers_of_its_layers(place, batch, monkeypatch):
+    if place.backend != "native":
+        pytest.skip("networks are one call of the native backend")
+    calls = []
+    for name in ("network_output", "network_backward"):
+        operation = getattr(get("native"), name)
+        monkeypatch.setattr(get("native"), name, lambda *args, run=operation, name=name: calls.append(name) or run(*args))
+    model = KAN([2, 5, 5, 1], bias=True, device="cuda", backend="native")
+    x = (3 * torch.rand(batch, 2, device="cuda") - 1.5).requires_grad_()
+    g = torch.randn(batch, 1, device="cuda")
+    ours = results(model, x, g)
+    assert calls == ["network_output", "network_backward"] * (batch <= 65_536)
+    assert all(torch.equal(mine, again) for mine, again in zip(ours, results(model, x, g), strict=True))
+    model.fused = False
+    for mine, other in zip(ours, results(model, x, g), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))

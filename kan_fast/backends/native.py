@@ -199,7 +199,7 @@ def contract_backward(
 
 
 def network_output(x: Tensor, layers: Sequence[Tensor], activation: str, outside: str, bias: bool) -> Tensor:
-    """x (B, I) through all layers -> (B, O), on the CPU; arguments of all three as of stack.network."""
+    """x (B, I) through all layers -> (B, O); arguments of all three as of stack.network."""
     return _network_output(x, layers, _activation_code[activation], _outside_code[outside], bias)  # type: ignore[no-any-return]
 
 
@@ -212,5 +212,5 @@ def network_backward(
 
 
 def network_pays(x: Tensor, layers: Sequence[Tensor], activation: str, outside: str, bias: bool) -> bool:
-    """Whether the kernels of one call are also the fastest ones of every layer, as large batches want."""
+    """Whether one call is the fastest way even where the cost of calls is no matter."""
     return _network_pays(x, layers, _activation_code[activation], _outside_code[outside], bias)  # type: ignore[no-any-return]

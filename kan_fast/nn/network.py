@@ -31,9 +31,9 @@ class KAN(nn.Module):
     forward: (..., layer_dims[0]) -> (..., layer_dims[-1]). `layers` holds one KANLayer between neighbouring widths;
     `layer_kwargs` go to each of them. Raises ValueError for fewer than two widths and what KANLayer raises.
 
-    fused: on the CPU a network of narrow layers is one call (stack.py) wherever that is faster and nothing, such as a hook,
-    asks for the layers one by one. False, here or as an attribute, turns that off, as KAN_FAST_FUSED_NETWORK=0 in the
-    environment does for all networks.
+    fused: a network of narrow layers is one call of the native backend (stack.py) wherever that is faster and nothing, such
+    as a hook, asks for the layers one by one. False, here or as an attribute, turns that off, as KAN_FAST_FUSED_NETWORK=0
+    in the environment does for all networks.
 
     Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.6).
     """

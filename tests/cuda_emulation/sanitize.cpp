@@ -87,6 +87,39 @@ int run(int64_t batch, int64_t inputs, int64_t outputs, int intervals, int order
   return 0;
 }
 
+// Forward and backward of a network of three layers.
+int run_network(int64_t batch, int outside) {
+  const Device device{90, 1, 99 * 1024};
+  const int64_t widths[] = {2, 5, 3, 1};
+  for (bool backward : {false, true}) {
+    Memory memory;
+    NetworkLayer layers[3]{};
+    for (int l = 0; l < 3; ++l) {
+      Problem& p = layers[l].problem;
+      p.batch = batch, p.in_features = widths[l], p.out_features = widths[l + 1];
+      p.grid_size = 5, p.spline_order = 3, p.outside = outside, p.activation = kan::kSilu;
+      const int64_t edges = p.in_features * p.out_features;
+      p.grid = memory.grid(p.in_features, 5, 3, outside != kan::kLinear, kFloat32);
+      p.spline_weight = memory.numbers(edges * p.bases(), kFloat32);
+      p.base_weight = memory.numbers(edges, kFloat32);
+      layers[l].bias = memory.numbers(p.out_features, kFloat32);
+      if (!backward) continue;
+      p.d_spline = memory.numbers(edges * p.bases(), kFloat32);
+      p.d_base = memory.numbers(edges, kFloat32);
+      layers[l].d_bias = memory.numbers(p.out_features, kFloat32);
+    }
+    layers[0].problem.x = memory.numbers(batch * 2, kFloat32);
+    if (backward) layers[0].problem.dx = memory.numbers(batch * 2, kFloat32);
+    else layers[2].problem.y = memory.numbers(batch, kFloat32);
+    layers[2].problem.g = memory.numbers(batch, kFloat32);
+    const Network network{3, layers};
+    const auto scratch = backward ? workspace_of_network_backward : workspace_of_network_output;
+    const auto launch = backward ? launch_network_backward : launch_network_output;
+    if (int error = launch(network, device, memory.bytes(scratch(network, device)), nullptr)) return error;
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main() {
@@ -101,6 +134,9 @@ int main() {
           if (run(shape[0], shape[1], shape[2], intervals, order, dtype[0], dtype[1], outside, runs % 2) != 0) return 2;
           ++runs;
         }
+    for (int64_t batch : {0, 1, 700})
+      for (int outside = 0; outside < 3; ++outside, ++runs)
+        if (run_network(batch, outside) != 0) return 2;
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;
