@@ -40,13 +40,14 @@ template <class C> struct Arguments {
   const Described<C>* described;  // (in_features)
 };
 
-template <class C> KAN_INLINE Described<C> describe(const Problem& p, const C* t) {
-  const C epsilon = sizeof(C) == 8 ? C(2.220446049250313e-16) : C(1.1920929e-7f);
+template <class C> constexpr C kEpsilon = sizeof(C) == 8 ? C(2.220446049250313e-16) : C(1.1920929e-7f);
+
+template <class C> KAN_INLINE Described<C> describe(const Problem& p, const C* t, bool uniform) {
   const int count = p.knots(), order = p.spline_order;
   Described<C> d;
   d.origin = t[0];
   d.middle = C(0.5) * (t[middle_interval(count)] + t[middle_interval(count) + 1]);
-  d.inverse_h = is_uniform(t, count, epsilon) ? C(count - 1) / (t[count - 1] - t[0]) : C(0);
+  d.inverse_h = uniform ? C(count - 1) / (t[count - 1] - t[0]) : C(0);
   const bool zero = p.outside == kZero;
   d.low = zero ? 0 : order;
   d.high = zero ? count - 2 : count - 2 - order;
@@ -55,6 +56,9 @@ template <class C> KAN_INLINE Described<C> describe(const Problem& p, const C* t
   d.first = t[d.low];
   d.last = zero ? t[count - 1] : t[count - 1 - order];
   return d;
+}
+template <class C> KAN_INLINE Described<C> describe(const Problem& p, const C* t) {
+  return describe(p, t, is_uniform(t, p.knots(), kEpsilon<C>));
 }
 
 }  // namespace kan::cuda

@@ -119,7 +119,7 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.cubics = reserve(rows * kWindowPitch * 4 * number);
   plan.firsts = reserve(rows * 4);
   if (is_weight) plan.buffers = int(offset);
-  plan.knots = reserve(inputs * p.knots() * number);
+  plan.knots = reserve(inputs * (p.knots() + (is_weight ? 0 : (p.bases() + 1) * outputs)) * number);
   plan.described = reserve(inputs * int64_t(is_double ? sizeof(Described<double>) : sizeof(Described<float>)));
   if (is_weight) plan_teams(p, number, plan);
   else plan_walk(p, device, operation, number, plan);

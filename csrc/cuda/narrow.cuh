@@ -83,25 +83,47 @@ template <class C> KAN_DEVICE CubicOf<C> beyond(const CubicOf<C>& w, int outside
   return {};
 }
 
+// is_uniform() of bspline.h, a knot to a lane.
+template <class C> KAN_DEVICE bool is_uniform_by_warp(const C* t, int count, int lane) {
+  const EvenSpacing<C> even(t, count, kEpsilon<C>);
+  int off = 0;
+  for (int j = 1 + lane; j < count - 1; j += 32) {
+    const C deviation = even.deviation(t[j], C(j));
+    if (!(deviation <= even.tolerance && deviation >= -even.tolerance)) off = 1;
+  }
+  for (int mask = 16; mask > 0; mask /= 2) off |= shuffle_xor(off, mask);
+  return even.h > even.tolerance && off == 0;
+}
+
 // All tables of a block. Piece m - 1 of an input is its interval low + m, as Described counts them. uniform: make_uniform_cubics.
 template <class C>
 KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const CubicOf<C>* uniform, char* shared, bool with_edges) {
   const int thread = threadIdx.x, threads = plan.warps * 32, inputs = int(p.in_features), outputs = int(p.out_features);
   const int count = p.knots(), pieces = plan.pieces;
-  C* knots = at_offset<C>(shared, plan.knots);
+  // All numbers are asked for at once, and turned into tables from shared memory: a block waits for global memory only once.
+  C* knots = at_offset<C>(shared, plan.knots);  // (in, knots), then the weights: (in, bases, out), (in, out)
+  const int of_knots = inputs * count, of_spline = with_edges ? inputs * p.bases() * outputs : 0;
+  const bool has_base = p.base_weight != nullptr;
+  const int of_base = with_edges && has_base ? inputs * outputs : 0;
+  const C *spline = knots + of_knots, *raw_base = spline + of_spline;
+  for (int m = thread; m < of_knots + of_spline + of_base; m += threads) {
+    const int n = m - of_knots;
+    knots[m] = n < 0 ? static_cast<const C*>(p.grid)[m]
+                     : n < of_spline ? read<C>(p.spline_weight, n, p.weight_dtype) : read<C>(p.base_weight, n - of_spline, p.weight_dtype);
+  }
   Described<C>* described = at_offset<Described<C>>(shared, plan.described);
   Place<C>* places = at_offset<Place<C>>(shared, plan.places);
   C *starts = at_offset<C>(shared, plan.starts), *inverses = at_offset<C>(shared, plan.inverses);
   int* firsts = at_offset<int>(shared, plan.firsts);
   CubicOf<C>* cubics = at_offset<CubicOf<C>>(shared, plan.cubics);
-
-  for (int m = thread; m < inputs * count; m += threads) knots[m] = static_cast<const C*>(p.grid)[m];
   barrier();
-  for (int i = thread; i < inputs; i += threads) {
+
+  for (int i = thread / 32; i < inputs; i += plan.warps) {
     const C* t = knots + i * count;
-    const Described<C> d = describe(p, t);
+    const Described<C> d = describe(p, t, is_uniform_by_warp(t, count, thread % 32));
+    if (thread % 32 != 0) continue;
     described[i] = d;
-    const C epsilon = sizeof(C) == 8 ? C(2.220446049250313e-16) : C(1.1920929e-7f), endless = C(INFINITY);
+    const C endless = C(INFINITY);
     const C near = t[0] < 0 ? -t[0] : t[0], far = t[count - 1] < 0 ? -t[count - 1] : t[count - 1];
     Place<C> place{0, 0, -1, 0, p.outside == kLinear ? -endless : d.first, p.outside == kLinear ? endless : d.last, C(pieces - 1),
                    d.high - d.low + 1};
@@ -109,7 +131,7 @@ KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const
       place.slope = place.inverse = d.inverse_h;
       place.offset = C(0.5) - d.first * d.inverse_h;
       // Knots lie up to 4 roundings of the largest off the even ones, a guess up to as many of itself.
-      place.sureness = C(0.5) - 16 * epsilon * ((near > far ? near : far) * d.inverse_h + C(pieces));
+      place.sureness = C(0.5) - 16 * kEpsilon<C> * ((near > far ? near : far) * d.inverse_h + C(pieces));
     }
     places[i] = place;
   }
@@ -144,17 +166,18 @@ KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const
   for (int m = thread; m < inputs * pieces * columns; m += threads) {
     const int row = m / columns, o = m - row * columns, i = row / pieces;
     CubicOf<C> edge{};
-    for (int q = 0; q <= p.spline_order && o < outputs; ++q) {
+    KAN_UNROLL_WINDOW
+    for (int q = 0; q <= kMaxCubicOrder; ++q) {
       const int f = firsts[row] + q;
-      if (f < 0 || f >= p.bases()) continue;
-      edge += cubics[row * kWindowPitch + q] * read<C>(p.spline_weight, (int64_t(i) * p.bases() + f) * outputs + o, p.weight_dtype);
+      if (q <= p.spline_order && o < outputs && f >= 0 && f < p.bases())
+        edge += cubics[row * kWindowPitch + q] * spline[(i * p.bases() + f) * outputs + o];
     }
     edges[row * plan.edge_pitch + o] = edge;
   }
   C* base = at_offset<C>(shared, plan.base);
-  for (int m = thread; m < inputs * columns && p.base_weight != nullptr; m += threads) {
+  for (int m = thread; m < inputs * columns && has_base; m += threads) {
     const int i = m / columns, o = m - i * columns;
-    base[m] = o < outputs ? read<C>(p.base_weight, int64_t(i) * outputs + o, p.weight_dtype) : C(0);
+    base[m] = o < outputs ? raw_base[i * outputs + o] : C(0);
   }
   barrier();
 }

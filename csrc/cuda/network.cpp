@@ -29,7 +29,6 @@ NarrowPlan plan_tables(const Problem& p, int64_t& offset) {
   plan.base = reserve(p.base_weight ? p.in_features * p.out_features * 4 : 0);
   plan.edges = reserve(rows * plan.edge_pitch * int64_t(sizeof(Cubic)));
   plan.cubics = reserve(rows * kWindowPitch * int64_t(sizeof(Cubic)));
-  plan.knots = reserve(p.in_features * p.knots() * 4);
   plan.described = reserve(p.in_features * int64_t(sizeof(Described<float>)));
   return plan;
 }
@@ -55,6 +54,15 @@ NetworkArguments make_network(const Network& network, const Device& device, bool
     a.widest = a.widest > in ? a.widest : in;
     a.widest = a.widest > out ? a.widest : out;
   }
+  // Numbers that tables are made from: one layer's after another's.
+  int64_t raw = 0;
+  for (int l = 0; l < network.depth; ++l) {
+    const Problem& p = network.layers[l].problem;
+    const int64_t bytes = p.in_features * (p.knots() + (p.bases() + 1) * p.out_features) * 4;
+    a.layers[l].tables.knots = int(offset);
+    raw = raw > bytes ? raw : bytes;
+  }
+  offset = round_up(offset + raw);
   auto columns = [&](int64_t number) {
     const int64_t begin = offset;
     offset = round_up(offset + number * kNetworkPitch * 4);

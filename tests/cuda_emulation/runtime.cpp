@@ -377,6 +377,8 @@ void run_blocks(Index blocks, int threads, size_t bytes, const std::function<voi
       m.warps.push_back(std::make_unique<std::vector<Warp>>(threads / 32));
       m.barriers.push_back(std::make_unique<Meeting>());
       m.named.push_back(std::make_unique<std::array<Named, 16>>());
+      // Not by fibers: the sanitizer would see the memory move from one to the other.
+      for (Named& barrier : *m.named.back()) barrier.waiting.reserve(size_t(threads));
       for (int t = 0; t < threads; ++t) {
         Fiber& fiber = m.fibers[t];
         fiber.thread = {unsigned(t), 0, 0};
