@@ -135,8 +135,8 @@ done
 if ! module pytest; then
   missing gpu-tests "pytest is not installed"
 elif [ $gpu = 1 ]; then
-  stage gpu-tests 200 "$PYTHON" -m benchmarks.gpu.run_tests --out "$out"
-  show gpu-tests 12
+  stage gpu-tests 240 "$PYTHON" -m benchmarks.gpu.run_tests --out "$out"
+  show gpu-tests 24
 else
   stage gpu-tests-collect 60 "$PYTHON" -m benchmarks.gpu.run_tests --collect && show gpu-tests-collect 1
   missing gpu-tests "no GPU; they were collected only"
@@ -159,6 +159,9 @@ if [ $gpu = 1 ]; then
       --device cuda --backend native --shapes 16384,1024,1024,5 4096,256,256,5 4096,256,256,20 --dtype bfloat16 --seconds 0.3 \
       --phases forward --peers linear
   done
+  stage bench-narrow 40 env KAN_FAST_CUDA_KERNEL=narrow "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" --device cuda \
+    --backend native --shapes 65536,2,5,5 1000000,2,5,5 1048576,5,1,5 --dtype float32 bfloat16 --seconds 0.2 \
+    --phases forward step --peers linear
 else
   bench bench-layer 90 --device cpu --threads 1 --shapes 64,16,16,5 --seconds 0.02 --memory --peers cox-de-boor
   bench bench-latency 60 --device cpu --threads 1 --what latency --seconds 0.02

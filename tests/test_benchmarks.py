@@ -499,14 +499,34 @@ def test_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
 def test_shards_run_every_test_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run_tests, "ARGUMENTS", ["-q", "-p", "no:cacheprovider", "tests/test_imports.py"])
+    monkeypatch.setattr(run_tests, "ARGUMENTS", ["-p", "no:cacheprovider", "tests/test_imports.py"])
     assert run_tests.run(2, tmp_path) == 0
     total = re.search(r"(\d+) passed, 0 failed, 0 error", capsys.readouterr().out)
     parts = [int(re.search(r"(\d+) passed", path.read_text())[1]) for path in sorted(tmp_path.glob("gpu-tests-?.log"))]
     assert total is not None and sum(parts) == int(total[1]) and max(parts) - min(parts) <= 1
-    monkeypatch.setattr(run_tests, "ARGUMENTS", ["-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_imports.py"])
+    monkeypatch.setattr(run_tests, "ARGUMENTS", ["-p", "no:cacheprovider", "-m", "gpu", "tests/test_imports.py"])
     assert run_tests.run(1, None) == 1
     assert "expected tests that pass, got none" in capsys.readouterr().out
+
+
+def test_gpu_tests_that_are_cut_short_say_what_they_have_seen(tmp_path):
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_long(): time.sleep(600)\n")
+    program = (
+        "from pathlib import Path; from benchmarks.gpu import run_tests\n"
+        f"run_tests.ARGUMENTS = ['-p', 'no:cacheprovider', '--rootdir', {str(tmp_path)!r}, {str(tmp_path)!r}]\n"
+        f"raise SystemExit(run_tests.run(1, Path({str(tmp_path)!r})))"
+    )
+    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "gpu-tests-1.log"
+    for _ in range(600):  # until the quick one is through
+        if log.exists() and "PASSED" in log.read_text():
+            break
+        time.sleep(0.1)
+    running.terminate()
+    said = running.communicate(timeout=60)[0]
+    assert running.returncode == 1
+    assert "cut short: gpu-tests-1.log" in said
+    assert "1 passed, 0 failed" in said
 
 
 @pytest.mark.slow

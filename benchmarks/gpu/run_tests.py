@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks.environment import ROOT, cores
@@ -18,7 +20,7 @@ from benchmarks.environment import ROOT, cores
 # triton_kernels.py is not collected otherwise: without a GPU it runs in a process of its own, interpreted. Here all of it is
 # marked `gpu`, and the test that would run it a second time is left out.
 ARGUMENTS = [
-    "-q", "-p", "no:cacheprovider", "-m", "gpu", "-o", "python_files=test_*.py triton_*.py", "tests",
+    "-p", "no:cacheprovider", "-m", "gpu", "-o", "python_files=test_*.py triton_*.py", "tests",
     "--deselect", "tests/test_triton.py::test_kernels_on_the_gpu",
 ]  # fmt: skip
 NO_TESTS = 5  # pytest's exit code
@@ -34,39 +36,62 @@ def pretend() -> int:
     real = backends.reason_not
     torch.cuda.is_available = lambda: True
     backends.reason_not = lambda name, device, dtype: None if device.type == "cuda" else real(name, device, dtype)
-    return int(pytest.main(["--collect-only", *ARGUMENTS]))
+    return int(pytest.main(["-q", "--collect-only", *ARGUMENTS]))
 
 
 def run(shards: int, out: Path | None) -> int:
-    """Run them in so many processes, print what failed and a total; each process's output goes to out/gpu-tests-N.log."""
-    running = []
-    for shard in range(1, shards + 1):
-        environment = {**os.environ, "KAN_FAST_TEST_SHARD": f"{shard}/{shards}"}
-        command = [sys.executable, "-m", "pytest", "--maxfail", "20", *ARGUMENTS]
-        running.append(subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ))  # fmt: skip
-    wrong, totals = 0, {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
-    for shard, process in enumerate(running, 1):
-        text = process.communicate()[0]
-        if out is not None:
-            (out / f"gpu-tests-{shard}.log").write_text(text)
-        last = text.strip().splitlines()[-1] if text.strip() else "no output"
-        for count, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", last):
-            totals[kind] += int(count)
-        if process.returncode not in (0, NO_TESTS):
-            wrong += 1
-            print("\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))) or last, flush=True)
-    print(", ".join(f"{count} {kind}" for kind, count in totals.items()) + f" in {shards} processes", flush=True)
-    if totals["passed"] == 0:
+    """Run them in so many processes, print what failed and a total; each process's output goes to out/gpu-tests-N.log as it
+    comes, so that a run that is cut short (SIGTERM) says what it has seen by then.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch)
+        logs = [folder / f"gpu-tests-{shard}.log" for shard in range(1, shards + 1)]
+        running = [_start(log, f"{shard}/{shards}") for shard, log in enumerate(logs, 1)]
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        try:
+            for process in running:
+                process.wait()
+        finally:
+            ended = [process.poll() for process in running]
+            for process in running:
+                process.kill()
+            signal.signal(signal.SIGTERM, before)
+            totals = _report(logs, ended)
+    return int(totals["PASSED"] == 0 or any(code not in (0, NO_TESTS) for code in ended))
+
+
+def _start(log: Path, shard: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail", "20", *ARGUMENTS]
+    with log.open("wb") as sink:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "KAN_FAST_TEST_SHARD": shard}, stdout=sink, stderr=subprocess.STDOUT
+        )
+
+
+def _report(logs: list[Path], ended: list[int | None]) -> dict[str, int]:
+    """Print tests that failed, processes that did not end by themselves, and a total."""
+    totals = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
+    for log, code in zip(logs, ended, strict=True):
+        text = log.read_text(errors="replace")
+        for name, outcome in re.findall(r"^(\S.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE):
+            if "::" in name:
+                totals[outcome] += 1
+                if outcome in ("FAILED", "ERROR"):
+                    print(f"{outcome} {name}", flush=True)
+        if code is None:
+            print(f"cut short: {log.name}", flush=True)
+        elif code not in (0, 1, NO_TESTS):
+            print(f"{log.name} ended with {code}: {(text.strip().splitlines() or ['no output'])[-1]}", flush=True)
+    print(", ".join(f"{count} {kind.lower()}" for kind, count in totals.items()) + f" in {len(logs)} processes", flush=True)
+    if totals["PASSED"] == 0:
         print("expected tests that pass, got none", flush=True)
-    return int(wrong > 0 or totals["passed"] == 0)
+    return totals
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--collect", action="store_true", help="only say what would run")
-    parser.add_argument("--processes", type=int, default=min(8, cores()))
+    parser.add_argument("--processes", type=int, default=min(16, cores()))
     parser.add_argument("--out", type=Path, help="folder of the logs")
     given = parser.parse_args()
     return pretend() if given.collect else run(given.processes, given.out)
