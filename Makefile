@@ -63,7 +63,7 @@ test-slow: build
 
 # Every configuration of the Triton and CUDA kernels, compiled for all architectures: no GPU needed, but patience.
 test-kernels-full: build
-	$(PY) -m pytest -q -m "slow or not slow" tests/test_triton.py tests/test_triton_offline.py tests/test_triton_ptx.py tests/test_cuda_compile.py $(PYTEST_ARGS)
+	$(PY) -m pytest -q -m "slow or not slow" tests/test_triton.py tests/test_triton_offline.py tests/test_triton_ptx.py tests/test_cuda_compile.py tests/test_cuda_ptx.py $(PYTEST_ARGS)
 
 # The interpreter is not instrumented, so the runtime of the sanitizer and the C++ library that it hooks are preloaded; leaks
 # are not looked for, since Python and torch keep theirs until the process ends. The reference has no code of its own to check.

@@ -83,6 +83,21 @@ class Backend:
         self.library.kan_error.restype = ctypes.c_char_p
         self.library.kan_why_not_network.restype = ctypes.c_char_p
         self.device = Device(architecture, multiprocessors, 99 * 1024)
+        self.buffers: list[tuple[int, int]] = []  # of the launch under way: addresses and bytes, without margins
+
+    def _held(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """A tensor's numbers between margins, and the address of the first: one of the launch's buffers."""
+        flat = _with_margins(tensor)
+        address = flat.data_ptr() + MARGIN * flat.element_size()
+        self.buffers.append((address, tensor.numel() * tensor.element_size()))
+        return flat, address
+
+    def _call(self, name: str, problem: ctypes.Structure) -> None:
+        """Runs a launch function of the library."""
+        failed = getattr(self.library, f"kan_{name}")(ctypes.byref(problem), ctypes.byref(self.device))
+        self.buffers = []
+        if failed:
+            raise Fault(self.library.kan_error().decode())
 
     def _run(
         self, name: str, grid: Tensor, order: int, activation: str, outside: str, n: int, **tensors: Tensor | None
@@ -92,16 +107,15 @@ class Backend:
         assert x is not None and out is not None
         knots = grid.to(torch.float64 if out.dtype == torch.float64 else torch.float32)
         given = {"grid": knots, **{key: tensor for key, tensor in tensors.items() if tensor is not None}}
-        held = {key: _with_margins(tensor) for key, tensor in given.items()}
+        held = {key: self._held(tensor) for key, tensor in given.items()}
         problem = Problem(
             *x.shape, out.shape[-1], grid.shape[1] - 2 * order - 1, order, ACTIVATIONS.index(activation),
             OUTSIDE.index(outside), n, DTYPES.index(x.dtype), DTYPES.index(out.dtype),
             0 if torch.get_float32_matmul_precision() == "highest" else 1,
-            **{key: flat.data_ptr() + MARGIN * flat.element_size() for key, flat in held.items()},
+            **{key: address for key, (_, address) in held.items()},
         )  # fmt: skip
-        if getattr(self.library, f"kan_{name}")(ctypes.byref(problem), ctypes.byref(self.device)):
-            raise Fault(self.library.kan_error().decode())
-        for key, flat in held.items():
+        self._call(name, problem)
+        for key, (flat, _) in held.items():
             if not _margins_are_whole(flat):
                 raise Fault(f"{key} was written out of bounds")
             if key in RESULTS:
@@ -161,8 +175,9 @@ class Backend:
         def place(tensor: Tensor | None, result: Tensor | None = None) -> int | None:
             if tensor is None:
                 return None
-            flats.append((_with_margins(tensor), result))
-            return flats[-1][0].data_ptr() + MARGIN * tensor.element_size()
+            flat, address = self._held(tensor)
+            flats.append((flat, result))
+            return address
 
         found: list[Tensor] = []
         layers = (NetworkLayer * len(model.layers))()
@@ -188,8 +203,7 @@ class Backend:
         reason = self.library.kan_why_not_network(ctypes.byref(network), ctypes.byref(self.device))
         if reason is not None:
             raise Fault(f"it does not serve {reason.decode()}")
-        if getattr(self.library, f"kan_{name}")(ctypes.byref(network), ctypes.byref(self.device)):
-            raise Fault(self.library.kan_error().decode())
+        self._call(name, network)
         for flat, result in flats:
             if not _margins_are_whole(flat):
                 raise Fault("a tensor was written out of bounds")

@@ -24,7 +24,8 @@ def compiler() -> str | None:
     return found if found and os.uname().machine == "x86_64" else None
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A short name for these texts together."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -34,11 +35,11 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def _sources(changes: Sequence[Change]) -> Path:
+def sources(changes: Sequence[Change] = ()) -> Path:
     """csrc itself, or a copy of it with the changes made."""
     if not changes:
         return ROOT / "csrc"
-    copy = FOLDER / f"changed-{_digest(*(part for change in changes for part in change))}"
+    copy = FOLDER / f"changed-{digest(*(part for change in changes for part in change))}"
     for path in (ROOT / "csrc").rglob("*.*"):
         name, text = str(path.relative_to(ROOT / "csrc")), path.read_text()
         for file, pattern, replacement in changes:
@@ -49,22 +50,22 @@ def _sources(changes: Sequence[Change]) -> Path:
     return copy
 
 
-def _included(path: Path, csrc: Path, seen: dict[Path, str]) -> dict[Path, str]:
+def included(path: Path, csrc: Path, seen: dict[Path, str]) -> dict[Path, str]:
     """The texts of a source and of all headers of ours that it includes, and they."""
     if path not in seen:
         seen[path] = path.read_text()
         for name in re.findall(r'#include "([^"]+)"', seen[path]):
             for folder in (path.parent, csrc):
                 if (folder / name).exists():
-                    _included((folder / name).resolve(), csrc, seen)
+                    included((folder / name).resolve(), csrc, seen)
                     break
     return seen
 
 
 def _compile(source: Path, flags: list[str], csrc: Path) -> Path:
     command = [compiler() or "g++", *FLAGS, *flags]
-    texts = _included(source, csrc, {}) | _included(HERE / "emulation.h", csrc, {})
-    out = FOLDER / f"{source.stem}-{_digest(*(texts[path] for path in sorted(texts)), *flags[1:])}.o"
+    texts = included(source, csrc, {}) | included(HERE / "emulation.h", csrc, {})
+    out = FOLDER / f"{source.stem}-{digest(*(texts[path] for path in sorted(texts)), *flags[1:])}.o"
     if not out.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         part = out.with_suffix(f".{os.getpid()}")
@@ -76,7 +77,7 @@ def _compile(source: Path, flags: list[str], csrc: Path) -> Path:
 
 def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Change] = ()) -> Path:
     """A shared library of `main`, kernels and runtime; with a sanitizer ("address", "thread") a program."""
-    csrc = _sources(changes)
+    csrc = sources(changes)
     optimize = ["-O1", "-g", f"-fsanitize={sanitizer}"] if sanitizer else ["-O1"]
     emulated = [f"-I{csrc}", *optimize, "-include", str(HERE / "emulation.h")]
     switches = [f"-DKAN_EMULATE_{'ASAN' if sanitizer == 'address' else 'TSAN'}"] if sanitizer else []
@@ -87,7 +88,7 @@ def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Chan
     workers = int(os.environ.get("MAX_JOBS") or min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         objects = list(pool.map(lambda job: _compile(*job, csrc), jobs))
-    out = FOLDER / f"{Path(main).stem}-{_digest(sanitizer, *map(str, objects))}{'' if sanitizer else '.so'}"
+    out = FOLDER / f"{Path(main).stem}-{digest(sanitizer, *map(str, objects))}{'' if sanitizer else '.so'}"
     if not out.exists():
         part = out.with_suffix(f".{os.getpid()}")
         link = [f"-fsanitize={sanitizer}"] if sanitizer else ["-shared"]

@@ -43,6 +43,11 @@ extern size_t shared_bytes;
 
 [[noreturn]] void fail(const std::string& what);
 void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+// Who is told of every launch in place of running it: the kernel, the grid as hardware has it, and `count` arguments.
+using Observer = void (*)(const void* kernel, const int64_t* blocks, int threads, size_t shared, const void* const* arguments,
+                          const size_t* sizes, int count);
+extern Observer observer;
 void wait_at_barrier(const void* place);
 void meet(int id, int threads);
 void arrive(int id, int threads);
@@ -70,6 +75,15 @@ struct Blocks {
 // The sides that hardware ends at 65535 end at 2 here, so that small problems make kernels walk.
 template <class... Parameters, class... Arguments>
 inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, size_t shared, void*, const Arguments&... arguments) {
+  if (emulation::observer != nullptr) {
+    const int64_t grid[3] = {blocks.x, blocks.y < 65535 ? blocks.y : 65535, blocks.z < 65535 ? blocks.z : 65535};
+    [&](const Parameters&... given) {
+      const void* const all[] = {&given...};
+      const size_t sizes[] = {sizeof given...};
+      emulation::observer(reinterpret_cast<const void*>(kernel), grid, threads, shared, all, sizes, int(sizeof...(given)));
+    }(arguments...);
+    return 0;
+  }
   const emulation::Index grid{unsigned(blocks.x), unsigned(blocks.y < 2 ? blocks.y : 2), unsigned(blocks.z < 2 ? blocks.z : 2)};
   emulation::run_blocks(grid, threads, shared, [&] { kernel(arguments...); });
   return 0;

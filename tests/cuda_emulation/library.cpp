@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "emulation.h"
 #include "kernels.h"
 
 using namespace kan::cuda;
@@ -13,6 +14,12 @@ namespace {
 
 std::string error;
 
+// The scratch memory of the launch under way.
+struct Scratch {
+  char* memory;
+  size_t bytes;
+} scratch;
+
 template <class P, class Workspace, class Launch>
 int run(const P& p, const Device& device, Workspace workspace, Launch launch) {
   try {
@@ -20,6 +27,7 @@ int run(const P& p, const Device& device, Workspace workspace, Launch launch) {
     const size_t bytes = workspace(p, device);
     char* memory = static_cast<char*>(std::aligned_alloc(256, (bytes + 511) / 256 * 256));
     std::memset(memory, 0xff, bytes);
+    scratch = {memory, bytes};
     const int code = launch(p, device, memory, nullptr);
     std::free(memory);
     if (code == 0) return 0;
@@ -34,6 +42,8 @@ int run(const P& p, const Device& device, Workspace workspace, Launch launch) {
 
 extern "C" {
 const char* kan_error() { return error.c_str(); }
+const void* kan_scratch() { return &scratch; }
+void kan_observe(kan::emulation::Observer observer) { kan::emulation::observer = observer; }
 int kan_contract_output(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_output, launch_contract_output); }
 int kan_contract_input(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_input, launch_contract_input); }
 int kan_contract_weight(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_weight, launch_contract_weight); }

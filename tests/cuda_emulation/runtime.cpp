@@ -66,6 +66,7 @@ Thread* self;
 Index block, grid;
 char* shared;
 size_t shared_bytes;
+Observer observer;
 
 namespace {
 

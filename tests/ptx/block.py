@@ -2,120 +2,179 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tests.ptx import tensor_cores
+from tests.ptx import arithmetic, tensor_cores
+from tests.ptx.arithmetic import RAW, TYPES
 from tests.ptx.memory import Fault, GlobalMemory, SharedMemory
 from tests.ptx.program import Instruction, Program, split
 
-RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-TYPES: dict[str, Any] = {
-    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32,
-    "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
-    "f64": np.float64,
-}  # fmt: skip
-FLOAT_OPERATIONS = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
-    "min": np.fmin, "max": np.fmax, "abs": np.abs, "neg": np.negative, "ex2": np.exp2, "rcp": lambda a: 1 / a,
-    # One rounding for float32; two for float64, which is as near as NumPy comes.
-    "fma": lambda a, b, c: a.astype(np.float64) * b + c,
-}  # fmt: skip
-INTEGER_OPERATIONS = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "mad": lambda a, b, c: a * b + c,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative,
-    "abs": np.abs, "min": np.minimum, "max": np.maximum, "rem": np.fmod,
-    "div": lambda a, b: np.trunc(a / b),
-}  # fmt: skip
-PREDICATE_OPERATIONS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
-COMPARISONS = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
 REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce, "and": np.bitwise_and.reduce}
+# setmaxnreg shares out registers; bar.warp.sync: lanes of a warp are never apart for longer than a branch.
+NOTHING = ("setmaxnreg", "bar")
+PARAMETERS = 1 << 60  # where the arguments lie, which a kernel may take the address of
 
 
-def run(program: Program, blocks: Sequence[int], threads: int, shared: int, arguments: Sequence[Any]) -> None:
-    """Run all blocks. arguments: arrays (global buffers, changed in place) and numbers; None or absent: a null pointer."""
-    memory = GlobalMemory()
-    given: dict[str, np.ndarray] = {}
+def run(
+    program: Program, blocks: Sequence[int], threads: int, shared: int, arguments: Sequence[Any],
+    memory: GlobalMemory | None = None, strict: bool = True,
+) -> None:  # fmt: skip
+    """Run all blocks. arguments: arrays (global buffers, changed in place), numbers, bytes (a struct, or any other argument as
+    it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in the arguments. strict: as
+    SharedMemory has it."""
+    memory = memory or GlobalMemory()
+    given, places = np.zeros(0, np.uint8), {}
     padded = [*arguments, *[None] * (len(program.parameters) - len(arguments))]
     for (kind, name), value in zip(program.parameters, padded, strict=True):
         if isinstance(value, np.ndarray):
             value = memory.add(value)
-        given[name] = np.array([value or 0]).astype(TYPES[kind])
+        raw = value if isinstance(value, bytes) else np.array([value or 0]).astype(TYPES[kind]).tobytes()
+        places[name] = PARAMETERS + len(given)
+        given = np.concatenate([given, np.frombuffer(raw + bytes(-len(raw) % 16), np.uint8)])
     x, y, z = [*blocks, 1, 1][:3]
     for index in range(x * y * z):
-        Block(program, memory, given, (index % x, index // x % y, index // (x * y)), (x, y, z), threads, shared).run()
+        place = index % x, index // x % y, index // (x * y)
+        Block(program, memory, given, places, place, (x, y, z), threads, shared, strict).run()
+
+
+@dataclass
+class Barrier:
+    """Who waits at a barrier, how many threads have come, and what they told; None are expected: all that are left."""
+
+    waiting: np.ndarray
+    told: np.ndarray
+    expected: int | None
+    count: int = 0
 
 
 class Block:
     """Registers, shared memory and program counters of one block."""
 
     def __init__(
-        self, program: Program, memory: GlobalMemory, given: dict[str, np.ndarray],
-        index: tuple[int, ...], blocks: tuple[int, ...], threads: int, dynamic: int,
+        self, program: Program, memory: GlobalMemory, given: np.ndarray, places: dict[str, int],
+        index: tuple[int, ...], blocks: tuple[int, ...], threads: int, dynamic: int, strict: bool,
     ) -> None:  # fmt: skip
         self.program, self.memory, self.given, self.threads = program, memory, given, threads
         self.registers: dict[str, np.ndarray] = {}
-        self.mask = np.ones(threads, bool)
+        self.constants: dict[tuple[str, str], np.ndarray] = {}
+        self.mask = self.alive = np.ones(threads, bool)
+        self.waiting = np.zeros(threads, bool)
+        self.barriers: dict[int, Barrier] = {}
         self.warp = np.arange(threads) // 32
-        self.special = {f"%{name}.{axis}": value for name, values in
+        self.special = {f"%{name}.{axis}": np.full(threads, value) for name, values in
                         (("ctaid", index), ("nctaid", blocks), ("ntid", (threads, 1, 1)), ("tid", (0, 0, 0)))
                         for axis, value in zip("xyz", values, strict=True)}  # fmt: skip
-        self.symbols: dict[str, int] = {}
+        self.special |= {"%tid.x": np.arange(threads), "%laneid": np.arange(threads) % 32}
+        self.symbols = dict(places)
         size = 0
         for name, static in sorted(program.shared.items(), key=lambda item: item[1] == 0):
             self.symbols[name] = size = -(-size // 128) * 128
             size += static
-        self.shared = SharedMemory(size + dynamic)
-        self.pending: list[list[tuple[np.ndarray, ...]]] = []  # committed groups of asynchronous copies
-        self.open: list[tuple[np.ndarray, ...]] = []
+        self.shared = SharedMemory(size + dynamic, threads // 32, strict)
+        # Asynchronous copies under way: a thread, its group, target, source, how many bytes are valid, and of how many.
+        self.copies: list[tuple[np.ndarray, ...]] = []
+        self.groups = np.zeros(threads, int)  # that every thread has committed
+        self.products = tensor_cores.Products(self.shared)
 
     def run(self) -> None:
         """Until every thread has returned; a Fault says in which instruction it happened."""
         counter = np.zeros(self.threads, int)
-        alive, waiting = np.ones(self.threads, bool), np.zeros(self.threads, bool)
         code, labels = self.program.code, self.program.labels
-        while alive.any():
-            ready = alive & ~waiting
-            if not ready.any():  # everybody is at the barrier
-                waiting[:] = False
-                self.shared.epoch += 1
+        while self.alive.any():
+            ready = self.alive & ~self.waiting
+            if not ready.any():
+                self._all_wait()
                 continue
             place = int(counter[ready].min())
             here = ready & (counter == place)
+            others = counter[ready & ~here]
+            limit = min(int(others.min()) if others.size else len(code), len(code))
             if place == len(code):
-                alive &= ~here
-                continue
-            instruction = code[place]
-            acting = here
-            if instruction.guard is not None:
-                asked = self.registers[instruction.guard]
-                acting = here & (~asked if instruction.negated else asked)
-            counter[here] = place + 1
-            name = instruction.fields[0]
-            if name == "bra":
-                counter[acting] = labels[instruction.operands[0]]
-            elif name in ("ret", "exit"):
-                alive &= ~acting
-            elif name in ("bar", "barrier") and "warp" not in instruction.fields:
-                waiting |= acting
-            elif acting.any():
+                self.alive = self.alive & ~here
+            while place < limit:  # straight on, until paths part or join
+                instruction = code[place]
+                acting = here
+                if instruction.guard is not None:
+                    asked = self.registers[instruction.guard]
+                    acting = here & (~asked if instruction.negated else asked)
+                place += 1
+                counter[here] = place
+                name = instruction.fields[0]
+                if name == "bra":
+                    counter[acting] = labels[instruction.operands[0]]
+                    break
+                if name in ("ret", "exit"):
+                    self.alive = self.alive & ~acting
+                    break
+                if not acting.any():
+                    continue
                 self.mask = acting
                 try:
                     with np.errstate(all="ignore"):
+                        if name in ("bar", "barrier") and "warp" not in instruction.fields:
+                            self._meet(instruction)
+                            break
                         self.execute(instruction)
                 except Fault as fault:
                     raise Fault(f"{fault}, in: {instruction.text}") from None
-        if self.open or self.pending:
+        if self.copies:
             raise Fault("asynchronous copies still under way at the end")
+        if self.products.under_way():
+            raise Fault("products still under way at the end")
+        if self.barriers:
+            raise Fault("a block ends with threads at a barrier")
+
+    # Barriers.
+
+    def _meet(self, instruction: Instruction) -> None:
+        """bar.sync and bar.arrive, numbered or not: those who come together may stand anywhere in the code."""
+        o = instruction.operands
+        numbers = self.read(o[0], "u32") if o else np.zeros(self.threads, np.uint32)
+        acting = self.mask
+        for number in np.unique(numbers[acting]).tolist():
+            here = acting & (numbers == number)
+            expected = int(self.read(o[1], "u32")[here][0]) if len(o) > 1 else None
+            warps = np.unique(self.warp[here])
+            told = self.shared.tell(warps)
+            barrier = self.barriers.get(number)
+            if barrier is None:
+                barrier = self.barriers[number] = Barrier(np.zeros(self.threads, bool), told, expected)
+            if barrier.expected != expected:
+                raise Fault(f"barrier {number} is for {barrier.expected} threads and for {expected}")
+            barrier.told = np.maximum(barrier.told, told)
+            barrier.count += int(here.sum())
+            if "arrive" not in instruction.fields:
+                barrier.waiting |= here
+                self.waiting |= here
+            if expected is not None and barrier.count >= expected:
+                if barrier.count > expected:
+                    raise Fault(f"more threads than {expected} at barrier {number}")
+                self._leave(number)
+
+    def _all_wait(self) -> None:
+        """Nobody can go on: barriers for everybody that everybody has come to end."""
+        for number, barrier in list(self.barriers.items()):
+            if barrier.expected is None and np.array_equal(barrier.waiting, self.alive):
+                self._leave(number)
+                return
+        raise Fault("part of a block waits at a barrier")
+
+    def _leave(self, number: int) -> None:
+        barrier = self.barriers.pop(number)
+        self.waiting &= ~barrier.waiting
+        self.shared.learn(np.unique(self.warp[barrier.waiting]), barrier.told)
 
     # Registers: raw bits, all threads at once.
 
     def knows(self, name: str) -> bool:
         return name in self.registers
+
+    def has_value(self, operand: str) -> bool:
+        """Whether it is no register that nobody wrote."""
+        return operand[0] != "%" or operand in self.special or self.knows(operand)
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """An operand of every thread, as numbers of a type."""
@@ -123,35 +182,36 @@ class Block:
             if operand in self.registers:
                 return self.registers[operand]
             return np.full(self.threads, int(operand, 0) != 0)
-        width = np.dtype(TYPES[kind]).itemsize
+        raw = self.registers.get(operand)
+        if raw is None:
+            if (operand, kind) in self.constants:
+                return self.constants[operand, kind]
+            raw = self._read_other(operand, kind)
+        dtype = TYPES[kind]
+        if raw.dtype.itemsize != np.dtype(dtype).itemsize:
+            raw = raw.astype(RAW[np.dtype(dtype).itemsize])
+        value = raw.view(dtype)
+        if operand[0] not in "{%":
+            self.constants[operand, kind] = value
+        return value
+
+    def _read_other(self, operand: str, kind: str) -> np.ndarray:
         if operand[0] == "{":
             parts = split(operand[1:-1])
-            bits = 8 * width // len(parts)
+            bits = 8 * np.dtype(TYPES[kind]).itemsize // len(parts)
             raw = np.zeros(self.threads, np.uint64)
             for i, part in enumerate(parts):
                 raw |= self.read(part, f"b{bits}").astype(np.uint64) << np.uint64(bits * i)
-        elif operand[0] == "%":
-            raw = self._register(operand)
-        elif operand[:2].lower() in ("0f", "0d"):
-            raw = np.full(self.threads, int(operand[2:], 16), RAW[4 if operand[1] in "fF" else 8])
-        elif operand in self.symbols:
-            raw = np.full(self.threads, self.symbols[operand], np.uint64)
-        elif operand in self.registers:
-            raw = self.registers[operand]
-        else:
-            raw = np.full(self.threads, int(operand.rstrip("U"), 0) & (2**64 - 1), np.uint64)
-        return raw.astype(RAW[width]).view(TYPES[kind])
-
-    def _register(self, name: str) -> np.ndarray:
-        if name.startswith("%tid."):
-            return np.arange(self.threads) * (name[-1] == "x")
-        if name in self.special:
-            return np.full(self.threads, self.special[name])
-        if name == "%laneid":
-            return np.arange(self.threads) % 32
-        if name not in self.registers:
-            raise Fault(f"register {name} is read before it is written")
-        return self.registers[name]
+            return raw
+        if operand in self.special:
+            return self.special[operand]
+        if operand[0] == "%":
+            raise Fault(f"register {operand} is read before it is written")
+        if operand in self.symbols:
+            return np.full(self.threads, self.symbols[operand], np.uint64)
+        if operand[:2].lower() in ("0f", "0d"):
+            return np.full(self.threads, int(operand[2:], 16), RAW[4 if operand[1] in "fF" else 8])
+        return np.full(self.threads, int(operand.rstrip("U"), 0) & (2**64 - 1), np.uint64)
 
     def write(self, name: str, value: np.ndarray) -> None:
         """Numbers of the threads that act, into a register or a {vector} of them."""
@@ -169,10 +229,12 @@ class Block:
         self.registers[name] = raw if old is None else np.where(self.mask, raw, old.astype(raw.dtype))
 
     def address(self, operand: str) -> np.ndarray:
-        """[register + offset] -> int64 addresses."""
+        """[register + offset] -> int64 addresses; of a register of 32 bits, modulo 2^32."""
         match = re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         assert match is not None, operand
-        return self.read(match[1], "u64").astype(np.int64) + (int(match[2], 0) if match[2] else 0)
+        base, offset = match[1], int(match[2], 0) if match[2] else 0
+        addresses = self.read(base, "u64").astype(np.int64) + offset
+        return addresses & 0xFFFFFFFF if self.knows(base) and self.registers[base].dtype.itemsize == 4 else addresses
 
     def whole_warps(self) -> None:
         """Raise where only part of a warp reached an instruction that takes all of it."""
@@ -190,81 +252,101 @@ class Block:
             self._move(instruction)
         elif fields[:2] == ("cp", "async"):
             self._copy(instruction)
-        elif name in ("mma", "wgmma", "ldmatrix", "stmatrix"):
+        elif name in ("mma", "wgmma", "ldmatrix", "stmatrix", "movmatrix"):
             getattr(tensor_cores, name)(self, instruction)
         elif name == "fence":
-            if "async" in fields:
+            if "async" in fields and not {"global", "shared::cluster"} & set(fields):
                 self.shared.fence(np.unique(self.warp[self.mask]))
-        elif name == "bar":
-            pass  # bar.warp.sync: lanes of a warp are never apart for longer than a branch
         elif name in ("shfl", "redux"):
             self._between_lanes(instruction)
-        elif name == "setp":
-            self._compare(instruction)
+        elif name in ("setp", "cvt"):
+            getattr(arithmetic, name)(self, instruction)
         elif name == "selp":
-            self.write(o[0], np.where(self.read(o[3], "pred"), self.read(o[1], kind), self.read(o[2], kind)))
+            # A variable without a value may be chosen, for nobody to use.
+            first, second = (self.read(x, kind) if self.has_value(x) else np.zeros(self.threads, TYPES[kind]) for x in o[1:3])
+            self.write(o[0], np.where(self.read(o[3], "pred"), first, second))
         elif name == "cvta":
             self.write(o[0], self.read(o[1], "u64"))
         elif name == "mov":
-            self.write(o[0], self.read(o[1], kind))
-        elif name == "cvt":
-            self._convert(instruction)
-        elif kind == "pred":
-            self.write(o[0], PREDICATE_OPERATIONS[name](*(self.read(x, kind) for x in o[1:])))
-        elif kind in ("f32", "f64"):
-            if name not in FLOAT_OPERATIONS:
-                raise NotImplementedError(instruction.text)
-            self.write(o[0], FLOAT_OPERATIONS[name](*(self.read(x, kind) for x in o[1:])).astype(TYPES[kind]))
-        else:
-            self._integers(instruction)
+            # Where a branch leaves a variable without a value, compilers move what nobody wrote, for nobody to use.
+            if self.has_value(o[1]):
+                self.write(o[0], self.read(o[1], kind))
+        elif name not in NOTHING:
+            arithmetic.calculate(self, instruction)
 
     def _move(self, instruction: Instruction) -> None:
         fields, (first, second) = instruction.fields, instruction.operands
         kind = next(field for field in reversed(fields) if field in TYPES)
         count = next((int(field[1]) for field in fields if field in ("v2", "v4")), 1)
         width = np.dtype(TYPES[kind]).itemsize
-        space = next(field.split("::")[0] for field in fields if field.split("::")[0] in ("param", "global", "shared"))
-        if space == "param":
-            self.write(first, np.repeat(self.given[second.strip("[] ")].view(RAW[width]), self.threads))
-            return
+        spaces = [field.split("::")[0] for field in fields if field.split("::")[0] in ("param", "global", "shared")]
         at, names = (second, first) if fields[0] == "ld" else (first, second)
         names = split(names[1:-1]) if names[0] == "{" else [names]
         addresses, warps, size = self.address(at)[self.mask], self.warp[self.mask], width * count
+        # Without a space: to arguments, or to what they point to; compilers know of shared memory that it is that.
+        space = spaces[0] if spaces else "param" if (addresses >= PARAMETERS).all() else "global"
         if fields[0] == "ld":
             data = np.zeros((self.threads, size), np.uint8)
-            read = self.memory.read(addresses, size) if space == "global" else self.shared.read(addresses, size, warps)
-            data[self.mask] = read
+            if space == "param":
+                data[self.mask] = self._read_arguments(addresses, size)
+            elif space == "global":
+                data[self.mask] = self.memory.read(addresses, size)
+            else:
+                data[self.mask] = self.shared.read(addresses, size, warps)
             for i, name in enumerate(names):
-                part = np.ascontiguousarray(data[:, i * width : (i + 1) * width])
-                self.write(name, part.view(RAW[width])[:, 0])
+                part = np.ascontiguousarray(data[:, i * width : (i + 1) * width]).view(TYPES[kind])[:, 0]
+                # Into a wider register with its sign.
+                self.write(name, part.astype(np.int64) if kind[0] == "s" else part)
             return
         parts = [np.ascontiguousarray(self.read(name, kind)).view(np.uint8).reshape(-1, width) for name in names]
         data = np.concatenate(parts, 1)[self.mask]
         if space == "global":
             self.memory.write(addresses, data)
-        else:
+        elif space == "shared":
             self.shared.write(addresses, data, warps)
+        else:
+            raise NotImplementedError(instruction.text)
+
+    def _read_arguments(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        places = addresses - PARAMETERS
+        if (places < 0).any() or (places + size > len(self.given)).any() or (places % size).any():
+            raise Fault(f"misaligned access to arguments, or one beyond their {len(self.given)} bytes")
+        return self.given[places[:, None] + np.arange(size)]
 
     def _copy(self, instruction: Instruction) -> None:
         """cp.async: bytes arrive when their group is waited for, and not before."""
         o = instruction.operands
         if "commit_group" in instruction.fields:
-            self.pending.append(self.open)
-            self.open = []
+            self.groups[self.mask] += 1
         elif "wait_group" in instruction.fields:
-            while len(self.pending) > int(o[0], 0):
-                for target, source, valid, warps, size in self.pending.pop(0):
-                    data = np.zeros((len(target), int(size)), np.uint8)
-                    some = valid > 0  # a copy of 0 bytes only fills with zeros, whatever its address
-                    if ((valid != 0) & (valid != size)).any():
-                        raise NotImplementedError(instruction.text)
-                    data[some] = self.memory.read(source[some], int(size))
-                    self.shared.write(target, data, warps)
+            last, left = self.groups - int(o[0], 0), []
+            for copies in self.copies:
+                thread, group = copies[:2]
+                done = self.mask[thread] & (group < last[thread])
+                self._arrive(*(array[done] for array in copies), instruction)
+                if not done.all():
+                    left.append(tuple(array[~done] for array in copies))
+            self.copies = left
         else:
-            size = int(o[2], 0)
-            valid = self.read(o[3], "u32").astype(int) if len(o) > 3 else np.full(self.threads, size)
-            picked = (array[self.mask] for array in (self.address(o[0]), self.address(o[1]), valid, self.warp))
-            self.open.append((*picked, np.array(size)))
+            size, thread = int(o[2], 0), np.flatnonzero(self.mask)
+            valid = self.read(o[3], "u32")[thread].astype(int) if len(o) > 3 else np.full(len(thread), size)
+            target, source = self.address(o[0])[thread], self.address(o[1])[thread]
+            self.shared.expect(target, size, self.warp[thread])
+            self.copies.append((thread, self.groups[thread], target, source, valid, np.full(len(thread), size)))
+
+    def _arrive(
+        self, thread: np.ndarray, _: np.ndarray, target: np.ndarray, source: np.ndarray, valid: np.ndarray, sizes: np.ndarray,
+        instruction: Instruction,
+    ) -> None:  # fmt: skip
+        if not len(thread):
+            return
+        size = int(sizes[0])
+        if ((valid != 0) & (valid != size)).any():
+            raise NotImplementedError(instruction.text)
+        data = np.zeros((len(thread), size), np.uint8)
+        some = valid > 0  # a copy of 0 bytes only fills with zeros, whatever its address
+        data[some] = self.memory.read(source[some], size)
+        self.shared.write(target, data, self.warp[thread])
 
     def _between_lanes(self, instruction: Instruction) -> None:
         self.whole_warps()
@@ -278,103 +360,3 @@ class Block:
         source = np.where((source >= 0) & (source < 32), source, lane)
         values = self.read(o[1], "b32").reshape(-1, 32)
         self.write(o[0].split("|")[0], np.take_along_axis(values, source, 1).reshape(-1))
-
-    def _compare(self, instruction: Instruction) -> None:
-        fields, o = instruction.fields, instruction.operands
-        kind = next(field for field in reversed(fields) if field in TYPES)
-        a, b = self.read(o[1], kind), self.read(o[2], kind)
-        unknown = np.isnan(a) | np.isnan(b) if kind[0] == "f" else np.zeros(self.threads, bool)
-        how = fields[1]
-        if how in ("nan", "num"):
-            result = unknown if how == "nan" else ~unknown
-        elif kind[0] == "f":  # a third letter: true as well where a number is unknown
-            result = np.where(unknown, len(how) == 3, COMPARISONS[how[:2]](a, b))
-        else:
-            result = COMPARISONS[how](a, b)
-        self.write(o[0].split("|")[0], result)
-
-    def _convert(self, instruction: Instruction) -> None:
-        fields, o = instruction.fields, instruction.operands
-        into, of = fields[-2:]
-        if into == "tf32":  # rna: to nearest, halves away from zero
-            self.write(o[0], self.read(o[1], "b32") + np.uint32(0x1000) & np.uint32(0xFFFFE000))
-        elif into == "bf16x2":
-            low, high = (_to_bfloat16(self.read(operand, "f32")).astype(np.uint32) for operand in (o[2], o[1]))
-            self.write(o[0], low | high << np.uint32(16))
-        elif into == "bf16":
-            self.write(o[0], _to_bfloat16(self.read(o[1], "f32")))
-        elif of == "bf16":
-            self.write(o[0], tensor_cores.bfloat16(self.read(o[1], "b16")))
-        else:
-            value = self.read(o[1], of)
-            if of[0] == "f":
-                rounding = {"rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil, "rni": np.rint}
-                for field in fields:
-                    value = rounding.get(field, lambda same: same)(value)
-                if into[0] in "us":
-                    limits = np.iinfo(TYPES[into])
-                    value = np.clip(np.nan_to_num(value.astype(np.float64)), limits.min, limits.max)
-            self.write(o[0], value.astype(TYPES[into]))
-
-    def _integers(self, instruction: Instruction) -> None:
-        fields, o = instruction.fields, instruction.operands
-        name, kind = fields[0], fields[-1]
-        if name in ("shl", "shr"):
-            dtype = TYPES[kind]
-            value, by = self.read(o[1], kind), self.read(o[2], "u32").astype(int)
-            last = 8 * np.dtype(dtype).itemsize - 1
-            within = np.minimum(by, last).astype(dtype)
-            shifted = value << within if name == "shl" else value >> within
-            beyond = value >> dtype(last) if name == "shr" and kind[0] == "s" else np.zeros_like(value)
-            self.write(o[0], np.where(by > last, beyond, shifted).astype(dtype))
-        elif "wide" in fields:
-            wide = kind[0] + str(2 * int(kind[1:]))
-            value = self.read(o[1], kind).astype(TYPES[wide]) * self.read(o[2], kind).astype(TYPES[wide])
-            self.write(o[0], value + self.read(o[3], wide) if name == "mad" else value)
-        elif name == "lop3":
-            a, b, c = (self.read(operand, "b32") for operand in o[1:4])
-            table, result = int(o[4], 0), np.zeros(self.threads, np.uint32)
-            for i in range(8):
-                if table >> i & 1:
-                    result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-            self.write(o[0], result)
-        elif name == "prmt":
-            a, b, choice = (self.read(operand, "b32") for operand in o[1:4])
-            both, result = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32), np.zeros(self.threads, np.uint32)
-            for i in range(4):
-                which = choice >> np.uint32(4 * i) & np.uint32(15)
-                byte = both >> ((which & np.uint32(7)).astype(np.uint64) * np.uint64(8)) & np.uint64(255)
-                sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
-                result |= np.where(which & np.uint32(8), sign, byte).astype(np.uint32) << np.uint32(8 * i)
-            self.write(o[0], result)
-        elif name in ("bfe", "bfi"):
-            self._bit_field(instruction)
-        elif name in INTEGER_OPERATIONS:
-            result = INTEGER_OPERATIONS[name](*(self.read(operand, kind) for operand in o[1:]))
-            self.write(o[0], result.astype(TYPES[kind]))
-        else:
-            raise NotImplementedError(instruction.text)
-
-    def _bit_field(self, instruction: Instruction) -> None:
-        o, kind = instruction.operands, instruction.fields[-1]
-        one = np.uint64(1)
-        if instruction.fields[0] == "bfi":
-            field, base = self.read(o[1], "b32"), self.read(o[2], "b32")
-            start, length = self.read(o[3], "u32"), self.read(o[4], "u32").astype(np.uint64)
-            mask = ((one << length) - one).astype(np.uint32) << start
-            self.write(o[0], base & ~mask | field << start & mask)
-            return
-        start, length = (self.read(operand, "u32").astype(np.uint64) for operand in o[2:4])
-        value = (self.read(o[1], "b32").astype(np.uint64) >> start & (one << length) - one).astype(np.int64)
-        if kind == "s32":
-            length = length.astype(np.int64)
-            negative = (length > 0) & (value >> np.maximum(length - 1, 0) & 1 == 1)
-            value = np.where(negative, value - (np.int64(1) << length), value)
-        self.write(o[0], value.astype(np.int32))
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> bits of bfloat16, to nearest even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)

@@ -1,8 +1,12 @@
 """Global and shared memory of a launch, with the checks that hardware does not make."""
 
+from bisect import bisect_right
+
 import numpy as np
 
-GLOBAL = 0x7F0000000000  # where the first buffer begins; each has 4 GiB of addresses to itself
+GLOBAL = 0x7F0000000000  # where the first buffer begins, if nothing else is asked for; each has 4 GiB of addresses to itself
+UNKNOWN = np.uint8(0xFF)  # bytes of NaN, in every type
+FOREVER = np.iinfo(np.int32).max
 
 
 class Fault(Exception):
@@ -13,28 +17,34 @@ class GlobalMemory:
     """The buffers that a kernel was given: flat arrays of bytes, views of the caller's arrays."""
 
     def __init__(self) -> None:
+        self.starts: list[int] = []
         self.buffers: list[np.ndarray] = []
 
-    def add(self, array: np.ndarray) -> int:
-        """The address of a new buffer."""
+    def add(self, array: np.ndarray, address: int | None = None) -> int:
+        """The address of a new buffer: one that overlaps no other."""
         assert array.flags.c_contiguous
-        self.buffers.append(array.reshape(-1).view(np.uint8))
-        return GLOBAL + ((len(self.buffers) - 1) << 32)
+        if address is None:
+            address = GLOBAL + (len(self.buffers) << 32)
+        at = bisect_right(self.starts, address)
+        self.starts.insert(at, address)
+        self.buffers.insert(at, array.reshape(-1).view(np.uint8))
+        return address
 
     def _find(self, addresses: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each buffer: which of the addresses it holds, its bytes, and their places."""
-        places = addresses - GLOBAL
-        which, offset = places >> 32, places & 0xFFFFFFFF
-        if (which < 0).any() or (which >= len(self.buffers)).any():
+        starts = np.array(self.starts, np.int64)
+        which = np.searchsorted(starts, addresses, "right") - 1
+        if (which < 0).any():
             raise Fault("global access outside every buffer")
         if (addresses % size).any():
             raise Fault(f"misaligned global access of {size} bytes")
         found = []
         for index in np.unique(which):
             chosen, buffer = which == index, self.buffers[index]
-            if (offset[chosen] + size > len(buffer)).any():
-                raise Fault(f"global access beyond buffer {index} of {len(buffer)} bytes, at {offset[chosen].max()}")
-            found.append((chosen, buffer, offset[chosen][:, None] + np.arange(size)))
+            offset = addresses[chosen] - starts[index]
+            if (offset + size > len(buffer)).any():
+                raise Fault(f"global access beyond buffer {index} of {len(buffer)} bytes, at {offset.max()}")
+            found.append((chosen, buffer, offset[:, None] + np.arange(size)))
         return found
 
     def read(self, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -51,16 +61,33 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of one block. An epoch is the time between two barriers; accesses are tracked by words of 4 bytes."""
+    """Shared memory of one block of some warps; accesses are tracked by words of 4 bytes.
 
-    def __init__(self, size: int) -> None:
+    A warp's time goes on at barriers. known[w, v] is the time of warp v up to which warp w may rely on what v did: barriers
+    tell it. An access to what another warp did at a later time is a race.
+
+    strict: what nobody wrote may not be read, and else it is NaN: some kernels compute rows that do not exist, and write none.
+    """
+
+    def __init__(self, size: int, warps: int, strict: bool = True) -> None:
         words = size // 4 + 2
-        self.bytes = np.zeros(size, np.uint8)
+        self.strict = strict
+        self.bytes = np.full(size, UNKNOWN)
         self.written = np.zeros(size, bool)
-        self.epoch = 1
-        self.write_epoch, self.read_epoch = np.zeros(words, int), np.zeros(words, int)
-        self.writer, self.reader = np.zeros(words, int), np.zeros(words, int)
+        self.known = np.eye(warps, dtype=np.int32)
+        self.write_time, self.writer = np.zeros(words, np.int32), np.zeros(words, int)
+        self.read_time = np.zeros((words, warps), np.int32)
         self.fenced = np.zeros(words, bool)
+
+    def tell(self, warps: np.ndarray) -> np.ndarray:
+        """What these warps know when they come to a barrier: (warps,) times, to be learned by who waits there."""
+        told = self.known[warps].max(0)
+        self.known[warps, warps] += 1
+        return told
+
+    def learn(self, warps: np.ndarray, told: np.ndarray) -> None:
+        """These warps leave a barrier to which `told` was brought."""
+        self.known[warps] = np.maximum(self.known[warps], told)
 
     def _places(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
@@ -74,40 +101,56 @@ class SharedMemory:
         """(n,) addresses read by (n,) warps -> (n, size) bytes."""
         places, words = self._places(addresses, size)
         warps = np.broadcast_to(warps[:, None], words.shape)
-        if ((self.write_epoch[words] == self.epoch) & (self.writer[words] != warps)).any():
+        if (self.write_time[words] > self.known[warps, self.writer[words]]).any():
             raise Fault("race: a warp reads what another wrote since the last barrier")
-        if not self.written[places].all():
+        if self.strict and not self.written[places].all():
             raise Fault("read of shared memory that nobody wrote")
-        several = (self.read_epoch[words] == self.epoch) & (self.reader[words] != warps)
-        self.reader[words] = np.where(several, -2, warps)
-        self.read_epoch[words] = self.epoch
+        self.read_time[words, warps] = np.maximum(self.read_time[words, warps], self.known[warps, warps])
         return self.bytes[places]
 
     def write(self, addresses: np.ndarray, data: np.ndarray, warps: np.ndarray) -> None:
         """(n,) addresses, (n, size) bytes, written by (n,) warps."""
-        places, words = self._places(addresses, data.shape[1])
-        warps = np.broadcast_to(warps[:, None], words.shape)
-        if ((self.write_epoch[words] == self.epoch) & (self.writer[words] != warps)).any():
-            raise Fault("race: two warps write one word between barriers")
-        if ((self.read_epoch[words] == self.epoch) & (self.reader[words] != warps)).any():
-            raise Fault("race: a warp writes what another read since the last barrier")
-        self.write_epoch[words], self.writer[words], self.fenced[words] = self.epoch, warps, False
+        places = self._claim(addresses, data.shape[1], warps)
         self.bytes[places] = data
         self.written[places] = True
+
+    def expect(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """Asynchronous copies by these warps are on their way there: until they are waited for, nobody wrote it."""
+        places = self._claim(addresses, size, warps)
+        self.bytes[places], self.written[places] = UNKNOWN, False
+
+    def _claim(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
+        places, words = self._places(addresses, size)
+        warps = np.broadcast_to(warps[:, None], words.shape)
+        if (self.write_time[words] > self.known[warps, self.writer[words]]).any():
+            raise Fault("race: two warps write one word between barriers")
+        if (self.read_time[words] > self.known[warps]).any():
+            raise Fault("race: a warp writes what another, or a product under way, read since the last barrier")
+        self.write_time[words], self.writer[words], self.fenced[words] = self.known[warps, warps], warps, False
+        return places
 
     def fence(self, warps: np.ndarray) -> None:
         """fence.proxy.async by these warps: what they wrote may be read by the tensor cores' own path."""
         self.fenced |= np.isin(self.writer, warps)
 
-    def read_by_tensor_cores(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Addresses of any shape, of numbers of 2 or 4 bytes -> the numbers, unsigned."""
+    def read_by_tensor_cores(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
+        """Addresses of any shape, of numbers of 2 or 4 bytes -> the numbers, unsigned; for a product by these warps."""
         if (addresses + size > len(self.bytes)).any():
             raise Fault("wgmma operand outside shared memory")
+        words = np.unique(addresses // 4)
         if not self.written[addresses].all():
             raise Fault("wgmma reads shared memory that nobody wrote")
-        if not self.fenced[addresses // 4].all():
+        if not self.fenced[words].all():
             raise Fault("wgmma reads what was written without fence.proxy.async")
-        if (self.write_epoch[addresses // 4] == self.epoch).any():
+        if (self.write_time[words] > self.known[warps][:, self.writer[words]]).any():
             raise Fault("wgmma reads what was written since the last barrier")
         parts = np.ascontiguousarray(self.bytes[addresses[..., None] + np.arange(size)])
         return parts.view({2: np.uint16, 4: np.uint32}[size])[..., 0]
+
+    def hold(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """A product by these warps reads these words until it is let go."""
+        self.read_time[np.ix_(words, warps)] = FOREVER
+
+    def let_go(self, words: np.ndarray, warps: np.ndarray) -> None:
+        """The product has been waited for: its reads are as any other."""
+        self.read_time[np.ix_(words, warps)] = self.known[warps, warps]
