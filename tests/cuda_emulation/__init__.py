@@ -6,5 +6,6 @@
     build.py       compiles and links, as they are or with a planted bug, with or without a sanitizer
     backend.py     the four contractions as a backend has them, on CPU tensors
 
-It cannot see a wrong spelling of an instruction: that is what tests/ptx is for. It needs g++ on x86-64.
+It cannot see a wrong spelling of an instruction: that is what tests/ptx is for, which launches what nvcc made of the kernels by
+the host code that is built here. It needs g++ on x86-64.
 """
