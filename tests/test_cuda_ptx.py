@@ -17,6 +17,7 @@ from test_cuda_network import compare
 
 from build_backend import find_nvcc
 from kan_fast import backends
+from kan_fast.activations import ACTIVATIONS
 from tests.cuda_emulation import build as emulation
 from tests.ptx.cuda import Interpreted, compile_to_ptx
 from tests.ptx.memory import Fault
@@ -77,13 +78,26 @@ WARPGROUP = [
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 20, 33), 5, "uniform", "zero", 0),
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (200, 9, 136), 5, "uneven", "clamp", 1),
 ]
+# The other types of sources that hold the same kernels.
+OTHERS = [
+    ("wgmma", "contract_output", "warpgroup_output_float16", F16, (40, 20, 33), 5, "uniform", "zero", 0),
+    ("wgmma_sparse", "contract_output", "warpgroup_output_float16", F16, (40, 20, 33), 5, "uneven", "linear", 0),
+    ("wgmma", "contract_input", "warpgroup_backward_float16", F16, (40, 20, 33), 5, "uniform", "zero", 1),
+    ("wgmma", "contract_weight", "warpgroup_backward_float16", F16, (70, 20, 33), 5, "uneven", "zero", 0),
+    ("dense", "contract_weight", "wide_backward_float16", F16, (40, 9, 136), 5, "uneven", "zero", 0),
+    ("dense", "contract_input", "wide_backward_tf32", F32, (40, 9, 33), 5, "uniform", "zero", 1),
+    ("dense", "contract_weight", "wide_backward_tf32", F32, (40, 9, 33), 5, "uniform", "zero", 0),
+]
 
 
 def names(case):
     return "-".join(map(str, case)).replace("torch.", "")
 
 
-@pytest.mark.parametrize("case", WIDE + WARPGROUP, ids=names)
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in OTHERS]
+
+
+@pytest.mark.parametrize("case", [*WIDE, *WARPGROUP, *SLOW], ids=names)
 def test_wide(place, case):
     kernel, operation, source, dtype, shape, grid_size, kind, outside, n = case
     precision = "high" if source.endswith("tf32") else "highest"
@@ -111,6 +125,16 @@ def test_narrow(place, operation, dtype, shape, kind, outside, n):
     problem = make_problem(where, dtype, shape, kind=kind, outside=outside, x_dtype=F32)
     assert_close_to_truth(where, problem, operation, n, with_scale=n == 1)
     assert len(backend.ran) == (2 if operation == "contract_weight" else 1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("kernel", "source"), [("dense", "wide_output_tf32x3"), ("narrow", "narrow_output")])
+def test_activations(place, kernel, source, activation):
+    where, _ = place(kernel, ("polynomials", source), strict=kernel != "narrow")
+    for n in (0, 1):
+        problem = make_problem(where, F32, (40, 3, 8), activation=activation)
+        problem.x[:8] *= 30  # where exponentials end
+        assert_close_to_truth(where, problem, "contract_output", n)
 
 
 @pytest.mark.slow

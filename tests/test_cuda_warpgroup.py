@@ -193,12 +193,15 @@ SOON = ("wait", "register fence", "read", "swizzle", "metadata")  # the others c
 def test_planted_bugs_are_found(bug, monkeypatch):
     *change, said = PLANTED[bug]
     monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=[tuple(change)]), architecture=90))
-    problem = make_problem(None, torch.bfloat16, (70, 40, 136), kind="uneven")
+    # Even knots without a scale have a way of their own.
+    cases = ("uneven", True), ("uniform", False)
+    problems = [(make_problem(None, torch.bfloat16, (70, 40, 136), kind=kind), scaled) for kind, scaled in cases]
 
     def use_all():
         for kernel in reversed(KERNELS):
             monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
-            assert_wide_close(Place("emulated", CPU), problem, "contract_output", 0, "highest")
+            for problem, scaled in problems:
+                assert_wide_close(Place("emulated", CPU), problem, "contract_output", 0, "highest", scaled)
 
     with pytest.raises((AssertionError, Fault), match=said or None):
         use_all()

@@ -20,11 +20,11 @@ PARAMETERS = 1 << 60  # where the arguments lie, which a kernel may take the add
 
 def run(
     program: Program, blocks: Sequence[int], threads: int, shared: int, arguments: Sequence[Any],
-    memory: GlobalMemory | None = None, strict: bool = True,
+    memory: GlobalMemory | None = None, strict: bool = True, base: int = 0,
 ) -> None:  # fmt: skip
     """Run all blocks. arguments: arrays (global buffers, changed in place), numbers, bytes (a struct, or any other argument as
     it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in the arguments. strict: as
-    SharedMemory has it."""
+    SharedMemory has it. base: the address where shared memory begins."""
     memory = memory or GlobalMemory()
     given, places = np.zeros(0, np.uint8), {}
     padded = [*arguments, *[None] * (len(program.parameters) - len(arguments))]
@@ -37,7 +37,7 @@ def run(
     x, y, z = [*blocks, 1, 1][:3]
     for index in range(x * y * z):
         place = index % x, index // x % y, index // (x * y)
-        Block(program, memory, given, places, place, (x, y, z), threads, shared, strict).run()
+        Block(program, memory, given, places, place, (x, y, z), threads, shared, strict, base).run()
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Block:
 
     def __init__(
         self, program: Program, memory: GlobalMemory, given: np.ndarray, places: dict[str, int],
-        index: tuple[int, ...], blocks: tuple[int, ...], threads: int, dynamic: int, strict: bool,
+        index: tuple[int, ...], blocks: tuple[int, ...], threads: int, dynamic: int, strict: bool, base: int,
     ) -> None:  # fmt: skip
         self.program, self.memory, self.given, self.threads = program, memory, given, threads
         self.registers: dict[str, np.ndarray] = {}
@@ -69,7 +69,7 @@ class Block:
                         for axis, value in zip("xyz", values, strict=True)}  # fmt: skip
         self.special |= {"%tid.x": np.arange(threads), "%laneid": np.arange(threads) % 32}
         self.symbols = dict(places)
-        size = 0
+        size = base
         for name, static in sorted(program.shared.items(), key=lambda item: item[1] == 0):
             self.symbols[name] = size = -(-size // 128) * 128
             size += static

@@ -22,6 +22,7 @@ from tests.ptx.memory import GlobalMemory
 from tests.ptx.program import Program, parse
 
 FOLDER = ROOT / "build/ptx"
+SHARED_ALIGNMENT = 128  # what the kernels' declaration of shared memory promises, and no more
 OBSERVER = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int, ctypes.c_size_t,
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t), ctypes.c_int,
@@ -120,7 +121,7 @@ class Interpreted(emulated.Backend):
                 if size:
                     memory.add(np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8), address)
             given = [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)]
-            run(self.program(name), grid[:3], threads, shared, given, memory, self.strict)
+            run(self.program(name), grid[:3], threads, shared, given, memory, self.strict, base=SHARED_ALIGNMENT)
             self.ran.append(name)
         except Exception as raised:  # raised again behind the host code
             self.raised = raised
