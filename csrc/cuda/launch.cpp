@@ -172,7 +172,8 @@ size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {
   }
 
 template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, columns_of_output(kSparse ? Family::sparse : Family::dense, p), parts, slices, stream)
+  const int columns = columns_of_output(kSparse ? Family::sparse : Family::dense, p);
+#define KAN_CALL(products) launch_output_wide<products, kSparse>(a, columns, parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
