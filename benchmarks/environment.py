@@ -43,6 +43,8 @@ def cpu_name() -> str:
         if found
     }
     name = lines.get("model name", platform.machine())
+    if "cpu family" in lines:  # a virtual machine's "AMD EPYC" may be of any generation
+        name += f" family {lines['cpu family']} model {lines.get('model', '?')}"
     flags = lines.get("flags", "").split()
     vector = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
     return f"{name} ({vector})" if vector else name

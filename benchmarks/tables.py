@@ -72,7 +72,13 @@ def _mark(value: float, bar: float | None) -> str:
 
 def _bar_rows(rows: list[Row]) -> list[Row]:
     chosen = [row for row in latest(rows, what="bars", device="cpu") if "forward_ratio" in row]
-    return [next(row for row in chosen if row["shape"] == shape.key()) for shape in _shapes(chosen)]
+    return [row for shape in _shapes(chosen) for row in chosen if row["shape"] == shape.key()]
+
+
+def _subject(row: Row, among: list[Row]) -> str:
+    """The shape, and the device where rows of several stand in one table."""
+    several = len({other.get("device_name") for other in among}) > 1
+    return str(Shape.parse(row["shape"])) + (f"; {row.get('device_name')}" if several else "")
 
 
 def bars(rows: list[Row]) -> str:
@@ -82,7 +88,7 @@ def bars(rows: list[Row]) -> str:
         return NOT_YET
     body = []
     for row in chosen:
-        cells = [str(Shape.parse(row["shape"]))]
+        cells = [_subject(row, chosen)]
         for phase in ("forward", "step"):
             ratio, bar = row[f"{phase}_ratio"], row[f"{phase}_bar"]
             cells += [f"{row[f'{phase}_ms']:.3g}", f"{ratio:.2f}", "-" if bar is None else f"{bar:.2f}{_mark(ratio, bar)}"]
@@ -98,7 +104,7 @@ def bars_more(rows: list[Row]) -> str:
         return NOT_YET
     body = []
     for row in chosen:
-        cells = [str(Shape.parse(row["shape"]))]
+        cells = [_subject(row, chosen)]
         for kind, bar in (("bfloat16", BAR_BFLOAT16), ("non_uniform", BAR_NON_UNIFORM)):
             pair = [row[f"{phase}_{kind}_ratio"] for phase in ("forward", "step")]
             cells.append(f"{pair[0]:.2f} / {pair[1]:.2f}{_mark(max(pair), bar)}")
