@@ -33,6 +33,18 @@ struct Item {
   int first;
 };
 
+// A window as it is kept from one chunk to the next: 16-bit types two weights to a word, (0, 1) and (2, 3) or, sparse, (0, 2)
+// and (1, 3).
+template <Products P> struct Kept {
+  uint32_t w[kIsHalf<P> ? 2 : 4];
+  int first;
+};
+template <Products P, bool kSparse> KAN_DEVICE Kept<P> keep(const Item& item) {
+  const float(&w)[4] = item.w;
+  if constexpr (kIsHalf<P>) return {{pack<P>(w[0], w[kSparse ? 2 : 1]), pack<P>(w[kSparse ? 1 : 2], w[3])}, item.first};
+  else return {{as_bits(w[0]), as_bits(w[1]), as_bits(w[2]), as_bits(w[3])}, item.first};
+}
+
 // The row of a stage of weights that basis f (0 .. 7) of an input goes to: the order of the operand's columns.
 template <bool kSparse, bool kHalf> KAN_INLINE int place_of_basis(int f) {
   if (!kSparse) return f;
@@ -58,6 +70,13 @@ KAN_INLINE int kept(int begin) { return begin < 0 ? 0 : begin > 2 ? 2 : begin; }
 KAN_INLINE uint32_t kept_word(uint32_t word, int begin) {
   return begin >= 0 && begin <= 2 ? word : begin == -1 ? word >> 16 : begin == 3 ? word << 16 : 0u;
 }
+// Sparse: the pairs of the even and of the odd bases of a kept window as they are stored.
+KAN_DEVICE void sparse_words(const uint32_t (&window)[2], int shift, uint32_t& even_word, uint32_t& odd_word) {
+  const bool odd = shift & 1;
+  even_word = kept_word(odd ? window[1] : window[0], pair_begin(shift, 0));
+  odd_word = kept_word(odd ? window[0] : window[1], pair_begin(shift, 1));
+}
+
 // Metadata of both parities of one input: four bits each, places `begin` and the next.
 KAN_INLINE uint32_t pair_metadata(int shift) {
   return uint32_t(5 * kept(pair_begin(shift, 0)) + 4) | uint32_t(5 * kept(pair_begin(shift, 1)) + 4) << 4;

@@ -49,13 +49,6 @@ KAN_DEVICE unsigned thread_now() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
   return r;
 }
-// The same number, of which the compiler does not know that it is: what follows from it is computed here, and not kept in registers
-// since long before.
-KAN_DEVICE int anew(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 KAN_DEVICE void barrier() { __syncthreads(); }
 KAN_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T> KAN_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -113,13 +106,6 @@ KAN_DEVICE uint32_t pack_float16(float low, float high) {
 KAN_DEVICE uint32_t to_tf32(float value) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value));
-  return r;
-}
-// The nearer end where x is beyond; NaN stays NaN, as fminf and fmaxf would not have it.
-KAN_DEVICE float keep_within(float x, float low, float high) {
-  float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(low));
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(r), "f"(high));
   return r;
 }
 // By any number of bits: 64 and more leave nothing.

@@ -35,18 +35,6 @@ template <Products P> KAN_INLINE int metadata_offset(int row, int word) {
   return ((row / 16 * 8 + row % 8) * (kIsHalf<P> ? 2 : 4) + word) * 4 + row / 8 % 2 * 2;
 }
 
-// A window as it is kept from one chunk to the next: 16-bit types two weights to a word, (0, 1) and (2, 3) or, sparse, (0, 2)
-// and (1, 3).
-template <Products P> struct Kept {
-  uint32_t w[kIsHalf<P> ? 2 : 4];
-  int first;
-};
-template <Products P, bool kSparse> KAN_DEVICE Kept<P> keep(const Item& item) {
-  const float(&w)[4] = item.w;
-  if constexpr (kIsHalf<P>) return {{pack<P>(w[0], w[kSparse ? 2 : 1]), pack<P>(w[kSparse ? 1 : 2], w[3])}, item.first};
-  else return {{as_bits(w[0]), as_bits(w[1]), as_bits(w[2]), as_bits(w[3])}, item.first};
-}
-
 // tf32: bases 0 .. 3 and 4 .. 7 of a window; kFolded: `lower` alone, with the one of bases j and j + 4 that may be other than zero.
 template <bool kFolded> KAN_DEVICE void spread_numbers(const uint32_t (&w)[4], int shift, Words<4>& lower, Words<4>& upper) {
   float folded[4];
@@ -65,9 +53,8 @@ KAN_DEVICE void write_window(char* tile, char* metadata, const Kept<P>& window, 
   constexpr int kHere = kPieces<P, kSparse>;
   const int shift = window.first - chunk * kStepBases;
   if constexpr (kIsHalf<P> && kSparse) {
-    const bool odd = shift & 1;
-    const uint32_t even_word = odd ? window.w[1] : window.w[0], odd_word = odd ? window.w[0] : window.w[1];
-    const Words<2> words{{kept_word(even_word, pair_begin(shift, 0)), kept_word(odd_word, pair_begin(shift, 1))}};
+    Words<2> words;
+    sparse_words(window.w, shift, words.w[0], words.w[1]);
     *reinterpret_cast<Words<2>*>(tile + piece_offset<kHere>(row, input / 2) + input % 2 * 8) = words;
     metadata[metadata_offset<P>(row, input / 2) + input % 2] = char(pair_metadata(shift));
   } else if constexpr (kIsHalf<P>) {

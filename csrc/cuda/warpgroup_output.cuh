@@ -104,7 +104,8 @@ template <bool kSparse, int kColumns, class T> struct WeightCopies {
 };
 
 // Four items of a row in the sparse form: the first or the second half of its 64 bytes.
-KAN_DEVICE void write_sparse_windows(const PackedItem (&items)[4], int first_base, char* left, char* metadata, int row, int half) {
+template <Products P>
+KAN_DEVICE void write_sparse_windows(const Kept<P> (&items)[4], int first_base, char* left, char* metadata, int row, int half) {
   metadata += half * (kMetadataBytes / 2) + row / 16 * 64 + row % 8 * 8 + row / 8 % 2 * 2;
   KAN_UNROLL_ALL
   for (int m = 0; m < 2; ++m) {
@@ -112,7 +113,7 @@ KAN_DEVICE void write_sparse_windows(const PackedItem (&items)[4], int first_bas
     KAN_UNROLL_ALL
     for (int r = 0; r < 2; ++r) {
       const int shift = items[2 * m + r].first - first_base;
-      sparse_words(items[2 * m + r].words, shift, words[2 * r], words[2 * r + 1]);
+      sparse_words(items[2 * m + r].w, shift, words[2 * r], words[2 * r + 1]);
       bits |= pair_metadata(shift) << (8 * r);
     }
     store_16_bytes(left + row * kGroupDepth + ((2 * half + m) ^ row / 2 % 4) * 16, words);
@@ -156,7 +157,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
         store_8_bytes(base + swizzled(row, step.group * 8) + 8 * half, words);
       }
       if (quick && write_quick_windows<P>(a, i, step.end, x, left, row, 4 * half)) continue;
-      PackedItem items[4];
+      Kept<P> items[4];
       make_items<P, kSparse>(a, b, i, step.end, x, items);
       if constexpr (kSparse) write_sparse_windows(items, first_base, left, memory.metadata + stage * kMetadataBytes, row, half);
       else write_windows(items, first_base, left, row, 4 * half);
@@ -184,7 +185,7 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
     } else if constexpr (kSparse) {
       // The other group multiplies while this one waits.
       wait_for_products<0>();
-      const int warp = anew(int(threadIdx.x) / 32), lane = anew(int(threadIdx.x) % 32);
+      const int thread = int(thread_now()), warp = thread / 32, lane = thread % 32;
       const char* rows = memory.left + left_stage * kLeftBytes + (16 * warp + lane % 16) * kGroupDepth;
       const char* bits = memory.metadata + left_stage * kMetadataBytes + warp * 64 + lane / 4 * 8 + lane % 2 * 4;
       KAN_UNROLL_ALL

@@ -143,7 +143,7 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
 
 // body(row, column, sum, next column's sum) for a multiplier's share of the tile.
 template <int kParts, class Body> KAN_DEVICE void for_every_pair(const float (&sums)[kParts][64], Body body) {
-  const int thread = anew(int(threadIdx.x)), row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+  const int thread = int(thread_now()), row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
   KAN_UNROLL_ALL
   for (int part = 0; part < kParts; ++part)
     KAN_UNROLL_ALL

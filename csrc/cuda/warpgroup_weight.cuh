@@ -73,7 +73,7 @@ KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, cons
       ahead[half].unpack(p, x);
       load(half, b + 2 * kGroupDepth, i0);
       if (quick && write_quick_windows<P>(a, i, int(p.in_features), x, lines, line, 4 * half)) continue;
-      PackedItem items[4];
+      Kept<P> items[4];
       make_items<P, false>(a, b, i, p.in_features, x, items);
       write_windows(items, tile.chunk * kStepBases, lines, line, 4 * half);
     }

@@ -41,7 +41,7 @@ KAN_DEVICE int even_interval(const Problem& p, const Even& d, float x, float& v)
 // read. Bases that do not exist come out as any finite number.
 KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, float scale) {
   const Problem& p = a.p;
-  const float at = keep_within(x, d.first, d.last);
+  const float at = held(x, d.first, d.last);
   float v;
   Item item;
   item.first = even_interval(p, d, at, v) - p.spline_order;

@@ -48,16 +48,6 @@ struct FourInputs {
 // Of piece `piece` (16 bytes) of line `line` (128 bytes) of a tile with the 128-byte swizzle.
 KAN_DEVICE int swizzled_piece(int line, int piece) { return line * 128 + (piece ^ line % 8) * 16; }
 
-// A window of 16-bit weights: dense (w0, w1), (w2, w3); sparse (w0, w2), (w1, w3).
-struct PackedItem {
-  uint32_t words[2];
-  int first;
-};
-
-template <Products P, bool kSparse> KAN_DEVICE PackedItem packed(const Item& item) {
-  return {{pack<P>(item.w[0], item.w[kSparse ? 2 : 1]), pack<P>(item.w[kSparse ? 1 : 2], item.w[3])}, item.first};
-}
-
 // Items of inputs i .. i + 3 of row b, times scale where there is one: body(m, item). Those of rows and inputs outside the problem
 // are finite.
 template <class Body>
@@ -83,9 +73,9 @@ KAN_DEVICE void for_four_items(const WideArguments& a, int64_t b, int64_t i, int
 }
 
 template <Products P, bool kSparse>
-KAN_DEVICE void make_items(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], PackedItem (&items)[4]) {
+KAN_DEVICE void make_items(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Kept<P> (&items)[4]) {
   for_four_items(a, b, i, end, x, a.p.scale, [&](int m, const Item& item) {
-    const PackedItem made = packed<P, kSparse>(item);
+    const Kept<P> made = keep<P, kSparse>(item);
     KAN_UNROLL_ALL
     for (int r = 0; r < 4; ++r)
       if (r == m) items[r] = made;  // an array indexed at run time would leave the registers
@@ -160,20 +150,14 @@ KAN_DEVICE bool write_quick_windows(const WideArguments& a, int i, int end, cons
 }
 
 // The general way, of eight bases from `first_base` on.
-KAN_DEVICE void write_windows(const PackedItem (&items)[4], int first_base, char* tile, int line, int piece) {
+template <Products P>
+KAN_DEVICE void write_windows(const Kept<P> (&items)[4], int first_base, char* tile, int line, int piece) {
   KAN_UNROLL_ALL
   for (int m = 0; m < 4; ++m) {
     uint32_t words[4];
-    spread_window(items[m].words, items[m].first - first_base, words);
+    spread_window(items[m].w, items[m].first - first_base, words);
     store_16_bytes(tile + swizzled_piece(line, piece + m), words);
   }
-}
-
-// Sparse: the pairs of the even and of the odd bases of one item as they are stored.
-KAN_DEVICE void sparse_words(const uint32_t (&window)[2], int shift, uint32_t& even_word, uint32_t& odd_word) {
-  const bool odd = shift & 1;
-  even_word = kept_word(odd ? window[1] : window[0], pair_begin(shift, 0));
-  odd_word = kept_word(odd ? window[0] : window[1], pair_begin(shift, 1));
 }
 
 // Base activations, or their derivatives, at four x.

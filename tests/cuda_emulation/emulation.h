@@ -114,7 +114,6 @@ template <class T> T exchange(const char* name, T value, int source) {
 template <class T> T shuffle_xor(T value, int mask) { return exchange("shuffle_xor", value, emulation::self->lane ^ mask); }
 template <class T> T shuffle(T value, int lane) { return exchange("shuffle", value, lane & 31); }
 
-inline int anew(int value) { return value; }
 inline float reciprocal(float x) { return 1 / x; }
 inline double reciprocal(double x) { return 1 / x; }
 inline float reciprocal_of_normal(float x) { return 1 / x; }
@@ -135,7 +134,6 @@ inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(_Float1
 inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | uint32_t(to_float16(high)) << 16; }
 inline uint32_t to_tf32(float value) { return (std::bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u; }
-inline float keep_within(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 inline uint64_t shift_left(uint64_t value, uint32_t bits) { return bits < 64 ? value << bits : 0; }
 inline uint64_t shift_right(uint64_t value, uint32_t bits) { return bits < 64 ? value >> bits : 0; }
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
