@@ -27,6 +27,8 @@ def kan_linear(
     x (..., in), spline_weight (in, G + k, out), grid (in, G + 2k + 1), base_weight (in, out) or None for no base
     branch, bias (out) or None -> (..., out). grid_size G and spline_order k follow from the shapes.
 
+    Knots must not decrease from one to the next and are not looked at on the way: KANLayer.set_grid checks them.
+
     float32, float64, bfloat16 or float16; the result has the dtype of the weights. x may be of another of these dtypes,
     but float64 goes only with float64. Intervals, bases and sums are computed in float32 (float64 for float64), and the
     knots are float32 or float64. Under autocast weights and result take the autocast dtype, as in nn.Linear; x and
@@ -42,6 +44,8 @@ def kan_linear(
 
     Source: Z. Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.10).
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if torch._C._is_any_autocast_enabled():
         dtype = _weight_dtype(x, spline_weight)
         spline_weight = spline_weight.to(dtype)

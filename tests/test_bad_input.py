@@ -44,6 +44,8 @@ def test_network_arguments():
         KAN([3, 2], 0)
     with pytest.raises(TypeError, match="shape"):
         KAN([3, 2], shape=3)
+    with pytest.raises(TypeError, match="^layer_dims: expected a sequence of widths, got 3"):
+        KAN(3)
 
 
 def test_indices_of_edges():
@@ -52,8 +54,49 @@ def test_indices_of_edges():
         layer.edge(3, 0)
     with pytest.raises(IndexError, match="^j: expected an index of 2 features, got -3"):
         layer.edge(0, -3)
+    with pytest.raises(TypeError, match="^j: expected an int, got 0.0"):
+        layer.edge(0, 0.0)
+    with pytest.raises(ValueError, match="^derivative: expected 0 or more, got -1"):
+        layer.edge(0, 0)(torch.zeros(4), derivative=-1)
+
+
+def test_edge_values():
+    layer = KANLayer(3, 2, base_activation=torch.sin)
     with pytest.raises(ValueError, match=r"^x: expected shape \(N, in_features\) with in_features = 3, got \(4,\)"):
         layer.edge_values(torch.zeros(4))
+    with pytest.raises(ValueError, match="^derivative: expected 0 or more, got -1"):
+        layer.edge_values(torch.zeros(4, 3), derivative=-1)
+    with pytest.raises(TypeError, match="^derivative: expected an int, got 1.0"):
+        layer.edge_values(torch.zeros(4, 3), derivative=1.0)
+
+
+def break_order(grid):
+    grid[1, 4] = 2.0
+
+
+def break_number(grid):
+    grid[1, 4] = torch.nan
+
+
+def break_range(grid):
+    grid[1] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_order, "layers.1.grid: expected knots that do not decrease, got 2 followed by .* for input 1"),
+        (break_number, "layers.1.grid: expected finite knots"),
+        (break_range, r"layers.1.grid: expected an increasing range, got \[0, 0\] for input 1"),
+    ],
+)
+def test_knots_that_make_no_splines_are_not_loaded(damage, message):
+    model = KAN([3, 2, 1])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    damage(state["layers.1.grid"])
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
+    assert model.layers[1].grid.diff(dim=1).min() > 0
 
 
 # What to change in a sound call of kan_linear: x (7, 3), spline_weight (3, 8, 4), grid (3, 12), base_weight (3, 4).
@@ -98,6 +141,28 @@ def test_calls(place, change, error, message):
     }
     with pytest.raises(error, match=message):
         kan_linear(**arguments)
+
+
+def test_what_only_the_native_backend_does_not_serve():
+    if "native" not in available_backends("cpu"):
+        pytest.skip("the native code is not built")
+    x = torch.zeros(4, 3)
+    for backend in ("auto", "native"):
+        with pytest.raises(ValueError, match="^spline_order: expected 0 to 5 with backend 'native', got 6; backend='reference'"):
+            KANLayer(3, 2, spline_order=6, backend=backend)(x)
+    assert KANLayer(3, 2, spline_order=6, backend="reference")(x).isfinite().all()
+    with pytest.raises(ValueError, match="^n: expected 0 to 32 with backend 'native', got 33"):
+        KANLayer(3, 2).edge(0, 0)(x, derivative=33)
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_what_is_no_tensor(backend):
+    layer = KANLayer(3, 2, backend=backend)
+    for x, name in (([0.0, 0.0, 0.0], "list"), (torch.zeros(3).numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"^x: expected a tensor, got {name}"):
+            layer(x)
+    with pytest.raises(TypeError, match="^x: expected a tensor, got list"):
+        KAN([3, 2, 1], backend=backend)([0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(

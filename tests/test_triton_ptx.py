@@ -21,7 +21,7 @@ from kan_fast.backends import reference
 from kan_fast.backends.triton import launch, tiles
 from kan_fast.spline import uniform_grid
 from tests.ptx.block import run
-from tests.ptx.memory import Fault
+from tests.ptx.memory import GLOBAL, Fault, GlobalMemory
 from tests.ptx.program import parse
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -47,12 +47,17 @@ CASES = [
 ]
 
 
-def as_arrays(step):
-    """The arguments that the compiled kernel takes, tensors as arrays on the same memory."""
+def runtime(step):
+    """(name, value) of the arguments that the compiled kernel takes."""
     for parameter in step.kernel.params:
         value = step.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            continue
+        if not (parameter.is_constexpr or (isinstance(value, int) and value == 1)):
+            yield parameter.name, value
+
+
+def as_arrays(step):
+    """The arguments that the compiled kernel takes, tensors as arrays on the same memory."""
+    for _, value in runtime(step):
         if isinstance(value, torch.Tensor):
             value = value.view(torch.uint16).numpy() if value.dtype == BF16 else value.numpy()
         yield value
@@ -133,3 +138,58 @@ def test_an_access_out_of_bounds_is_found():
     made = compile_launch(step, "short", 80)
     with pytest.raises(Fault, match="beyond buffer"):
         run(parse(made.ptx), step.programs, 32 * made.warps, made.shared, list(as_arrays(step)))
+
+
+@pytest.mark.parametrize("kernel", ["contract_output", "contract_input"])
+def test_weights_of_more_numbers_than_32_bits_count(kernel):
+    # The last block of a layer of 2^32 weights, of which those alone exist that the block may touch.
+    many, few, features, modes = 2**28, 2, 8, ("silu", "zero", 0)
+    inputs, outputs = (few, many) if kernel == "contract_output" else (many, few)
+    sizes = {
+        "x": (1, inputs), "spline_weight": (inputs, features, outputs), "base_weight": (inputs, outputs), "g": (1, outputs),
+        "all_knots": (inputs, features + 4), "y": (1, outputs), "dx": (1, inputs), "uniform": (1,),
+    }  # fmt: skip
+    x, spline, base, g, grid, y, dx, _ = (torch.empty(size, device="meta") for size in sizes.values())
+    problem = launch.Problem(1, inputs, features, outputs, 3, *modes, F32, tiles.Target("cuda", 80, 2))
+    if kernel == "contract_output":
+        steps = launch.plan_contract_output(x, None, spline, base, grid, y, problem)
+        i0, o0 = 0, many - steps[-1].arguments["COLUMNS"]
+    else:
+        steps = launch.plan_contract_input(x, spline, base, g, grid, dx, problem)
+        i0, o0 = many - steps[-1].arguments["INPUTS"], 0
+
+    memory = GlobalMemory()
+    places = {name: GLOBAL + (number << 40) for number, name in enumerate(sizes)}
+
+    def give(name, first, values):
+        """Put float32 values into memory, from the number `first` of a tensor on; the same in float64."""
+        memory.add(values.numpy(), places[name] + 4 * first)
+        return values.double()
+
+    def lines(name, each):
+        """Lines of all outputs of a tensor of weights, `each` to an input, from i0 and o0 on."""
+        width = outputs - o0
+        found = [give(name, line * outputs + o0, torch.randn(width)) for line in range(i0 * each, inputs * each)]
+        return torch.stack(found).view(inputs - i0, each, width)
+
+    torch.manual_seed(0)
+    some_x = give("x", i0, 2 * torch.rand(inputs - i0) - 1)[None]
+    some_grid = give("all_knots", i0 * (features + 4), uniform_grid(inputs - i0, 5, 3, (-1.0, 1.0)))
+    weights = lines("spline_weight", features), lines("base_weight", 1)[:, 0]
+    give("uniform", 0, torch.zeros(1))
+    if kernel == "contract_output":
+        result, truth = "y", reference.contract_output(some_x, None, *weights, some_grid, *modes)
+    else:
+        some_g = give("g", 0, torch.randn(few))[None]
+        result, truth = "dx", reference.contract_input(some_x, *weights, some_g, some_grid, *modes)
+    got = torch.full((truth.shape[1],), torch.nan)
+    give(result, i0 + o0, got)
+    for step in steps:
+        made = compile_launch(step, step.kernel.__name__, 80)
+        arguments = [
+            places.get(name, places["x"]) if isinstance(value, torch.Tensor) else value  # x stands in the place of no scale
+            for name, value in runtime(step)
+        ]
+        last = [step.programs[0] - 1]
+        run(parse(made.ptx), step.programs, 32 * made.warps, made.shared, arguments, memory, only=last)
+    assert (got.double() - truth[0]).abs().max() <= ALLOWED["highest"] * truth.abs().max()

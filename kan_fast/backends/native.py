@@ -25,6 +25,9 @@ _OPERATORS = (
     "network_pays",
 )  # fmt: skip
 
+# kMaxOrder of csrc/kernels.h, and the largest n that check_codes of csrc/ops.cpp lets pass.
+_MAX_ORDER, _MAX_DERIVATIVE = 5, 32
+
 
 def _load() -> str | None:
     """Load the library; why it cannot be, or None."""
@@ -122,6 +125,28 @@ def _precision(x: Tensor) -> tuple[int, ...]:
     return (int(torch.get_float32_matmul_precision() != "highest"),) if x.is_cuda else ()
 
 
+def _explain(
+    x: Tensor,
+    scale: Tensor | None,
+    spline_weight: Tensor | None,
+    base_weight: Tensor | None,
+    g: Tensor | None,
+    grid: Tensor,
+    spline_order: int | None,
+    activation: str,
+    outside: str,
+    n: int,
+) -> None:
+    """Raise what the other backends raise for such arguments, or what of them only this one cannot serve."""
+    check_problem(x, scale, spline_weight, base_weight, g, grid, spline_order, activation, outside, n)
+    order = grid.shape[1] - spline_weight.shape[1] - 1 if spline_weight is not None else spline_order
+    for name, value, most in (("spline_order", order, _MAX_ORDER), ("n", n, _MAX_DERIVATIVE)):
+        if value is not None and value > most:
+            raise ValueError(
+                f"{name}: expected 0 to {most} with backend 'native', got {value}; backend='reference' has no such limit"
+            )
+
+
 def contract_output(
     x: Tensor,
     scale: Tensor | None,
@@ -137,7 +162,7 @@ def contract_output(
     try:
         return _contract_output(x, scale, spline_weight, base_weight, grid, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
-        check_problem(x, scale, spline_weight, base_weight, None, grid, None, activation, outside, n)
+        _explain(x, scale, spline_weight, base_weight, None, grid, None, activation, outside, n)
         raise
 
 
@@ -156,7 +181,7 @@ def contract_input(
     try:
         return _contract_input(x, spline_weight, base_weight, g, grid, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
-        check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
+        _explain(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise
 
 
@@ -175,7 +200,7 @@ def contract_weight(
     try:
         return _contract_weight(x, scale, g, grid, spline_order, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
-        check_problem(x, scale, None, None, g, grid, spline_order, activation, outside, n)
+        _explain(x, scale, None, None, g, grid, spline_order, activation, outside, n)
         raise
 
 
@@ -194,7 +219,7 @@ def contract_backward(
     try:
         return _contract_backward(x, spline_weight, base_weight, g, grid, *codes, n, *_precision(x))  # type: ignore[no-any-return]
     except (RuntimeError, ValueError):
-        check_problem(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
+        _explain(x, None, spline_weight, base_weight, g, grid, None, activation, outside, n)
         raise
 
 

@@ -144,6 +144,7 @@ class KANLayer(KnotsStayWide):
         """
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, in_features) with in_features = {self.in_features}, got {tuple(x.shape)}")
+        derivative = _check_int("derivative", derivative, 0)
         spline_weight, base_weight = self.masked_weights()
         dtype = at_least_float32(x.dtype)
         x = x.to(dtype)
@@ -160,11 +161,14 @@ class KANLayer(KnotsStayWide):
         an edge that does not exist.
         """
         for name, index, size in (("i", i, self.in_features), ("j", j, self.out_features)):
+            if not hasattr(index, "__index__"):
+                raise TypeError(f"{name}: expected an int, got {index!r}")
             if not -size <= index < size:
                 raise IndexError(f"{name}: expected an index of {size} features, got {index}")
         i, j = i % self.in_features, j % self.out_features
 
         def function(x: Tensor, derivative: int = 0) -> Tensor:
+            derivative = _check_int("derivative", derivative, 0)
             spline_weight, base_weight = self.masked_weights()
             spline_weight = spline_weight[i : i + 1, :, j : j + 1]
             base_weight = None if base_weight is None else base_weight[i : i + 1, j : j + 1]

@@ -1,7 +1,7 @@
 """KAN: a stack of KANLayers."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,8 @@ class KAN(nn.Module):
     ) -> None:
         super().__init__()
         self.fused = fused
+        if not isinstance(layer_dims, Iterable):
+            raise TypeError(f"layer_dims: expected a sequence of widths, got {layer_dims!r}")
         dims = list(layer_dims)
         if len(dims) < 2:
             raise ValueError(f"layer_dims: expected at least two widths, got {dims}")

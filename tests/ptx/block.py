@@ -20,11 +20,11 @@ PARAMETERS = 1 << 60  # where the arguments lie, which a kernel may take the add
 
 def run(
     program: Program, blocks: Sequence[int], threads: int, shared: int, arguments: Sequence[Any],
-    memory: GlobalMemory | None = None, strict: bool = True, base: int = 0,
+    memory: GlobalMemory | None = None, strict: bool = True, base: int = 0, only: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """Run all blocks. arguments: arrays (global buffers, changed in place), numbers, bytes (a struct, or any other argument as
-    it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in the arguments. strict: as
-    SharedMemory has it. base: the address where shared memory begins."""
+    """Run all blocks, or `only` those, by their numbers. arguments: arrays (global buffers, changed in place), numbers, bytes
+    (a struct, or any other argument as it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in the
+    arguments. strict: as SharedMemory has it. base: the address where shared memory begins."""
     memory = memory or GlobalMemory()
     given, places = np.zeros(0, np.uint8), {}
     padded = [*arguments, *[None] * (len(program.parameters) - len(arguments))]
@@ -35,7 +35,7 @@ def run(
         places[name] = PARAMETERS + len(given)
         given = np.concatenate([given, np.frombuffer(raw + bytes(-len(raw) % 16), np.uint8)])
     x, y, z = [*blocks, 1, 1][:3]
-    for index in range(x * y * z):
+    for index in range(x * y * z) if only is None else only:
         place = index % x, index // x % y, index // (x * y)
         Block(program, memory, given, places, place, (x, y, z), threads, shared, strict, base).run()
 

@@ -19,7 +19,7 @@ def pull_back(
     k = tl.arange(0, BASES * INPUTS)
     i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
     k_ok = (i < in_features) & (f < FEATURES)
-    row_of_weights = (i * FEATURES + f) * out_features
+    row_of_weights = (i * FEATURES + f).to(tl.int64) * out_features
     inputs = block * INPUTS + tl.arange(0, INPUTS)
     spline = tl.zeros((ROWS, BASES * INPUTS), DTYPE)
     base = tl.zeros((ROWS, INPUTS), DTYPE)

@@ -49,10 +49,8 @@ def contract_output_wide(
             phi = spread(first, values, others, first_base, ROWS, INPUTS, BASES, ORDER)
             i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
             k_ok = (i < in_features) & (f < FEATURES)
-            row_of_weights = (i * FEATURES + f) * out_features
-            w = tl.load(
-                spline_weight + row_of_weights[:, None] + columns[None, :], mask=k_ok[:, None] & column_ok[None, :], other=0.0
-            )
+            at_w = spline_weight + (i * FEATURES + f)[:, None].to(tl.int64) * out_features + columns[None, :]
+            w = tl.load(at_w, mask=k_ok[:, None] & column_ok[None, :], other=0.0)
             total = tl.dot(phi.to(OPERAND), w.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
     if ACTIVATION != 0:
         for start in range(0, in_features, DEPTH):
