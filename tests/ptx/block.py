@@ -23,8 +23,8 @@ def run(
     memory: GlobalMemory | None = None, strict: bool = True, base: int = 0, only: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Run all blocks, or `only` those, by their numbers. arguments: arrays (global buffers, changed in place), numbers, bytes
-    (a struct, or any other argument as it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in the
-    arguments. strict: as SharedMemory has it. base: the address where shared memory begins."""
+    (a struct, or any other argument as it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in
+    the arguments. strict: as SharedMemory has it. base: the address where shared memory begins."""
     memory = memory or GlobalMemory()
     given, places = np.zeros(0, np.uint8), {}
     padded = [*arguments, *[None] * (len(program.parameters) - len(arguments))]
