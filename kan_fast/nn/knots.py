@@ -24,7 +24,14 @@ class KnotsStayWide(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *messages: list[str]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Knots that make no splines are an error; of other shapes, and of tensors without numbers, torch says enough."""
         knots = state_dict.get(prefix + "grid")
@@ -32,9 +39,9 @@ class KnotsStayWide(nn.Module):
             try:
                 check_grid(knots.to(at_least_float32(knots.dtype)), len(knots), self.spline_order)
             except ValueError as error:
-                messages[-1].append(f"{prefix}{error}")
+                error_msgs.append(f"{prefix}{error}")
                 return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *messages)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
