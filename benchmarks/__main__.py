@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks import environment, rows
 from benchmarks.cases import DTYPES, Shape
+from benchmarks.contestants import peer_names
 from benchmarks.options import Options, Progress
+from kan_fast import backends
 
 # --what NAME runs `run(options) -> rows` of the module.
 TOPICS = {
@@ -22,6 +25,43 @@ TOPICS = {
     "kernels": ("benchmarks.kernels", "the Triton kernels compiled offline, not run: registers, spills, shared memory"),
     "bars": ("benchmarks.bars", "the CPU speed bars against nn.Linear of equal parameter count"),
 }
+# Options of some topics only: given to another, they would be ignored.
+TAKES = {
+    "backend": {"layer", "sweep", "network", "training", "latency", "bars"},
+    "shapes": {"layer", "sweep", "bars"},
+    "dtype": {"layer", "sweep"},
+    "peers": {"layer", "sweep", "network"},
+    "minutes": {"layer"},
+    "phases": {"layer", "sweep"},
+    "memory": {"layer", "sweep", "bars"},
+    "axes": {"sweep"},
+    "tasks": {"training"},
+    "times": {"training"},
+    "extras": {"bars"},
+}
+
+
+def number(least: float, kind: type[float] = float) -> Callable[[str], float]:
+    """A parser of numbers of at least so much."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not value >= least:
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {name} from {least} on, got {text!r}")
+        return value
+
+    return parse
+
+
+def folder(text: str) -> Path:
+    """A folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got {text}")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,15 +69,18 @@ def parser() -> argparse.ArgumentParser:
     topics = "; ".join(f"{name}: {text}" for name, (_, text) in TOPICS.items())
     made.add_argument("--what", choices=list(TOPICS), default="layer", help=topics)
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    made.add_argument("--backend", default="auto", help="backend of kan_fast; layer: all that are available")
+    made.add_argument("--backend", choices=["auto", *backends.NAMES], default="auto",
+                      help="backend of kan_fast; layer: all that are available")
     made.add_argument("--shapes", nargs="+", metavar="B,I,O[,G[,K]]", help="shapes instead of the topic's own")
     made.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
-    made.add_argument("--peers", nargs="*", help="contestants by name (none: --peers alone); default: all")
-    made.add_argument("--peer-path", action="append", type=Path, default=[], metavar="DIR",
+    peers = peer_names()
+    made.add_argument("--peers", nargs="*", choices=peers, metavar="NAME",
+                      help=f"contestants besides kan_fast and linear equal (none: --peers alone); default: {', '.join(peers)}")
+    made.add_argument("--peer-path", action="append", type=folder, default=[], metavar="DIR",
                       help="a checkout of a rival that is not on PyPI; may be repeated")
-    made.add_argument("--seconds", type=float, default=2.0, help="budget of each measurement (default 2)")
-    made.add_argument("--minutes", type=float, help="stop beginning new cases after this long")
-    made.add_argument("--threads", type=int, help="PyTorch threads (default: 2 on the CPU, as the bars are set)")
+    made.add_argument("--seconds", type=number(0), default=2.0, help="budget of each measurement (default 2)")
+    made.add_argument("--minutes", type=number(0), help="stop beginning new cases after this long")
+    made.add_argument("--threads", type=number(1, int), help="PyTorch threads (default: 2 on the CPU, as the bars are set)")
     made.add_argument("--allocator", choices=["keep", "default"], default="keep",
                       help="keep: freed memory is not given back to the system, so no page faults in a steady state")
     made.add_argument("--extras", action="store_true", help="bars: bfloat16, non-uniform grids, no grad of x")
@@ -53,17 +96,28 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+def check(made: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """End the program where options do not go together."""
+    for name, topics in TAKES.items():
+        if given.what not in topics and getattr(given, name) != made.get_default(name):
+            made.error(f"--{name}: expected with --what {' or '.join(sorted(topics))} alone, got --what {given.what}")
+    if given.device == "cuda" and given.what == "bars":
+        made.error("--device cuda: expected cpu with --what bars, which are those of a CPU")
     if given.device == "cuda" and not torch.cuda.is_available():
-        parser().error("--device cuda: expected a CUDA device, torch.cuda.is_available() is False")
+        made.error("--device cuda: expected a CUDA device, torch.cuda.is_available() is False")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    made = parser()
+    given = made.parse_args(arguments)
+    check(made, given)
     device = given.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and given.what != "bars" else "cpu"
     try:
         shapes = [Shape.parse(text) for text in given.shapes] if given.shapes else None
     except ValueError as error:
-        parser().error(f"--shapes: {error}")
+        made.error(f"--shapes: {error}")
     allocator = environment.set_allocator(given.allocator)
     threads = given.threads or (min(2, environment.cores()) if device == "cpu" else torch.get_num_threads())
     torch.set_num_threads(threads)
@@ -75,10 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     written: set[int] = set()
 
-    def emit(made: list[rows.Row]) -> None:
+    def emit(done: list[rows.Row]) -> None:
         if given.out is not None:
-            rows.write(given.out, made, circumstances)
-        written.update(id(row) for row in made)
+            rows.write(given.out, done, circumstances)
+        written.update(id(row) for row in done)
 
     options = Options(
         device=device,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kan_fast
-from benchmarks import cases, latency, memory, steps
+from benchmarks import cases, environment, latency, memory, steps
 from benchmarks.cases import BARS, Shape
 from benchmarks.gate import Verdict, judge
 from benchmarks.options import Options
@@ -101,7 +101,7 @@ def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> R
     for phase, calls in (("forward", forward), ("step", both)):
         timings = time_interleaved(calls, budget=seconds)
         ours, base = timings["kan_fast"], timings["linear"]
-        bar = getattr(BARS[shape], phase) if shape in BARS else None
+        bar = getattr(cases.bar(shape, environment.isa()), phase)
         row[f"{phase}_ms"] = _milliseconds(ours)
         row[f"{phase}_linear_ms"] = _milliseconds(base)
         row[f"{phase}_ratio"] = ours.ratio_to(base)

@@ -25,7 +25,8 @@ class Shape:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
             numbers = []
-        if not 3 <= len(numbers) <= 5:
+        least = (1, 1, 1, 1, 0)
+        if not 3 <= len(numbers) <= 5 or any(number < bound for number, bound in zip(numbers, least)):
             raise ValueError(f"shape: expected batch,in,out[,grid_size[,spline_order]], got {text!r}")
         return cls(*numbers)
 
@@ -57,8 +58,8 @@ class Shape:
 class Bar:
     """Largest allowed ratio of kan_fast's time to nn.Linear's of equal parameter count."""
 
-    forward: float
-    step: float
+    forward: float | None
+    step: float | None
 
 
 # Targets for a CPU with AVX-512, float32, two threads, a uniform grid on [-1, 1] and inputs uniform in it.
@@ -71,10 +72,23 @@ BARS: dict[Shape, Bar] = {
     Shape(65536, 2, 5, 5): Bar(0.25, 0.45),
     Shape(65536, 5, 1, 5): Bar(0.60, 0.60),
 }
+# With AVX2 alone there are bars for wide layers only: inputs and outputs from 64 on.
+BAR_AVX2, BAR_AVX2_WIDEST = Bar(0.60, None), Bar(0.80, None)  # the second from 1024 on
 BAR_BFLOAT16 = 1.1  # bfloat16's time against float32's
 BAR_NON_UNIFORM = 1.3  # a non-uniform grid's time against a uniform one's
 BAR_LATENCY = 2.0  # KAN([2, 5, 1]) on 64 samples against an MLP [2, 50, 1]
 BAR_MEMORY = 1.0  # peak extra memory of a step against nn.Linear's of equal parameter count
+
+
+
+def bar(shape: Shape, isa: str) -> Bar:
+    """The bars of a shape on a CPU whose kernels are those of `isa`: "avx512", "avx2" or "baseline", which has none."""
+    if isa == "avx512":
+        return BARS.get(shape, Bar(None, None))
+    if isa != "avx2" or shape not in BARS or min(shape.in_features, shape.out_features) < 64:
+        return Bar(None, None)
+    return BAR_AVX2_WIDEST if min(shape.in_features, shape.out_features) >= 1024 else BAR_AVX2
+
 
 DTYPES = {
     "float64": torch.float64,

@@ -209,6 +209,11 @@ RIVALS: list[tuple[str, str, Make, bool, str | None, str, str]] = [
 ]
 
 
+def peer_names() -> list[str]:
+    """Who can be measured besides kan_fast and the equal-parameter linear layer."""
+    return ["linear", "cox-de-boor", "cox-de-boor compiled", *(rival[0] for rival in RIVALS)]
+
+
 def contestants(
     backend: str = "auto",
     peers: list[str] | None = None,
@@ -220,6 +225,11 @@ def contestants(
     backend: "auto" for every backend that serves `dtype` on `device`, else that one. peers: names of those to measure besides
     kan_fast and the equal-parameter linear layer; None for all. ValueError names an unknown peer.
     """
+    known = peer_names()
+    chosen = known if peers is None else peers
+    for peer in chosen:
+        if peer not in known:
+            raise ValueError(f"peers: expected any of {known}, got {peer!r}")
     names = list(kan_fast.available_backends(device, dtype)) if backend == "auto" else [backend]
     ours = [Contestant(f"kan_fast {name}", _backend(name), exact=True, ours=True) for name in names]
     others = [
@@ -228,14 +238,10 @@ def contestants(
         Contestant("cox-de-boor compiled", _compiled(_plain), exact=True, note="torch.compile"),
     ]
     for name, module, make, exact, package, hint, note in RIVALS:
-        others.append(Contestant(name, make, exact=exact, absent=_missing(module, hint), package=package, note=note))
-    known = [other.name for other in others]
-    for peer in peers or []:
-        if peer not in known:
-            raise ValueError(f"peers: expected any of {known}, got {peer!r}")
-    chosen = [other for other in others if peers is None or other.name in peers]
+        if name in chosen:
+            others.append(Contestant(name, make, exact=exact, absent=_missing(module, hint), package=package, note=note))
     equal = Contestant("linear equal", _linear_equal, wide=True, note="in * (G + k + 1) inputs: equal parameters")
-    return [*ours, equal, *chosen]
+    return [*ours, equal, *(other for other in others if other.name in chosen)]
 
 
 def build(contestant: Contestant, shape: Shape, ours: kan_fast.KANLayer) -> nn.Module:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from kan_fast.info import info as kan_fast_info
+
 ROOT = Path(__file__).resolve().parent.parent
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
@@ -32,7 +34,7 @@ def set_allocator(regime: str) -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model name, and the widest vector extension it has."""
+    """The CPU's model name, the widest vector extension it has, and KAN_FAST_ISA where that asks for a narrower one."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -47,7 +49,14 @@ def cpu_name() -> str:
         name += f" family {lines['cpu family']} model {lines.get('model', '?')}"
     flags = lines.get("flags", "").split()
     vector = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
-    return f"{name} ({vector})" if vector else name
+    forced = os.environ.get("KAN_FAST_ISA")
+    notes = [vector] * bool(vector) + [f"KAN_FAST_ISA={forced}"] * bool(forced)
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def isa() -> str:
+    """The instruction set of the native kernels that run here; "baseline" where there are none."""
+    return str(kan_fast_info()["native"].get("isa_chosen", "baseline"))
 
 
 def device_name(device: str) -> str:
