@@ -258,6 +258,36 @@ def test_intervals_are_half_open(place, k):
     assert want.any()
 
 
+CROWDED = {
+    "geometric": lambda: torch.logspace(-30, 2, 41, base=2, dtype=torch.float64),
+    "a bunch of equal knots": lambda: torch.tensor([0.0, *[1.0] * 30, 5.0, *[7.0] * 3, 8.0]),
+    "bunches at the ends": lambda: torch.tensor([*[-1.0] * 6, -0.5, 0.75, *[1.0] * 6]),
+    "one interval": lambda: torch.tensor([-3.0, 4.0]),
+    "too many for a byte": lambda: torch.linspace(0, 1, 302, dtype=torch.float64) ** 3,
+    "too wide to measure": lambda: torch.tensor([-3e38, -1.0, 0.0, 2e38, 3e38]),
+    "too narrow to measure": lambda: torch.tensor([0.0, 1e-44, 2e-44, 7e-44]),
+}
+
+
+@pytest.mark.parametrize("knots", CROWDED.values(), ids=CROWDED.keys())
+@pytest.mark.parametrize("out_features", [3, 40])
+def test_intervals_of_crowded_knots(place, out_features, knots):
+    """Of order 0 a value is the coefficient of its interval, to the bit, however unevenly knots lie: at them, beside them,
+    between them and beyond."""
+    stored = knots().float()
+    between = stored[:-1] + torch.rand(len(stored) - 1) * (stored[1:] / 2 - stored[:-1] / 2)
+    inner = torch.cat([stored, between, *(torch.nextafter(stored, torch.tensor(float(end))) for end in ("-inf", "inf"))])
+    x = torch.cat([inner, torch.tensor([-torch.inf, torch.inf])])[:, None].repeat(1, 2)
+    coefficients = torch.randn(2, len(stored) - 1, out_features)
+    args = (value.to(place.device) for value in (x, coefficients, stored.repeat(2, 1)))
+    x_there, weight, grid = args
+    (mine,) = results(place.backend, "contract_output", (x_there, None, weight, None, grid, "none", "zero", 0))
+    interval = torch.searchsorted(stored, x, right=True) - 1
+    padded = torch.cat([coefficients, torch.zeros(2, 1, out_features)], 1)  # beyond the last knot, and before the first: -1
+    want = padded[0][interval[:, 0]] + padded[1][interval[:, 1]]
+    assert torch.equal(mine.cpu(), want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_continuous_at_knots(place, kind):
     """At the knots themselves, where an interval more or less must not matter below order k (k - 1 at a double knot)."""

@@ -13,17 +13,18 @@ namespace kan::cpu::KAN_ISA {
 // A change of bucket costs about 40 cycles (registers reloaded, a branch mispredicted), a row about 17: long tiles make
 // long buckets, and 512 rows of 64 outputs (128 KB) still stay in L2 while the inputs pass.
 constexpr int kTileRows = 512;
-// From one column of a tile to the next: a power of two would map them all to the same few cache sets.
-constexpr int kTileStride = kTileRows + 16;
+// From one column of a tile to the next: an odd number of cache lines, since a power of two would map all columns to the same few
+// cache sets.
+inline ptrdiff_t tile_stride(int64_t rows) { return ptrdiff_t(((rows + 15) / 16) | 1) * 16; }
 constexpr int kBlockInputs = 32;  // also the length of a float sum before it is added to a longer one
 
-// One derivative order of one input on one tile, rows in tile order.
-template <class T> struct alignas(64) Tile {
-  T w[kMaxOrder][kTileStride];  // weights of the window, all but the last
-  T total[kTileStride];         // sum of the window's weights; 1 unless scaled
-  T base[kTileStride];          // base activation
-  const uint16_t* rows;         // (kTileRows) rows sorted by bucket
-  const uint16_t* start;        // (buckets + 2): first position of every bucket; the last bucket has no spline
+// One derivative order of one input on one tile. Columns have the tile's rows in order.
+template <class T> struct Tile {
+  T* w[kMaxOrder];        // weights of the window, all but the last
+  T* total;               // sum of the window's weights, where `scaled`; else it is 1
+  T* base;                // base activation
+  const uint16_t* rows;   // rows sorted by bucket
+  const uint16_t* start;  // (buckets + 2): first position of every bucket; the last bucket has no spline
   int buckets;
 };
 
@@ -45,6 +46,31 @@ template <class T> struct Order {  // how one derivative order is prepared
       : n(n), window(larger(p.spline_order - n, 0) + 1), spline(n <= p.spline_order),
         // A window of one weight has nothing but its total to carry NaN.
         scaled(scale != nullptr || window == 1), activation(p.activation, n) {}
+};
+
+// The tiles of a block of inputs, with no more columns than the order needs: what a call touches is what it costs in memory.
+template <class T> class Tiles {
+ public:
+  static void reserve(const Order<T>& order, int inputs, int64_t rows, Arena& arena) {
+    arena.reserve<Tile<T>>(size_t(inputs));
+    arena.reserve<T>(size_t(inputs * columns(order) * tile_stride(rows)));
+  }
+  Tiles(const Order<T>& order, int inputs, int64_t rows, Arena& arena) : tiles_(arena.take<Tile<T>>(size_t(inputs))) {
+    const ptrdiff_t stride = tile_stride(rows);
+    T* next = arena.take<T>(size_t(inputs * columns(order) * stride));
+    auto take = [&] { return next += stride, next - stride; };
+    for (int i = 0; i < inputs; ++i) {
+      Tile<T>& tile = tiles_[i];
+      for (int m = 0; m < order.window - 1; ++m) tile.w[m] = take();
+      tile.total = order.scaled ? take() : nullptr;
+      tile.base = take();
+    }
+  }
+  Tile<T>& operator[](int i) { return tiles_[i]; }
+
+ private:
+  static int columns(const Order<T>& order) { return order.window - 1 + int(order.scaled) + 1; }
+  Tile<T>* tiles_;
 };
 
 // The sorted rows of one input on one tile.

@@ -9,10 +9,11 @@ namespace {
 
 // dx[row] += sum_o (window weights * coefficients + base)(row, o) g(row, o) for one input on one tile.
 template <class T, int M, int V, bool BASE, bool SCALED>
-void accumulate_input(const Tile<T>& tile, const Window<T>& c, const T* base, const T* __restrict g, ptrdiff_t ld,
+void accumulate_input(const Tile<T>& given, const Window<T>& c, const T* base, const T* __restrict g, ptrdiff_t ld,
                       T* __restrict dx) {
   using Vt = Vec<T>;
   constexpr int N = Simd<T>::N;
+  const Tile<T> tile = given;  // a copy that the stores below cannot alias
   alignas(64) static const T zeros[V * N] = {};
   Vt b[V];
   if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = load<T>(base + v * N); }
@@ -65,10 +66,11 @@ void accumulate_input(const Tile<T>& tile, const Window<T>& c, const T* base, co
 
 // d (window rows) += sum over rows of weights * g, d_base += sum of base * g, for one input on one tile.
 template <class T, int M, int V, bool BASE, bool SCALED>
-void accumulate_weight(const Tile<T>& tile, const T* __restrict g, ptrdiff_t ld, T* d, ptrdiff_t stride, int count,
+void accumulate_weight(const Tile<T>& given, const T* __restrict g, ptrdiff_t ld, T* d, ptrdiff_t stride, int count,
                        int offset, T* d_base) {
   using Vt = Vec<T>;
   constexpr int N = Simd<T>::N;
+  const Tile<T> tile = given;  // a copy that the stores below cannot alias
   Vt b[V];
   if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = Vt{}; }
   for (int k = 0; k <= tile.buckets; ++k) {
@@ -191,19 +193,22 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
 
   Arena arena(runtime);
   KnotsOfBlock<T>::reserve(p, arena);
-  arena.reserve<Tile<T>>(2 * kBlockInputs);
-  arena.reserve<Sorting>(2 * kBlockInputs);
-  arena.reserve<uint16_t>(2 * kBlockInputs * (buckets + 2));
-  arena.reserve<T>(3 * kBlockInputs * kTileStride + kTileRows * width + 2 * size_t(bases + k + 3) * width);
+  const int block = int(smaller<int64_t>(kBlockInputs, end - first)), longest = int(smaller<int64_t>(kTileRows, B));
+  const ptrdiff_t ld_tile = tile_stride(longest);
+  Tiles<T>::reserve(for_x, block, longest, arena);
+  Tiles<T>::reserve(for_w, block, longest, arena);
+  arena.reserve<Sorting>(size_t(2 * block));
+  arena.reserve<uint16_t>(size_t(2 * block * (buckets + 2)));
+  arena.reserve<T>(size_t(3 * block * ld_tile) + size_t(longest) * width + 2 * size_t(bases + k + 3) * width);
   arena.commit();
-  Tile<T>*tile_x = arena.take<Tile<T>>(kBlockInputs), *tile_w = arena.take<Tile<T>>(kBlockInputs);
-  Sorting* sorting = arena.take<Sorting>(2 * kBlockInputs);
-  uint16_t* starts = arena.take<uint16_t>(2 * kBlockInputs * (buckets + 2));
-  T* column = arena.take<T>(kBlockInputs * kTileStride);
-  T* scale_column = arena.take<T>(kBlockInputs * kTileStride);
+  Tiles<T> tile_x(for_x, block, longest, arena), tile_w(for_w, block, longest, arena);
+  Sorting* sorting = arena.take<Sorting>(size_t(2 * block));
+  uint16_t* starts = arena.take<uint16_t>(size_t(2 * block * (buckets + 2)));
+  T* column = arena.take<T>(size_t(block * ld_tile));
+  T* scale_column = arena.take<T>(size_t(block * ld_tile));
   KnotsOfBlock<T> knots(p, arena);
-  T* dx = arena.take<T>(kBlockInputs * kTileStride);
-  T* g_tile = arena.take<T>(kTileRows * width);
+  T* dx = arena.take<T>(size_t(block * ld_tile));
+  T* g_tile = arena.take<T>(size_t(longest) * width);
   T* packed = arena.take<T>(size_t(bases + k + 1) * width);
   T* packed_base = arena.take<T>(width);
   T* d_packed = arena.take<T>(size_t(bases + k + 1) * width);
@@ -216,10 +221,10 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
     for (int64_t b0 = 0; b0 < B; b0 += kTileRows) {
       const int rows = int(smaller<int64_t>(kTileRows, B - b0));
       const int64_t b1 = b0 + rows;
-      transpose_from<T>(p.x_storage, p.x, b0 * I + i0, I, rows, inputs, column, kTileStride);
-      if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileStride);
+      transpose_from<T>(p.x_storage, p.x, b0 * I + i0, I, rows, inputs, column, ld_tile);
+      if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, ld_tile);
       for (int i = 0; i < inputs; ++i) {
-        const T* x = column + i * kTileStride;
+        const T* x = column + i * ld_tile;
         auto prepare = [&](const Order<T>& order, Tile<T>& tile, int slot, const T* scale, bool sort) {
           uint16_t* start = starts + ptrdiff_t(slot) * (buckets + 2);
           if (sort) sort_tile(p, *knots.of[i], order, smallest_window, buckets, x, rows, at, sorting[slot].rows, start);
@@ -230,11 +235,11 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
         };
         if (need_x) prepare(for_x, tile_x[i], i, nullptr, true);
         if (need_w)
-          prepare(for_w, tile_w[i], one_sorting ? i : kBlockInputs + i, p.scale ? scale_column + i * kTileStride : nullptr,
+          prepare(for_w, tile_w[i], one_sorting ? i : block + i, p.scale ? scale_column + i * ld_tile : nullptr,
                   !one_sorting);
         if (both_silu) prepare_silu(x, rows, tile_w[i].base, tile_x[i].base);
       }
-      if (need_x) memset(dx, 0, sizeof(T) * kBlockInputs * kTileStride);
+      if (need_x) memset(dx, 0, sizeof(T) * size_t(inputs * ld_tile));
       for (int64_t o = 0; o < O;) {
         const OutputTile<T> out = output_tile<T>(o, O, window_for_tile);
         const int w = out.vectors * N;
@@ -303,12 +308,12 @@ template <class T> void backward_range(const Problem<T>& p, const Runtime& runti
               read_padded(p.w_storage, p.base_weight, (i0 + i) * O + o, out.columns, w, packed_base);
               b = packed_base;
             }
-            input_kernel(tile_x[i], window, b, g, ld, dx + i * kTileStride);
+            input_kernel(tile_x[i], window, b, g, ld, dx + i * ld_tile);
           }
         }
         o += out.columns;
       }
-      if (need_x) transpose_to<T>(p.x_storage, dx, kTileStride, inputs, rows, p.dx, b0 * I + i0, I);
+      if (need_x) transpose_to<T>(p.x_storage, dx, ld_tile, inputs, rows, p.dx, b0 * I + i0, I);
     }
   }
 }

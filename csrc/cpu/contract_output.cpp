@@ -9,10 +9,11 @@ namespace {
 // One input on one tile: y[row][0 .. V N) += window weights * coefficients (+ base), bucket by bucket.
 //   y (rows, V N) packed; c: coefficient window; base: row of base weights (V N) or null.
 template <class T, int M, int V, bool BASE, bool SCALED>
-void accumulate_outputs(const Tile<T>& tile, const Window<T>& c, const T* base, T* __restrict y) {
+void accumulate_outputs(const Tile<T>& given, const Window<T>& c, const T* base, T* __restrict y) {
   using Vt = Vec<T>;
   constexpr int N = Simd<T>::N;
   alignas(64) static const T zeros[V * N] = {};
+  const Tile<T> tile = given;  // a copy that the stores below cannot alias
   Vt b[V];
   if (BASE) { KAN_UNROLL for (int v = 0; v < V; ++v) b[v] = load<T>(base + v * N); }
   for (int g = 0; g <= tile.buckets; ++g) {
@@ -122,35 +123,36 @@ template <class T> void output_range(const Problem<T>& p, const Runtime& runtime
   // Sums over blocks of inputs need the compute type: where y has another, they are kept here to the end.
   const bool typed = p.w_storage != Storage::same;
   const ptrdiff_t ld = typed ? o1 - o0 : O;
+  const int rows = int(b1 - b0), block = int(smaller<int64_t>(kBlockInputs, I));
+  const ptrdiff_t ld_tile = tile_stride(rows);
 
   Arena arena(runtime);
   KnotsOfBlock<T>::reserve(p, arena);
-  arena.reserve<Tile<T>>(kBlockInputs);
-  arena.reserve<Sorting>(kBlockInputs);
-  arena.reserve<uint16_t>(kBlockInputs * (buckets + 2));
-  arena.reserve<T>(2 * kBlockInputs * kTileStride + size_t(bases + n + 2) * width + kTileRows * width +
-                   (typed ? size_t(b1 - b0) * size_t(ld) : 0));
+  Tiles<T>::reserve(order, block, rows, arena);
+  arena.reserve<Sorting>(size_t(block));
+  arena.reserve<uint16_t>(size_t(block * (buckets + 2)));
+  arena.reserve<T>(size_t((p.scale ? 2 : 1) * block * ld_tile) + size_t(bases + n + 2) * width + size_t(rows) * width +
+                   (typed ? size_t(rows) * size_t(ld) : 0));
   arena.commit();
-  Tile<T>* tile = arena.take<Tile<T>>(kBlockInputs);
-  Sorting* sorting = arena.take<Sorting>(kBlockInputs);
-  uint16_t* starts = arena.take<uint16_t>(kBlockInputs * (buckets + 2));
-  T* column = arena.take<T>(kBlockInputs * kTileStride);
-  T* scale_column = arena.take<T>(kBlockInputs * kTileStride);
+  Tiles<T> tile(order, block, rows, arena);
+  Sorting* sorting = arena.take<Sorting>(size_t(block));
+  uint16_t* starts = arena.take<uint16_t>(size_t(block * (buckets + 2)));
+  T* column = arena.take<T>(size_t(block * ld_tile));
+  T* scale_column = p.scale ? arena.take<T>(size_t(block * ld_tile)) : nullptr;
   KnotsOfBlock<T> knots(p, arena);
   T* packed = arena.take<T>(size_t(bases + n + 1) * width);
   T* packed_base = arena.take<T>(width);
-  T* y = arena.take<T>(kTileRows * width);
-  T* result = typed ? arena.take<T>(size_t(b1 - b0) * size_t(ld)) : p.y + b0 * O + o0;
+  T* y = arena.take<T>(size_t(rows) * width);
+  T* result = typed ? arena.take<T>(size_t(rows) * size_t(ld)) : p.y + b0 * O + o0;
   Located<T> at;
-  const int rows = int(b1 - b0);
 
   for (int64_t i0 = 0; i0 < I; i0 += kBlockInputs) {
     const int inputs = int(smaller<int64_t>(kBlockInputs, I - i0));
-    transpose_from<T>(p.x_storage, p.x, b0 * I + i0, I, rows, inputs, column, kTileStride);
-    if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, kTileStride);
+    transpose_from<T>(p.x_storage, p.x, b0 * I + i0, I, rows, inputs, column, ld_tile);
+    if (p.scale) transpose<T>(p.scale + b0 * I + i0, I, rows, inputs, scale_column, ld_tile);
     knots.prepare(p, i0, inputs);
     for (int i = 0; i < inputs; ++i) {
-      const T *x = column + i * kTileStride, *scale = p.scale ? scale_column + i * kTileStride : nullptr;
+      const T *x = column + i * ld_tile, *scale = p.scale ? scale_column + i * ld_tile : nullptr;
       uint16_t* start = starts + i * (buckets + 2);
       sort_tile(p, *knots.of[i], order, order.window, buckets, x, rows, at, sorting[i].rows, start);
       tile[i].rows = sorting[i].rows;

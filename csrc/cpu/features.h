@@ -132,12 +132,17 @@ template <class T> KAN_INLINE Vec<T> activate(const ActivationTable<T>& table, V
 }
 
 // The knots of one input, prepared for lane-wise use: `order` more knots on either side (their bases have no
-// coefficients, so any increasing values will do), and on non-uniform grids the reciprocal widths of de Boor's triangle.
+// coefficients, so any increasing values will do), and on non-uniform grids the reciprocal widths of de Boor's triangle and
+// cells: [first, last] cut evenly into kTableBytes. An x meets its cell by the very operations that its knots met theirs, and these
+// are monotone; so its interval is that of the cell's lower end or one of as many after it as knots fell into the cell. A binary
+// search among those is one comparison on most grids, where one among all intervals of grid_size 5 takes four.
 template <class T> struct Knots {
   int order, count, padded;  // count: stored knots; padded: count + 2 order
   int low, high;             // intervals that x may fall into
-  int steps;                 // largest power of two <= high - low, for the binary search
+  int steps;                 // largest power of two <= most knots in a cell
   bool uniform;
+  T cells_per_unit;
+  uint8_t below[kTableBytes];  // interval of a cell's lower end, less `low`
   T first, last;             // zero mode: first and last knot; else the range [a, b]
   T inverse_h, origin;
   T* t;                      // t[order + j] = knot j
@@ -178,18 +183,50 @@ template <class T> struct Knots {
     while (high > low && outside != kZero && !(stored[high] < stored[high + 1])) --high;
     first = stored[low];
     last = outside == kZero ? stored[count - 1] : stored[count - 1 - order];
-    for (steps = 1; steps * 2 <= high - low; steps *= 2) {}
-    if (high == low) steps = 0;
-    if (!uniform)
-      for (int p = 1; p <= order; ++p) {
-        recip[p] = memory + ptrdiff_t(p) * stride;
-        for (int j = 0; j < stride; ++j) {
-          T width = j + p < stride ? t[j + p] - t[j] : T(0);
-          recip[p][j] = width > 0 ? 1 / width : T(0);
-        }
+    if (uniform) return;
+    cut_into_cells();
+    for (int p = 1; p <= order; ++p) {
+      recip[p] = memory + ptrdiff_t(p) * stride;
+      for (int j = 0; j < stride; ++j) {
+        T width = j + p < stride ? t[j + p] - t[j] : T(0);
+        recip[p][j] = width > 0 ? 1 / width : T(0);
       }
+    }
+  }
+  // NaN lies in cell 0. x may lie beyond the range.
+  template <int Q> KAN_INLINE LanesInt<T, Q> cell(Lanes<T, Q> x) const {
+    return to_int(at_most(at_least((x - first) * cells_per_unit, T(0)), T(kTableBytes - 1)));
+  }
+
+ private:
+  void cut_into_cells() {
+    constexpr int N = Simd<T>::N;
+    const T* real = t + order;
+    cells_per_unit = T(kTableBytes) / (last - first);
+    // Too many intervals for a byte, or a range that has no such number: one cell holds everything.
+    if (high - low > 255 || !(cells_per_unit > 0 && cells_per_unit * T(0) == 0)) cells_per_unit = 0;
+    uint8_t written[2 * kTableBytes] = {};
+    int most = 0, run = 0, before = -1;
+    for (int j = low + 1; j <= high; j += N) {
+      const VecInt<T> cells = cell(Lanes<T, 1>{{load<T>(real + j)}}).v[0];
+      for (int lane = 0; lane < N && j + lane <= high; ++lane) {
+        const int here = int(cells[lane]);
+        run = here == before ? run + 1 : 1;
+        most = larger(most, run);
+        before = here;
+        if (cells_per_unit > 0) memset(written + here + 1, j + lane - low, kTableBytes);
+      }
+    }
+    memcpy(below, written, kTableBytes);
+    for (steps = 1; steps * 2 <= most; steps *= 2) {}
+    if (most == 0) steps = 0;
   }
 };
+
+// The knots and reciprocals that windows of the intervals reach begin behind the first one stored and end before the last: of
+// grid_size 20 and order 3, two registers of 16.
+constexpr int kFirstReached = 1;
+template <class T> KAN_INLINE int reached(const Knots<T>& k) { return k.padded - 2 * kFirstReached; }
 
 // x where the window is evaluated: within [first, last], or NaN.
 template <class T, int Q> KAN_INLINE Lanes<T, Q> into_range(const Knots<T>& k, Lanes<T, Q> x) {
@@ -215,7 +252,7 @@ KAN_INLINE LanesInt<T, Q> find_span(const Knots<T>& k, Lanes<T, Q> x, Lanes<T, Q
     u = (x - lookup(k.t + k.order, k.count, j)) * k.inverse_h;
     return j;
   }
-  I j = all_int<T, Q>(k.low);
+  I j = lookup_byte(k.below, k.cell(x)) + k.low;
   for (int step = k.steps; step > 0; step >>= 1) {
     I candidate = j + step;
     candidate = select(candidate > k.high, all_int<T, Q>(k.high), candidate);
@@ -232,10 +269,11 @@ KAN_INLINE void window_weights(const Knots<T>& k, Lanes<T, Q> x, Lanes<T, Q> u, 
   if (k.uniform) {
     uniform_basis<P, T>(one, u, w);
   } else {
-    const LanesInt<T, Q> at = j + k.order;
-    basis<P>(one, [&](int i) { return x - lookup(k.t, k.padded, at + (1 - i)); },
-             [&](int i) { return lookup(k.t, k.padded, at + i) - x; },
-             [&](int p, int r) { return lookup(k.recip[p], k.padded, at + (1 - p + r)); }, w);
+    const LanesInt<T, Q> at = j + (k.order - kFirstReached);
+    const T* t = k.t + kFirstReached;
+    basis<P>(one, [&](int i) { return x - lookup(t, reached(k), at + (1 - i)); },
+             [&](int i) { return lookup(t, reached(k), at + i) - x; },
+             [&](int p, int r) { return lookup(k.recip[p] + kFirstReached, reached(k), at + (1 - p + r)); }, w);
   }
   if (P == 0) w[0] = select(x == x, w[0], x);
 }
@@ -251,8 +289,8 @@ KAN_INLINE void window_slopes(const Knots<T>& k, Lanes<T, Q> x, Lanes<T, Q> u, L
     if (k.uniform) {
       differentiate<P>(v, [&](int, int) { return k.inverse_h / T(P); }, w);
     } else {
-      const LanesInt<T, Q> at = j + k.order;
-      differentiate<P>(v, [&](int p, int r) { return lookup(k.recip[p], k.padded, at + (1 - p + r)); }, w);
+      const LanesInt<T, Q> at = j + (k.order - kFirstReached);
+      differentiate<P>(v, [&](int p, int r) { return lookup(k.recip[p] + kFirstReached, reached(k), at + (1 - p + r)); }, w);
     }
   }
 }

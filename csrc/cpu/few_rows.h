@@ -92,12 +92,13 @@ void output_range(const Problem<T>& p, const Runtime& runtime, int64_t b0, int64
   const int end = (p.outside == kZero ? 0 : p.spline_order) + buckets;
   Arena arena(runtime);
   KnotsOfBlock<T>::reserve(p, arena);
-  arena.reserve<Tile<T>>(1);
+  Tiles<T>::reserve(order, 1, kBlockInputs, arena);
   arena.reserve<uint16_t>(size_t(I));
   for (int m = 0; m <= M; ++m) arena.reserve<T>(size_t(I));
   arena.commit();
   KnotsOfBlock<T> knots(p, arena);
-  Tile<T>& tile = *arena.take<Tile<T>>(1);
+  Tiles<T> tiles(order, 1, kBlockInputs, arena);
+  Tile<T>& tile = tiles[0];
   Row<T> row;
   row.interval = arena.take<uint16_t>(size_t(I));
   for (int m = 0; m < M; ++m) row.w[m] = arena.take<T>(size_t(I));

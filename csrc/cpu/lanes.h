@@ -126,6 +126,10 @@ template <class T, int Q> KAN_INLINE Lanes<T, Q> lookup(const T* table, int leng
   KAN_UNROLL for (int q = 0; q < Q; ++q) a.v[q] = lookup<T>(table, length, index.v[q]);
   return a;
 }
+template <class T, int Q> KAN_INLINE LanesInt<T, Q> lookup_byte(const uint8_t* table, LanesInt<T, Q> index) {
+  KAN_UNROLL for (int q = 0; q < Q; ++q) index.v[q] = lookup_byte<T>(table, index.v[q]);
+  return index;
+}
 template <class T, int Q> KAN_INLINE bool any(LanesInt<T, Q> mask) {
   VecInt<T> joined = mask.v[0];
   KAN_UNROLL for (int q = 1; q < Q; ++q) joined |= mask.v[q];

@@ -201,7 +201,7 @@ KAN_INLINE void locate(const Pieces<T>& t, const Knots<T>& k, const T* lower_kno
       j = to_int<T>(guess);  // negative below the range alone, where another piece takes over
     }
   } else {
-    j = I{};
+    j = lookup_byte<T>(k.below, k.cell(Lanes<T, 1>{{at}}).v[0]);
     for (int step = k.steps; step > 0; step >>= 1) {
       I candidate = j + step;
       candidate = candidate > last ? I{} + last : candidate;

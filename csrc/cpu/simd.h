@@ -75,14 +75,19 @@ template <> KAN_INLINE Vec<float> minimum<float>(Vec<float> a, Vec<float> b) { r
 template <class T> KAN_INLINE T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> KAN_INLINE T larger(T a, T b) { return a > b ? a : b; }
 
-// A lane-wise table: entry index[lane] for every lane. Up to two registers of entries are permuted, longer ones gathered.
-// The table must be readable up to a multiple of the vector length.
+// A lane-wise table: entry index[lane] for every lane. Up to two registers of entries are permuted (with AVX-512 four), longer
+// ones gathered. The table must be readable up to a multiple of the vector length.
 template <class T> KAN_INLINE Vec<T> lookup(const T* table, int length, VecInt<T> index) {
 #if defined(KAN_ISA_AVX512)
   if constexpr (sizeof(T) == 4) {
     if (length <= 16) return (Vec<T>)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
     if (length <= 32)
       return (Vec<T>)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+    if (length <= 64) {
+      const __m512 low = _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+      const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), (__m512i)index, _mm512_loadu_ps(table + 48));
+      return (Vec<T>)_mm512_mask_mov_ps(low, _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(32)), high);
+    }
     return (Vec<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)index, table, 4);
   } else {
     if (length <= 8) return (Vec<T>)_mm512_permutexvar_pd((__m512i)index, _mm512_loadu_pd(table));
@@ -103,6 +108,25 @@ template <class T> KAN_INLINE Vec<T> lookup(const T* table, int length, VecInt<T
 #else
   (void)length;
   Vec<T> result;
+  for (int lane = 0; lane < Simd<T>::N; ++lane) result[lane] = table[index[lane]];
+  return result;
+#endif
+}
+
+// The same of a table of kTableBytes bytes.
+constexpr int kTableBytes = KAN_BYTES == 64 ? 64 : 32;
+template <class T> KAN_INLINE VecInt<T> lookup_byte(const uint8_t* table, VecInt<T> index) {
+#if defined(KAN_ISA_AVX512)
+  constexpr __mmask64 kLowest = sizeof(T) == 4 ? 0x1111111111111111u : 0x0101010101010101u;
+  return (VecInt<T>)_mm512_maskz_permutexvar_epi8(kLowest, (__m512i)index, _mm512_loadu_si512(table));
+#elif defined(KAN_ISA_AVX2)
+  auto half = [](const uint8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); };
+  // A set highest bit makes a zero; bit 4 of an index becomes the highest one of its byte.
+  const __m256i wanted = (__m256i)(index | (VecInt<T>{} + typename Simd<T>::Int(sizeof(T) == 4 ? 0x80808000u : 0x8080808080808000u)));
+  const __m256i low = _mm256_shuffle_epi8(half(table), wanted), high = _mm256_shuffle_epi8(half(table + 16), wanted);
+  return (VecInt<T>)_mm256_blendv_epi8(low, high, _mm256_slli_epi32((__m256i)index, 3));
+#else
+  VecInt<T> result;
   for (int lane = 0; lane < Simd<T>::N; ++lane) result[lane] = table[index[lane]];
   return result;
 #endif
