@@ -17,6 +17,7 @@ from samples import (
     off_knots,
 )
 
+from kan_fast import KANLayer
 from kan_fast.backends import choose, get, native, reference
 from kan_fast.spline import OUTSIDE
 
@@ -335,3 +336,14 @@ def test_long_sums(place):
 
 def test_place_is_what_it_says():
     assert Place("reference", torch.device("cpu")) in places(torch.float64)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "tanh"])
+def test_nan_of_any_bits(activation):
+    # The exponential works on the bits of its argument; the sanitizers see whether it minds those of a NaN.
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC000FF], dtype=torch.int32)
+    x = torch.cat([bits, bits.flip(0)]).view(torch.float32)[:, None].expand(-1, 3).contiguous()
+    layer = KANLayer(3, 5, base_activation=activation, backend="native")
+    assert layer(x).isnan().all()
+    for n in (1, 2):
+        assert layer.edge(0, 0)(x, derivative=n).isnan().all()

@@ -153,13 +153,15 @@ template <int Q> KAN_INLINE Lanes<float, Q> reciprocal(Lanes<float, Q> d) {
 template <class T> struct Exponential;
 template <> struct Exponential<float> {
   static constexpr float limit = 80, magic = 12582912, high = 0.693359375f, low = -2.12194440e-4f;
-  static constexpr int degree = 5, bias = 127, shift = 23;
+  static constexpr int degree = 5, shift = 23;
+  static constexpr uint32_t bias = 127;
   static constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 };
 template <> struct Exponential<double> {
   static constexpr double limit = 700, magic = 6755399441055744.0, high = 0.693145751953125, low = 1.42860682030941723212e-6;
-  static constexpr int degree = 11, bias = 1023, shift = 52;
+  static constexpr int degree = 11, shift = 52;
+  static constexpr uint64_t bias = 1023;
   static constexpr double c[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
                                  1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
                                  1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
@@ -172,7 +174,8 @@ template <class T, int Q> KAN_INLINE Lanes<T, Q> exponential(Lanes<T, Q> x) {
   KAN_UNROLL for (int d = 2; d <= E::degree; ++d) p = p * r + E::c[d];
   p = p * (r * r) + (r + T(1));
   KAN_UNROLL for (int q = 0; q < Q; ++q) {
-    const VecInt<T> scale = ((VecInt<T>)shifted.v[q] << E::shift) + (typename Simd<T>::Int(E::bias) << E::shift);
+    // Unsigned: a NaN has any bits.
+    const VecUnsigned<T> scale = ((VecUnsigned<T>)shifted.v[q] + E::bias) << E::shift;
     p.v[q] *= (Vec<T>)scale;
   }
   return p;

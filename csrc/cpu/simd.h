@@ -30,6 +30,7 @@ template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(KAN_BYTES), may_alias));
   typedef float U __attribute__((vector_size(KAN_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(KAN_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(KAN_BYTES)));
   using Int = int32_t;
   static constexpr float kEpsilon = 1.1920929e-7f;
 };
@@ -38,12 +39,14 @@ template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(KAN_BYTES), may_alias));
   typedef double U __attribute__((vector_size(KAN_BYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(KAN_BYTES)));
+  typedef uint64_t Unsigned __attribute__((vector_size(KAN_BYTES)));
   using Int = int64_t;
   static constexpr double kEpsilon = 2.220446049250313e-16;
 };
 
 template <class T> using Vec = typename Simd<T>::V;
 template <class T> using VecInt = typename Simd<T>::I;
+template <class T> using VecUnsigned = typename Simd<T>::Unsigned;
 
 template <class T> KAN_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::U*>(p); }
 template <class T> KAN_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename Simd<T>::U*>(p) = v; }
