@@ -29,6 +29,7 @@ help:
 	@echo "make test-sanitize-cuda  the emulated CUDA kernels under the address and thread sanitizers"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          the benchmarks"
+	@echo "make cuda-build     the native code with CUDA, in place"
 	@echo "make docs           the API pages in build/docs/"
 	@echo "make wheel          sdist and wheel in dist/"
 

@@ -107,3 +107,16 @@ def test_serialized_products_would_be_seen(tmp_path):
     kernel.write_text(kernel.read_text().replace(product, f"{product} sums[0][0] += 1.0f; {product}"))
     with pytest.raises(AssertionError, match="serialized"):
         compiled("warpgroup_output_bfloat16", "90a", tmp_path, tmp_path / "csrc")
+
+
+@pytest.mark.slow
+def test_no_more_kernels_than_the_readme_says(tmp_path):
+    number = size = 0
+    for source in SOURCES:
+        facts, _ = compiled(source, "90a", tmp_path)
+        number += len(facts)
+        size += (tmp_path / f"{source}.cubin").stat().st_size
+    said = re.search(r"There are (\d+) kernels for each architecture", (ROOT / "README.md").read_text())
+    assert number == int(said[1])
+    # Of the 52 MB that README.md speaks of, 46 are code of seven architectures.
+    assert size < 8e6
