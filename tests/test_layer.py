@@ -116,6 +116,11 @@ def test_the_grid_is_never_narrower_than_float32(cast):
     assert torch.equal(layer.grid, knots)
     assert layer(torch.rand(3, 2, dtype=layer.bias.dtype)).dtype == layer.bias.dtype
     assert KANLayer(2, 2, dtype=torch.bfloat16).grid.dtype == torch.float32
+    narrow = {name: value.half() for name, value in layer.state_dict().items()}
+    loaded = KANLayer(2, 2, 20, bias=True)
+    loaded.load_state_dict(narrow, assign=True)
+    assert loaded.spline_weight.dtype == torch.float16
+    assert loaded.grid.dtype == torch.float32
     assert layer.double().grid.dtype == torch.float64
     assert layer.float().grid.dtype == torch.float32
     assert torch.equal(layer.grid, knots)

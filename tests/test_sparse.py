@@ -364,6 +364,16 @@ def test_inputs_are_checked():
         SparseKANLayer(6, 5, 2)(torch.rand(4, 5))
     with pytest.raises(TypeError, match="^x: float64 goes only with float64"):
         SparseKANLayer(6, 5, 2)(torch.rand(4, 6).double())
+    with pytest.raises(TypeError, match="^x: expected float32, .* got torch.int64"):
+        SparseKANLayer(6, 5, 2)(torch.ones(4, 6, dtype=torch.long))
+
+
+def test_made_under_a_default_device():
+    with torch.device("meta"):
+        empty, on_cpu = SparseKANLayer(6, 5, 2, bias=True), SparseKANLayer(6, 5, 2, device="cpu")
+    assert all(value.is_meta for value in [*empty.parameters(), *empty.buffers()])
+    assert empty(torch.rand(3, 6, device="meta")).shape == (3, 5)
+    assert on_cpu(torch.rand(3, 6)).shape == (3, 5)
 
 
 def test_benchmark_runs(capsys):

@@ -33,7 +33,10 @@ class KnotsStayWide(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Knots that make no splines are an error; of other shapes, and of tensors without numbers, torch says enough."""
+        """Knots that make no splines are an error; of other shapes, and of tensors without numbers, torch says enough.
+
+        Narrow ones, which load_state_dict(assign=True) would leave as they are, get wide.
+        """
         knots = state_dict.get(prefix + "grid")
         if type(knots) is Tensor and knots.is_floating_point() and not knots.is_meta and knots.shape == self.grid.shape:
             try:
@@ -42,6 +45,7 @@ class KnotsStayWide(nn.Module):
                 error_msgs.append(f"{prefix}{error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.grid = self.grid.to(at_least_float32(self.grid.dtype))
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

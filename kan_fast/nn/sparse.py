@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kan_fast import spline
 from kan_fast.activations import activation
+from kan_fast.checks import DTYPES
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
 from kan_fast.nn import init
@@ -61,9 +62,8 @@ class SparseKANLayer(KnotsStayWide):
     ) -> None:
         super().__init__()
         # A layer of one edge checks the arguments that both kinds of layer have, and has the knots.
-        like = KANLayer(
-            1, 1, grid_size, spline_order, grid_range=grid_range, base_activation=base_activation, outside=outside, dtype=dtype
-        )
+        shared: dict[str, Any] = {"grid_range": grid_range, "base_activation": base_activation, "outside": outside}
+        like = KANLayer(1, 1, grid_size, spline_order, **shared, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
         self.spline_order, self.grid_range, self.outside = like.spline_order, like.grid_range, like.outside
         self.base_activation = like.base_activation
@@ -73,13 +73,13 @@ class SparseKANLayer(KnotsStayWide):
             assert fan_in is not None
             edges = random_edges(in_features, out_features, fan_in)
         pairs = _sorted_pairs(edges, in_features, out_features)
-        options: dict[str, Any] = {"device": device, "dtype": like.spline_weight.dtype}
+        options: dict[str, Any] = {"device": like.grid.device, "dtype": like.spline_weight.dtype}
         num_edges = pairs.shape[1]
         self.spline_weight = nn.Parameter(torch.empty(num_edges, like.spline_weight.shape[1], **options))
         base_weight = None if base_activation is None else nn.Parameter(torch.empty(num_edges, **options))
         self.register_parameter("base_weight", base_weight)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
-        self.register_buffer("grid", like.grid.to(device).repeat(in_features, 1))
+        self.register_buffer("grid", like.grid.repeat(in_features, 1))
         self.register_buffer("edges", pairs)
         self._index_edges()
         for name in ("edges", *_INDEX):
@@ -128,6 +128,8 @@ class SparseKANLayer(KnotsStayWide):
             raise ValueError(
                 f"x: expected shape (..., in_features) with in_features = {self.in_features}, got {tuple(x.shape)}"
             )
+        if x.dtype not in DTYPES:
+            raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
         if (x.dtype == torch.float64) != (self.spline_weight.dtype == torch.float64):
             raise TypeError(f"x: float64 goes only with float64, got x of {x.dtype} and weights of {self.spline_weight.dtype}")
         rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
@@ -245,12 +247,13 @@ def random_edges(in_features: int, out_features: int, fan_in: int) -> Tensor:
     """
     if not 1 <= fan_in <= in_features:
         raise ValueError(f"fan_in: expected 1 to in_features = {in_features}, got {fan_in}")
-    taken = torch.empty(out_features, 0, dtype=torch.long)
+    on_cpu: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+    taken = torch.empty(out_features, 0, **on_cpu)
     for last in range(in_features - fan_in, in_features):
-        drawn = torch.randint(0, last + 1, (out_features, 1))
+        drawn = torch.randint(0, last + 1, (out_features, 1), **on_cpu)
         repeated = (taken == drawn).any(1, keepdim=True)
         taken = torch.cat([taken, torch.where(repeated, last, drawn)], 1)
-    outputs = torch.arange(out_features)[:, None].expand_as(taken)
+    outputs = torch.arange(out_features, **on_cpu)[:, None].expand_as(taken)
     return torch.stack([taken.flatten(), outputs.flatten()])
 
 
