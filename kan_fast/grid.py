@@ -18,15 +18,23 @@ from kan_fast.traverse import Data, kan_layers, layer_inputs
 _RIDGE = 1e-4
 
 
+class InputsNotFinite(ValueError):
+    """The inputs of a layer, named `layer`, hold NaN or infinity."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(f"loader_or_x: expected finite inputs of layer {layer!r}, got NaN or infinity")
+        self.layer = layer
+
+
 def tune_grid_size(data_complexity: float, input_dim: int) -> int:
     """Number of grid intervals to start with.
 
-    data_complexity: about the number of samples, above 0. input_dim: number of inputs, at least 1.
+    data_complexity: about the number of samples, above 0 and finite. input_dim: number of inputs, at least 1.
     max(5, min(20, int(2 * ln(data_complexity)))), two fewer (3 at least) for more than 10 inputs, three more (25 at most)
     for fewer than 3.
     """
-    if not data_complexity > 0:
-        raise ValueError(f"data_complexity: expected a number above 0, got {data_complexity}")
+    if not 0 < data_complexity < math.inf:
+        raise ValueError(f"data_complexity: expected a finite number above 0, got {data_complexity}")
     if input_dim < 1:
         raise ValueError(f"input_dim: expected at least 1, got {input_dim}")
     base = max(5, min(20, int(2 * math.log(data_complexity))))
@@ -148,7 +156,7 @@ def update_grid(
     for name, layer in kan_layers(model).items():
         x = layer_inputs(model, loader_or_x, max_samples, all_ranks=True)[name]
         if not x.isfinite().all():
-            raise ValueError(f"loader_or_x: expected finite inputs of layer {name!r}, got NaN or infinity")
+            raise InputsNotFinite(name)
         before = layer(x).double()
         old = layer.grid
         new = _moved_grid(x.double(), old.double(), layer.spline_order, grid_eps, margin).to(old.dtype)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kan_fast.checkpoints import load_model_state, load_optimizer_state, model_state, write
-from kan_fast.grid import update_grid
+from kan_fast.grid import InputsNotFinite, update_grid
 from kan_fast.history import History
 from kan_fast.ranks import rank, states_of_all_ranks, sum_over_ranks, world_size
 from kan_fast.regularization import activation_regularization
@@ -86,7 +86,8 @@ def train_kan(
     wrapped in DistributedDataParallel or fully_shard; losses are means over all ranks, rank 0 writes the checkpoints, for which
     sharded parameters and their optimizer states come together in its main memory.
 
-    Raises FloatingPointError when a loss turns NaN or infinite; it says where, and the model has its best weights back.
+    Raises FloatingPointError when a loss turns NaN or infinite, or the inputs of a layer whose grid is updated; it says where,
+    and the model has its best weights back.
     """
     if epochs < 0:
         raise ValueError(f"epochs: expected 0 or more, got {epochs}")
@@ -177,7 +178,7 @@ class _Run:
             self.steps += 1
             if self.grid_update_every:
                 recent = _latest([*recent, x.detach()])
-                self._maybe_update_grid(recent)
+                self._maybe_update_grid(epoch, recent, finite)
         if not sizes:
             raise ValueError("train_loader: expected at least one batch, got none")
         # One wait for the device an epoch.
@@ -224,9 +225,9 @@ class _Run:
         sums = torch.cat([weights @ table, weights.sum()[None], torch.tensor([len(bad)], dtype=torch.float64)])
         *totals, rows, failures = sum_over_ranks(sums.to(self.device) if world_size() > 1 else sums).tolist()
         if len(bad):
-            self._fail(part, f"epoch {epoch}, batch {int(bad[0])}", bool(finite[bad[0]]))
+            self._fail(f"the {part} loss is", f"epoch {epoch}, batch {int(bad[0])}", bool(finite[bad[0]]))
         if failures:
-            self._fail(part, f"epoch {epoch} on another rank", True)
+            self._fail(f"the {part} loss is", f"epoch {epoch} on another rank", True)
         return [total / rows for total in totals]
 
     def _step(self, x: Tensor, y: Target) -> tuple[Tensor, Tensor]:
@@ -263,22 +264,26 @@ class _Run:
             penalty = penalty + self.regularization(self.model)
         return self.loss(output, y), penalty
 
-    def _maybe_update_grid(self, recent: list[Tensor]) -> None:
+    def _maybe_update_grid(self, epoch: int, recent: list[Tensor], finite: list[Tensor]) -> None:
         until = self.grid_update_until
         if self.steps % self.grid_update_every or (until is not None and self.steps > until):
             return
         state = "reset" if isinstance(self.optimizer, torch.optim.LBFGS) else "carry"
-        changes = update_grid(self.model, torch.cat(recent), optimizer=self.optimizer, optimizer_state=state)
+        try:
+            changes = update_grid(self.model, torch.cat(recent), optimizer=self.optimizer, optimizer_state=state)
+        except InputsNotFinite as error:  # on every rank, since all see the rows of all
+            where = f"epoch {epoch}, batch {len(finite) - 1}, where grids are updated"
+            self._fail(f"inputs of layer {error.layer!r} are", where, bool(torch.stack(finite).all()))
         self.history.grid_changes.append((self.steps, changes))
 
-    def _fail(self, part: str, where: str, data_finite: bool) -> None:
+    def _fail(self, what: str, where: str, data_finite: bool) -> NoReturn:
         best = self.history.best_epoch
         load_model_state(self.model, self.best_state)
         kept = f"its best weights, of epoch {best} (validation loss {self.history.best_loss:.6g})"
         kept = kept if best >= 0 else "its initial weights"
         reason = "the batch's data are finite" if data_finite else "the batch's data hold NaN or infinity"
         raise FloatingPointError(
-            f"the {part} loss is not finite at {where} ({reason}); the model has {kept}, back"
+            f"{what} not finite at {where} ({reason}); the model has {kept}, back"
         )
 
     def _pair(self, batch: Any) -> tuple[Tensor, Target]:

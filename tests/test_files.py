@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -202,6 +203,7 @@ def rewritten(path, change_config=None, change_tensors=None):
         (lambda c: c.update(layers=[]), None, "not one that KAN.save writes"),
         (lambda c: c.update(layers={"a": 1}), None, "not one that KAN.save writes"),
         (lambda c: c["layers"][1].update(out_features=10**15), None, "layer 1 do not fit"),
+        (lambda c: c["layers"][1].update(in_features=10**20), None, "layer 1 do not fit"),
         (lambda c: c["layers"][1].update(outside="beyond"), None, "layer 1 do not fit: outside: expected"),
         (lambda c: c["layers"][1].update(surprise=1), None, "layer 1 do not fit: .*surprise"),
         (lambda c: c["layers"].pop(), None, "no layer has the weights layers.1"),
@@ -227,6 +229,7 @@ def header_bytes(header):
     [
         ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, "the entry of 'a'"),
         ({"a": [1, 2]}, "the entry of 'a'"),
+        ({"a": {"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 4]}}, "the entry of 'a'"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "does not go with its 4 bytes"),
         ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, "does not go with"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, "does not go with"),

@@ -1,3 +1,4 @@
+import copy
 import math
 import random
 
@@ -252,6 +253,27 @@ def test_nan_says_where_and_keeps_the_best_weights(where):
         train(model, Loader(), Validation(), epochs=9, loss=loss, callback=remember)
     for now, best in zip(model.parameters(), kept):
         assert torch.equal(now, best)
+
+
+@pytest.mark.parametrize("cause", ["data", "weights"])
+def test_numbers_that_are_not_finite_where_grids_are_updated(cause):
+    model, (x, y) = make_model(), make_data()
+    spoiled = x.clone()
+    spoiled[0, 0] = torch.nan
+    at_the_start = copy.deepcopy(model.state_dict())
+
+    def spoil(optimizer, *_):
+        if cause == "weights":
+            optimizer.param_groups[0]["params"][0].data.fill_(torch.inf)
+
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    optimizer.register_step_post_hook(spoil)
+    where, data = (1, "hold NaN") if cause == "data" else (0, "are finite")
+    message = f"^inputs of layer 'layers.[01]' are not finite at epoch 0, batch {where}, .*{data}.* initial weights"
+    with pytest.raises(FloatingPointError, match=message):
+        train(model, [(x, y), (spoiled, y)], optimizer=optimizer, scheduler=None, grid_update_every=1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, at_the_start[name])
 
 
 def test_early_stopping_and_best_weights():

@@ -59,7 +59,7 @@ def load_layers(
         try:
             layer = _layer(options, own.get("edges"), backend)
             layer.load_state_dict(own, assign=True)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path}: damaged: weights and configuration of layer {place} do not fit: {error}") from None
         layers.append(layer)
     if state:

@@ -109,7 +109,7 @@ def _place(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[torch.d
     try:
         dtype, shape = _DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]]
         begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise _damaged(path, f"the entry of {name!r} is not one of a tensor: {entry}") from None
     if min([*shape, begin]) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise _damaged(path, f"the shape {shape} of {name!r} does not go with its {end - begin} bytes")
