@@ -15,6 +15,7 @@ from kan_fast.pruning import compact  # noqa: E402
 from kan_fast.symbolic import SymbolicFunction, default_library, snap_edges  # noqa: E402
 from kan_fast.symbolic.extraction import round_constants  # noqa: E402
 from kan_fast.symbolic.fit import fit_edges  # noqa: E402
+from kan_fast.symbolic.module import r2_score  # noqa: E402
 
 FEW = ["x", "x^2", "sin", "exp", "tanh"]
 X = torch.linspace(-1, 1, 300, dtype=torch.float64)
@@ -315,3 +316,17 @@ def test_missing_extras_are_named(monkeypatch):
         fit_symbolic_function(X, X)
     with pytest.raises(ImportError, match=r"kan_fast\[symbolic\]"):
         symbolic_extraction(KAN([1, 1]))
+
+
+def test_constants_are_met_to_rounding():
+    """Outputs that nothing feeds: a bias, or sums of constants that differ by the order of their terms."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = KAN([2, 3, 2], bias=True)
+        for layer in model.layers:
+            torch.nn.init.normal_(layer.bias)
+        model.layers[0].edge_mask = torch.zeros(2, 3, dtype=torch.bool)
+        assert symbolic_extraction(model, data=torch.rand(300, 2)).r2 == 1.0
+    target = torch.full((50, 1), 0.3)
+    assert r2_score(target + 1e-3, target) == -math.inf
+    assert r2_score(torch.zeros(50, 1), torch.zeros(50, 1)) == 1.0

@@ -232,9 +232,13 @@ def snap_edges(model: KAN, fits: Mapping[Edge, SymbolicFit]) -> SymbolicKAN:
 
 
 def r2_score(prediction: Tensor, target: Tensor) -> float:
-    """Share of the variance of target (N, out) about each output's mean that the prediction explains; 1 for constants met."""
-    residual = (prediction - target).double().square().sum()
-    total = (target - target.mean(0)).double().square().sum()
-    if total == 0:
-        return 1.0 if float(residual) == 0 else -float("inf")
+    """Share of the variance of target (N, out) about each output's mean that the prediction explains; 1 for constants met.
+
+    Targets are constants where they vary by rounding alone, a few ulp of each, and are met to as much.
+    """
+    rounding = (4 * torch.finfo(target.dtype).eps * target.double()).square().sum()
+    residual = (prediction.double() - target.double()).square().sum()
+    total = (target.double() - target.double().mean(0)).square().sum()
+    if total <= rounding:
+        return 1.0 if residual <= 4 * rounding else -float("inf")
     return float(1 - residual / total)
