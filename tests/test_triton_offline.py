@@ -30,6 +30,7 @@ NEW_ENOUGH_FENCES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 # Bytes that a block may ask of a multiprocessor: CUDA's programming guide, table of technical specifications; AMD's LDS.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 NARROW = {"batch": 1_000_000, "in_features": 2, "out_features": 5}
+UNALIGNED = {"batch": 200, "in_features": 300, "out_features": 500}
 
 SAMPLE = [
     *(Configuration(kernel, arch, n=int(kernel == "contract_input")) for arch in ARCHITECTURES for kernel in KERNELS),
@@ -44,6 +45,9 @@ SAMPLE = [
     Configuration("contract_input", 80, torch.float32, **NARROW, n=1),
     Configuration("contract_weight", 90, torch.float32, **NARROW),
     Configuration("contract_output", 90, grid_size=1),  # bases_per_step: 4
+    Configuration("contract_weight", 90, **UNALIGNED),
+    Configuration("contract_output", 90, torch.float32, **UNALIGNED),
+    Configuration("contract_input", 80, batch=1_000_000, in_features=64, out_features=1, n=1),
 ]
 
 
@@ -138,4 +142,4 @@ def test_everything_compiles(kernel, arch):
         for resources in compile_configuration(configuration):
             assert resources.shared <= SHARED[arch], resources.name
             # Unusual orders and modes keep more tiles alive; a few registers on the stack are no disaster.
-            assert resources.spills <= 256, resources.name
+            assert resources.spills <= 192, resources.name

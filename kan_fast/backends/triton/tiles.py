@@ -123,15 +123,19 @@ def wide_tile(
     columns = min(columns, max(_LEAST, power_of_two(out_features)))
     rows = min(rows, max(_LEAST, power_of_two(batch)))
     if kernel == "contract_weight":  # splitting the batch fills the device
-        return Tile(0, columns, width // bases, bases, depth, _warps(width * columns, products), stages)
+        if out_features % _LEAST:
+            # Rows of g and of the gradient that begin anywhere are moved number by number, each with an address of its own:
+            # on Hopper 256 columns then spill 1056 bytes, 128 still 120, and none with half the depth.
+            columns, depth = min(columns, 128), 16
+        return Tile(0, columns, width // bases, bases, depth, _warps(width * columns, depth * width, products), stages)
     if kernel == "contract_input":
         while -(-batch // rows) * -(-in_features // max(1, width // bases)) < target.processors and max(rows, width) > 32:
             rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
         # The features of the epilogue take as much room as the accumulator that they weigh.
-        return Tile(rows, 0, width // bases, bases, depth, _warps(2 * rows * width, products), stages)
+        return Tile(rows, 0, width // bases, bases, depth, _warps(2 * rows * width, 0, products), stages)
     while -(-batch // rows) * -(-out_features // columns) < target.processors and max(rows, columns) > 32:
         rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
-    return Tile(rows, columns, width // bases, bases, depth, _warps(rows * columns, products), stages)
+    return Tile(rows, columns, width // bases, bases, depth, _warps(rows * columns, rows * width, products), stages)
 
 
 def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
@@ -141,7 +145,8 @@ def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
     rows = min(max(32, 2048 // columns), 512)
     while rows > 32 and -(-batch // rows) < 2 * target.processors:
         rows //= 2
-    return Tile(rows, columns, 1, 1, 1, 4 if rows * columns >= 1024 else 1, 1)
+    # Of one or two outputs too a thread takes four rows at most: 16 of them, with their windows and knots, spill.
+    return Tile(rows, columns, 1, 1, 1, 4 if rows * max(columns, 4) >= 1024 else 1, 1)
 
 
 def is_narrow(batch: int, in_features: int, out_features: int, products: str, target: Target) -> bool:
@@ -172,7 +177,10 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _warps(area: int, products: str) -> int:
-    """64 accumulators per thread; half that where operands are split, a quarter where they are twice as wide; 8 at most."""
+def _warps(area: int, features: int, products: str) -> int:
+    """64 accumulators per thread; half that where operands are split, a quarter where they are twice as wide; 8 at most.
+
+    And no more than half as many features of a step, each made from values of its own: else tiles of few columns spill.
+    """
     per_thread = {TF32X3: 32, DOUBLE: 16}.get(products, 64)
-    return max(1, min(8, power_of_two(area // (32 * per_thread))))
+    return max(1, min(8, power_of_two(max(area // (32 * per_thread), features // (16 * per_thread)))))
