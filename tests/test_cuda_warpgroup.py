@@ -136,14 +136,16 @@ def test_descriptors_are_read_as_the_interpreter_reads_them(swizzle):
 def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel):
     use(kernel)
 
-    def run(**change):
+    def run(operation="contract_output", **change):
         problem = make_problem(place, **{"dtype": torch.bfloat16, **change})
-        backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+        getattr(backends.get("emulated"), operation)(*problem.args(operation, 0, False))
 
     with pytest.raises(Fault, match=f"{kernel}: it does not serve float32"):
         run(dtype=torch.float32)
     with pytest.raises(Fault, match=f"{kernel}: it does not serve spline orders above 3"):
         run(k=4)
+    with pytest.raises(Fault, match=f"{kernel}: it does not serve contract_input of 256 bases or more"):
+        run("contract_input", grid_size=253)
     for architecture in (80, 100, 120):
         monkeypatch.setitem(backends._modules, "emulated", Backend(library, architecture))
         with pytest.raises(Fault, match=f"{kernel}: it does not serve GPUs of another compute capability than 9.0"):

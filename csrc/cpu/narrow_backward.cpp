@@ -17,7 +17,7 @@ void input_gradient(const Pieces<T>& t, int64_t input, const T* __restrict x, co
   for (int b = 0; b < rows; b += Simd<T>::N) {
     const Vec<T> xs = load<T>(x + b), s = base_feature(t, xs);
     Vec<T> sum[M > 0 ? M : 1], base_sum{}, u;
-    VecInt<T> piece;
+    VecInt<T> piece{};
     if constexpr (P >= 0) locate<P, REGISTERS, T>(t, k, lower_knot, xs, piece, u);
     KAN_UNROLL for (int d = 0; d < M; ++d) sum[d] = Vec<T>{};
     const T *c = polynomials, *from = g + b;

@@ -57,10 +57,11 @@ const char* why_not_wide(const Problem& p) {
   return nullptr;
 }
 
-const char* why_not_warpgroup(const Problem& p, const Device& device) {
+const char* why_not_warpgroup(const Problem& p, const Device& device, Operation operation) {
   if (device.architecture != 90) return "GPUs of another compute capability than 9.0";
   if (!kBuiltSm90a) return "builds without code for 9.0a";
   if (p.weight_dtype == kFloat32) return "float32";
+  if (operation == Operation::input && p.bases() >= 256) return "contract_input of 256 bases or more";  // a tile has 256 columns
   return nullptr;
 }
 
@@ -68,7 +69,7 @@ const char* why_not_warpgroup(const Problem& p, const Device& device) {
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
   if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32)
-    return why_not_warpgroup(p, device) == nullptr ? Family::wgmma : Family::dense;
+    return why_not_warpgroup(p, device, operation) == nullptr ? Family::wgmma : Family::dense;
   constexpr int64_t kNarrowTables = 72 * 1024;
   const bool narrow = why_not_narrow(p, device, operation) == nullptr && plan_narrow(p, device, operation).shared <= kNarrowTables;
   return narrow ? Family::narrow : Family::any;
@@ -86,7 +87,7 @@ Family choose(const Problem& p, const Device& device, Operation operation) {
     throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, narrow, dense, sparse, wgmma or wgmma_sparse");
   const Family family = Family(found);
   const char* no = family == Family::narrow ? why_not_narrow(p, device, operation) : why_not_wide(p);
-  if (no == nullptr && is_warpgroup(family)) no = why_not_warpgroup(p, device);
+  if (no == nullptr && is_warpgroup(family)) no = why_not_warpgroup(p, device, operation);
   if (family != Family::any && no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
   return family;
 }
@@ -255,7 +256,7 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
     return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
   if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, workspace, stream)
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
-  return is_warpgroup(family) && p.bases() < 256 ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);
+  return is_warpgroup(family) ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {
