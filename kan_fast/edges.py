@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kan_fast import batching
 from kan_fast.activations import activation as activation_function
+from kan_fast.autocast import beneath_autocast
 from kan_fast.chunks import chunks
 from kan_fast.derivatives import Contraction, Maybe, enter, forward_rule, refuse_grid, save, saved, total, weighted
 from kan_fast.operators import dispatched, register
@@ -130,6 +131,7 @@ def _edge_weight(*args: Any) -> Tensor:
     return result
 
 
+@beneath_autocast
 def _compute_output(x: Tensor, scale: Maybe, weight: Tensor, *rest: Any) -> Tensor:
     edges, features, n = _packed(rest)
     y = [x.new_zeros(0, len(edges.per_output), dtype=weight.dtype)]
@@ -139,6 +141,7 @@ def _compute_output(x: Tensor, scale: Maybe, weight: Tensor, *rest: Any) -> Tens
     return torch.cat(y)
 
 
+@beneath_autocast
 def _compute_input(x: Tensor, weight: Tensor, g: Tensor, *rest: Any) -> Tensor:
     edges, features, n = _packed(rest)
     place, outputs = edges.place[edges.by_input], edges.outputs[edges.by_input]
@@ -150,6 +153,7 @@ def _compute_input(x: Tensor, weight: Tensor, g: Tensor, *rest: Any) -> Tensor:
     return x.new_zeros(x.shape).index_copy(1, edges.used, torch.cat(dx))
 
 
+@beneath_autocast
 def _compute_weight(x: Tensor, scale: Maybe, g: Tensor, *rest: Any) -> Tensor:
     edges, features, n = _packed(rest)
     sum_of_blocks = None

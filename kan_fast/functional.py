@@ -97,6 +97,7 @@ def as_rows(x: Tensor) -> Tensor:
 def _weight_dtype(x: Tensor, spline_weight: Tensor) -> torch.dtype:
     """What autocast on x's device asks for, by the rule of nn.Linear: float64 stays."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or torch.float64 in (x.dtype, spline_weight.dtype):
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not enabled or torch.float64 in (x.dtype, spline_weight.dtype):
         return spline_weight.dtype
     return torch.get_autocast_dtype(kind)

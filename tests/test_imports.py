@@ -11,7 +11,7 @@ PACKAGE = Path(kan_fast.__file__).parent
 
 # From the bottom to the top; a module may import from its own row and the rows before it. What is not named here is a tool.
 ROWS = [
-    {"spline", "activations", "atomic", "chunks"},
+    {"spline", "activations", "atomic", "autocast", "chunks"},
     {"checks"},
     {"backends.fake", "backends.reference", "backends.native", "backends.triton"},
     {"backends"},

@@ -10,7 +10,7 @@ from samples import every_outside, make_grid
 from torch import nn
 from torch.nn import functional as F
 
-from kan_fast import KANLayer
+from kan_fast import KANLayer, ops
 from kan_fast.functional import kan_linear
 
 NAMES = ("silu", "identity", "gelu", "relu", "tanh")
@@ -149,9 +149,16 @@ def test_autocast_is_that_of_linear(place):
         torch.testing.assert_close(y.float(), want, rtol=0, atol=2 * scale)
         y.float().sum().backward()
         assert layer.spline_weight.grad.dtype == torch.float32
+        # The contraction itself knows nothing of autocast: bases are not rounded.
+        args = x, None, layer.spline_weight, layer.base_weight, layer.grid, "silu", "zero", 0, place.backend
+        want = ops.contract_output(*args)
+        with torch.autocast(place.device.type, dtype):
+            assert torch.equal(ops.contract_output(*args), want)
+    empty = KANLayer(3, 4, device="meta")
     double = KANLayer(3, 4, dtype=torch.float64)
     with torch.autocast("cpu"):
         assert double(torch.rand(2, 3, dtype=torch.float64)).dtype == torch.float64
+        assert empty(torch.rand(2, 3, device="meta")).shape == (2, 4)
 
 
 def test_copies_and_pickles_are_the_same_function():

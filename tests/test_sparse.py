@@ -184,6 +184,19 @@ def test_the_same_bits_on_every_run(device):
         assert all(map(torch.equal, step(), first))
 
 
+def test_precision_under_autocast():
+    """Bases, products and sums are float32 there too, in both directions."""
+    layer, x = SparseKANLayer(8, 6, 3), torch.randn(40, 8, requires_grad=True)
+    y = layer(x)
+    want = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        again = layer(x)
+        found = torch.autograd.grad(again.square().sum(), [x, *layer.parameters()])
+    assert torch.equal(again, y)
+    for mine, other in zip(found, want, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_there_and_back():
     dense = pruned_layer(base_activation="tanh", outside="clamp")
     back = SparseKANLayer.from_dense(dense).to_dense()

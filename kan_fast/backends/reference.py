@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kan_fast.activations import activation as activation_function
+from kan_fast.autocast import beneath_autocast
 from kan_fast.checks import check_problem
 from kan_fast.spline import bases
 
@@ -16,6 +17,7 @@ def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@beneath_autocast
 def contract_output(
     x: Tensor,
     scale: Tensor | None,
@@ -39,6 +41,7 @@ def contract_output(
     return y.to(spline_weight.dtype)
 
 
+@beneath_autocast
 def contract_input(
     x: Tensor,
     spline_weight: Tensor,
@@ -64,6 +67,7 @@ def contract_input(
     return dx.to(x.dtype)
 
 
+@beneath_autocast
 def contract_weight(
     x: Tensor,
     scale: Tensor | None,
