@@ -142,6 +142,7 @@ def plot_history(history: History, *, ax: Any = None) -> Any:
     if all(value > 0 for value in [*history.train_losses, *history.val_losses]):
         ax.set_yscale("log")
     ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(_pyplot().MaxNLocator(integer=True))  # no half epochs
     ax.set_ylabel("loss")
     ax.grid(True, color="#e4e7eb", linewidth=0.7)
     for side in ("top", "right"):

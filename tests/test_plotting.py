@@ -86,6 +86,7 @@ def test_history():
     assert ax.get_yscale() == "log"
     assert [line.get_label() for line in ax.lines] == ["train", "validation", "best: 0.25"]
     assert list(ax.lines[1].get_ydata()) == [1.1, 0.3, 0.25]
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
     assert plot_history(History([0.0], [0.0], best_epoch=0)).get_yscale() == "linear"
 
 
