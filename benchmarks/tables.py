@@ -70,8 +70,12 @@ def _mark(value: float, bar: float | None) -> str:
     return " (met)" if value <= bar else " (missed)"
 
 
-def _bar_rows(rows: list[Row]) -> list[Row]:
-    chosen = [row for row in latest(rows, what="bars", device="cpu") if "forward_ratio" in row]
+def _bar_rows(rows: list[Row], forced: str = "") -> list[Row]:
+    """Of layers with the kernels that a CPU gets by itself, or with those of an instruction set that KAN_FAST_ISA asked for."""
+    chosen = [
+        row for row in latest(rows, what="bars", device="cpu")
+        if "forward_ratio" in row and row.get("device_name", "").partition("KAN_FAST_ISA=")[2].rstrip(")") == forced
+    ]  # fmt: skip
     return [row for shape in _shapes(chosen) for row in chosen if row["shape"] == shape.key()]
 
 
@@ -81,9 +85,9 @@ def _subject(row: Row, among: list[Row]) -> str:
     return str(Shape.parse(row["shape"])) + (f"; {row.get('device_name')}" if several else "")
 
 
-def bars(rows: list[Row]) -> str:
+def bars(rows: list[Row], forced: str = "") -> str:
     """Times, ratios and bars."""
-    chosen = _bar_rows(rows)
+    chosen = _bar_rows(rows, forced)
     if not chosen:
         return NOT_YET
     body = []
@@ -288,6 +292,7 @@ def gpu(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bars": bars,
     "bars_more": bars_more,
+    "bars_avx2": lambda rows: bars(rows, "avx2"),
     "forward": forward,
     "step": step,
     "optimiser": optimiser,
