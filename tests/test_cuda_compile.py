@@ -49,7 +49,7 @@ def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
 def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
     if "_warpgroup" in kernel:  # empty but on Hopper
-        shape = "HGMMA.SP.64x128x32" if "Lb1E" in kernel else "HGMMA.64x128x16"
+        shape = "HGMMA.SP.64x128x32" if re.search(r"output_warpgroupILNS0_8ProductsE\dELb1E", kernel) else "HGMMA.64x128x16"
         return rf"{shape}.F32{'.BF16' if 'ProductsE0E' in kernel else ''} " if architecture == "90a" else None
     if "_wide" not in kernel:
         return None

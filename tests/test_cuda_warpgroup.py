@@ -96,6 +96,26 @@ def test_backward_of_every_kind(place, use, outside, activation):
                 assert_wide_close(place, problem, operation, n, "highest", with_scale=n == 1)
 
 
+@every_outside
+@every_half
+def test_eight_inputs_at_a_time(place, use, dtype, outside):
+    """The quick way and whom it leaves to the general one: x within the range, on its ends, beyond all knots, NaN; uneven knots
+    of some inputs. 72 inputs: a block of 64 and one group more."""
+    use("wgmma")
+    for k, grid_size in ((1, 7), (2, 4), (3, 5), (3, 1)):
+        for activation, x_dtype in (("silu", torch.float32), ("tanh", dtype), ("none", dtype)):
+            problem = make_problem(place, dtype, (140, 72, 40), grid_size, k, "uniform", activation, outside, x_dtype)
+            problem.x[:40] *= 1 / problem.x[:40].abs().max()  # within the range, but for
+            problem.x[3, ::5], problem.x[4, ::3], problem.x[5, 7], problem.x[6, 9] = 1.0, -1.0, 50.0, -50.0
+            problem.grid[8:24] += torch.linspace(0, 0.1, problem.grid.shape[1]) ** 2  # another shape
+            for operation in ("contract_output", "contract_weight"):
+                assert_wide_close(place, problem, operation, 0, "highest", with_scale=False)
+            problem.x[9, 70] = torch.nan
+            y = backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+            assert torch.equal(y.isnan().any(1).nonzero(), torch.tensor([[9]]))
+            assert y[9].isnan().all()
+
+
 @every_kernel
 def test_nan_stays_in_its_row(place, use, kernel):
     use(kernel)
@@ -153,13 +173,13 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 
 
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
-OUTPUT, TILE = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh"
+OUTPUT, TILE, QUICK = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh", "cuda/quick.cuh"
 PLANTED = {
     "wait": (TILE, r"wait_for_products<1>", "wait_for_products<2>", "shared memory is written while a product reads it"),
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
     "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
-    "makers' fence": (TILE, r"show_to_tensor_cores\(\);\n      arrive", "arrive", "a copy that no proxy fence followed"),
+    "makers' fence": (TILE, r"show_to_tensor_cores\(\);\n  arrive", "arrive", "a copy that no proxy fence followed"),
     "two shapes": (
         OUTPUT,
         r"if \(kSparse\) wait_for_products<0>\(\);",
@@ -184,7 +204,10 @@ PLANTED = {
     "deeper": (TILE, r"kSixteenLines = 2 \*", "kSixteenLines = 1 *", ""),
     "metadata": (OUTPUT, r"kSixteenLines, metadata\[k\]\)", "kSixteenLines, metadata[1 - k])", ""),
     "sums": (TILE, r"body\(row \+ 8 \* r,", "body(row + 8 * (1 - r),", ""),
-    "turned": ("cuda/window.cuh", r"turn \^ 0x4444u\);\n  const int bits", "turn);\n  const int bits", ""),
+    "whole windows": (QUICK, r"shift_words_left\(zeros, kWindow", "shift_words_left(kWindow, kWindow", ""),
+    "cut windows": (QUICK, r"shifted\(int\(shift\[m\]\) - 32\)", "shifted(int(shift[m]) - 24)", ""),
+    "sign of a weight": ("cuda/activation.cpp", r"0xbbbbbbbbu", "0xaaaaaaaau", ""),
+    "knots of others": (QUICK, r"here\[thread_now\(\) % 32 \+ 32 \* m\]", "here[thread_now() % 32]", ""),
 }
 
 

@@ -46,7 +46,7 @@ template <class C> KAN_DEVICE C polynomial(const C* c, int degree, C x) {
 // silu or its first derivative, with s = 1 / (1 + e), e = exp(-x), and s' = e s^2: nothing cancels. Rounding the argument of
 // the exponential errs as much as rounding x would. Where x is held, s is 1e-35.
 template <int N, class C> KAN_DEVICE C silu(C x) {
-  const C reach = sizeof(C) == 8 ? C(700) : C(80), near = held(x, -reach, N == 0 ? C(INFINITY) : reach);
+  const C reach = sizeof(C) == 8 ? C(700) : C(80), near = N == 0 ? larger(x, -reach) : held(x, -reach, reach);
   const C e = power_of_two(near * C(-1.4426950408889634074)), s = reciprocal_of_normal(1 + e);
   return N == 0 ? near * s : near * (e * s * s) + s;
 }
@@ -88,6 +88,26 @@ template <class C> KAN_DEVICE C activate(const Activation<C>& a, C x) {
     default: break;
   }
   return x == x ? value : x;
+}
+
+// The same in place of each of several x. silu's chains of instructions mix; the others' code is there once, and the numbers move
+// along: registers have no index.
+template <int kCount> KAN_DEVICE void activate_all(const Activation<float>& a, float (&x)[kCount]) {
+  if (a.kind == kSilu && a.n == 0) {
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kCount; ++m) x[m] = silu<0>(x[m]);
+  } else if (a.kind == kSilu && a.n == 1) {
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kCount; ++m) x[m] = silu<1>(x[m]);
+  } else {
+    KAN_NO_UNROLL
+    for (int m = 0; m < kCount; ++m) {
+      const float value = activate(a, x[0]);
+      KAN_UNROLL_ALL
+      for (int r = 1; r < kCount; ++r) x[r - 1] = x[r];
+      x[kCount - 1] = value;
+    }
+  }
 }
 
 // The interval of x, which lies within [d.first, d.last].

@@ -84,6 +84,13 @@ KAN_DEVICE float held(float x, float low, float high) {
   return r;
 }
 KAN_DEVICE double held(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+// The larger of two, NaN if one is.
+KAN_DEVICE float larger(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+KAN_DEVICE double larger(double a, double b) { return a > b || a != a ? a : b; }
 
 KAN_DEVICE uint32_t high_half_of_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 KAN_DEVICE uint16_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
@@ -127,6 +134,9 @@ KAN_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector
 }
 // 0 where `by` is not within 0 .. 31.
 KAN_DEVICE uint32_t shift_word_left(uint32_t value, int by) { return __funnelshift_lc(0u, value, uint32_t(by)); }
+KAN_DEVICE uint32_t shift_word_right(uint32_t value, int by) { return __funnelshift_rc(value, 0u, uint32_t(by)); }
+// The upper word of both after a shift to the left by 0 .. 32 bits.
+KAN_DEVICE uint32_t shift_words_left(uint32_t low, uint32_t high, uint32_t by) { return __funnelshift_lc(low, high, by); }
 KAN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 KAN_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 

@@ -74,49 +74,6 @@ KAN_DEVICE void write_window(char* tile, char* metadata, const Kept<P>& window, 
   }
 }
 
-// Neighbouring numbers of x or scale as they are stored: widened where they are needed, so that nobody waits for them before.
-template <int kNumbers> struct Stored {
-  alignas(4 * kNumbers) uint32_t raw[kNumbers];  // float32: one to a word; 16-bit types: two
-
-  // `left` of them exist, the rest becomes 0. vectors: every kNumbers-th begins at a multiple of 16 bytes, or of what they take.
-  KAN_DEVICE void load(const void* data, int dtype, int at, int left, bool vectors) {
-    KAN_UNROLL_ALL
-    for (int m = 0; m < kNumbers; ++m) raw[m] = 0;
-    if constexpr (kNumbers % 4 == 0) {
-      if (vectors && left >= kNumbers) {
-        if (dtype == kFloat32) {
-          KAN_UNROLL_ALL
-          for (int m = 0; m < kNumbers; m += 4)
-            *reinterpret_cast<Words<4>*>(raw + m) = *reinterpret_cast<const Words<4>*>(static_cast<const uint32_t*>(data) + at + m);
-        } else {
-          using Half = Words<kNumbers / 2>;
-          *reinterpret_cast<Half*>(raw) = *reinterpret_cast<const Half*>(static_cast<const uint16_t*>(data) + at);
-        }
-        return;
-      }
-    }
-    KAN_UNROLL_ALL
-    for (int m = 0; m < kNumbers; ++m) {
-      if (m >= left) continue;
-      if (dtype == kFloat32) raw[m] = static_cast<const uint32_t*>(data)[at + m];
-      else raw[m / 2] |= uint32_t(static_cast<const uint16_t*>(data)[at + m]) << (16 * (m % 2));
-    }
-  }
-  KAN_DEVICE void widen(int dtype, float (&x)[kNumbers]) const {
-    KAN_UNROLL_ALL
-    for (int m = 0; m < kNumbers; ++m) {
-      if (dtype == kFloat32) x[m] = as_float(raw[m]);
-      else if (dtype == kBFloat16) x[m] = as_float(m % 2 ? raw[m / 2] & 0xffff0000u : raw[m / 2] << 16);
-      else x[m] = from_float16(uint16_t(raw[m / 2] >> (16 * (m % 2))));
-    }
-  }
-};
-
-// Rows b0 .. of x or of scale. All numbers of a block's rows are within reach of an int: why_not_wide bounds in_features.
-KAN_DEVICE const void* rows_from(const Problem& p, const void* data, int64_t b0) {
-  return static_cast<const char*>(data) + b0 * p.in_features * (p.x_dtype == kFloat32 ? 4 : 2);
-}
-
 // Base activations of rows b0 .. and inputs `first` .., kHere pieces of 16 bytes to a row, to place(row, piece). Beyond `rows`
 // rows or input `end` they are any finite numbers: there the other operand is zero, or nobody writes the result.
 template <Products P, int kHere, class Place>
@@ -157,22 +114,7 @@ KAN_DEVICE void write_base(const WideArguments& a, int64_t b0, int rows, int fir
     stored[0].widen(p.x_dtype, x);
     KAN_UNROLL_ALL
     for (int r = 1; r < kPasses; ++r) stored[r - 1] = stored[r];
-    if (a.activation.kind == kSilu && a.activation.n == 0) {
-      // As in `activate`, in fewer instructions: exp(80) is far from overflowing.
-      KAN_UNROLL_ALL
-      for (int m = 0; m < kNumbers; ++m) {
-        const float above = x[m] < -80.0f ? -80.0f : x[m];
-        x[m] = above * reciprocal(1 + exponential(-above));
-      }
-    } else {
-      KAN_NO_UNROLL
-      for (int m = 0; m < kNumbers; ++m) {
-        const float value = activate(a.activation, x[0]);
-        KAN_UNROLL_ALL
-        for (int r = 1; r < kNumbers; ++r) x[r - 1] = x[r];
-        x[kNumbers - 1] = value;
-      }
-    }
+    activate_all(a.activation, x);
     write(x, pass);
   }
 }

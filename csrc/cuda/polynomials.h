@@ -6,6 +6,7 @@
 namespace kan::cuda {
 
 constexpr int kMaxCubicOrder = 3;
+constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
 
 template <class C> struct alignas(16) CubicOf {
   C c[4];  // c[0] + c[1] u + c[2] u^2 + c[3] u^3
@@ -79,6 +80,15 @@ template <class C> inline void make_uniform_cubics(const Problem& p, CubicOf<C>*
   make_cubics(knots, 2 * p.spline_order + 2, p.spline_order, p.spline_order, p.n, w);
 }
 
+// How quick.cuh evaluates a spline on even knots; a place is counted as even_interval (wide.cuh) does.
+struct Quick {
+  bool serves, anywhere;  // plain values, eight inputs at a time; other windows than whole ones, or x beyond the range, too
+  float lowest, highest;  // where a place is kept
+  uint32_t first;         // 8 times the bits of kToNearest + the interval whose window begins with basis 0
+  uint32_t whole;         // 8 times the last of the intervals from there on whose windows lie within eight bases
+  uint32_t zeros;         // for permute_bytes, four times: the sign of a weight that is never below 0
+};
+
 // What the wide kernels are given. `uniform`: the cubics of knots 1 apart; `uneven` (in_features, knots - 1, 4): of all others.
 struct WideArguments {
   Problem p;
@@ -91,6 +101,7 @@ struct WideArguments {
   // result is continuous there; whether it is 0 beyond Described's first and last.
   Cubic centred[kMaxCubicOrder + 1];
   bool continuous, vanishes;
+  Quick quick;
 };
 
 // Bytes of `uneven` behind `described`, and the arguments themselves.

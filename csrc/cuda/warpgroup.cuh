@@ -37,9 +37,10 @@ template <int kRegisters> KAN_DEVICE void set_registers() {
   if constexpr (kRegisters < 128) KAN_ASM("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// To shared memory, from where tensor cores will read it.
-KAN_DEVICE void store_16_bytes(void* shared, const uint32_t (&words)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+// To shared memory, from where tensor cores will read it: to the address with the bits `turned` inverted.
+KAN_DEVICE void store_16_bytes(void* shared, const uint32_t (&words)[4], uint32_t turned = 0) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared) ^ turned), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
                : "memory");
 }
 KAN_DEVICE void store_8_bytes(void* shared, const uint32_t (&words)[2]) {

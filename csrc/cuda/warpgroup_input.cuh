@@ -6,11 +6,27 @@
 
 namespace kan::cuda {
 
+// An input's knots, and what the n-th derivative of the cubics is to be multiplied with.
+struct alignas(16) TileKnots {
+  Even even;
+  float scale;
+};
+
 constexpr int kInputColumns = 256, kGroupInputStage = kLeftBytes + kRightBytes<kInputColumns>;
-// After the products the sums (128 rows) lie where the stages were.
-constexpr int kGroupSumsPitch = kInputColumns + 1;
-constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage;
-static_assert(size_t(kGroupRows) * kGroupSumsPitch * sizeof(float) <= kRightStages * kGroupInputStage);
+// After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
+constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage + kInputColumns / 2 * sizeof(TileKnots);
+static_assert(size_t(kGroupRows) * kInputColumns * sizeof(float) <= kRightStages * kGroupInputStage);
+
+// Of sum (row, column). Neither a warp's fragments, eight rows by eight columns, meet a bank twice when they are written two by two,
+// nor, but for rows 4 apart, 32 rows of a column when they are read.
+KAN_DEVICE int place_of_sum(int row, int column) {
+  return row * kInputColumns + column / 32 * 32 + (column % 32 ^ (row % 4 * 8 + row / 8 % 4 * 2));
+}
+
+// Two sums at once, as the floats that they are: their bits, as other registers, would be taken before the products are waited for.
+struct alignas(8) Pair {
+  float low, high;
+};
 
 KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns / (p.bases() + 1); }
 
@@ -88,16 +104,41 @@ KAN_DEVICE void write_four(const Problem& p, int64_t b, int64_t i, int count, bo
     if (m < count) write<float>(p.dx, at + m, p.x_dtype, value[m]);
 }
 
+// The sums of one input's bases, sum(f), weighed by phi^(n) at x where even_window serves and nothing is extended. No branches: several
+// inputs' chains of instructions mix.
+template <class Sum> KAN_DEVICE float weigh_sums(const WideArguments& a, const TileKnots& knots, float x, Sum sum) {
+  const Problem& p = a.p;
+  float v;
+  const int first = even_interval(p, knots.even, held(x, knots.even.first, knots.even.last), v) - p.spline_order;
+  float total = v * 0.0f;  // NaN is in no interval
+  KAN_UNROLL_ALL
+  for (int q = 0; q < 4; ++q) {
+    const float* c = a.centred[q].c;
+    const bool there = unsigned(first + q) < unsigned(p.bases());
+    const float w = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
+    total += (there ? w : 0.0f) * sum(there ? first + q : 0);
+  }
+  return total * knots.scale * (a.vanishes && !(x >= knots.even.first && x <= knots.even.last) ? 0.0f : 1.0f);
+}
+
 template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_warpgroup(WideArguments a) {
 #if KAN_WARPGROUPS
   using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
   char* stages = first_atom();
   float* values = reinterpret_cast<float*>(stages);
+  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kRightStages * kGroupInputStage);
   const int thread = int(threadIdx.x), inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
 
   for (int64_t i0 = int64_t(blockIdx.y) * inputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * inputs) {
+    const int count = p.in_features - i0 < inputs ? int(p.in_features - i0) : inputs;
+    for (int j = thread; j < count; j += kMultipliers) {
+      const Even even = even_knots(a.described[i0 + j]);
+      knots[j] = {even, 1};
+      for (int m = 0; m < p.n; ++m) knots[j].scale *= even.inverse_h;
+    }
+    const int group = multiplier_group();
     GroupSums<kInputColumns> sums = {};
     const OperandCopies<T> copies(p, b0, i0);
     multiply_steps<false>(
@@ -109,38 +150,57 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
         [&](bool, int, int stage) {
           const char* left = stages + stage * kGroupInputStage;
           order_registers();
-          multiply_group<P, false, false>(sums, left + thread / 128 * (kLeftBytes / 2), left + kLeftBytes);
+          multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
           commit_products();
         });
+    // A thread's share of the epilogue: one row, every other four inputs. Their x comes while the sums are moved.
+    constexpr int kAhead = 4, kNext = kMultipliers / kGroupRows * 4;
+    const int64_t b = b0 + thread % kGroupRows;
+    const bool vectors = inputs_in_vectors(p, 4) && i0 % 4 == 0;
+    Stored<4> ahead[kAhead];
+    auto load = [&](Stored<4>& to, int j) { load_inputs(to, p, b, i0 + j, i0 + count, vectors); };
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kAhead; ++m) load(ahead[m], thread / kGroupRows * 4 + m * kNext);
     meet(kTileBarrier, kMultipliers);  // both groups have read the stages
     for_every_pair(sums, [&](int row, int column, float low, float high) {
-      values[row * kGroupSumsPitch + column] = low;
-      values[row * kGroupSumsPitch + column + 1] = high;
+      *reinterpret_cast<Pair*>(values + place_of_sum(row, column)) = {low, high};
     });
     meet(kTileBarrier, kMultipliers);
-    // A thread: one row, every other four inputs.
-    const int64_t b = b0 + thread % kGroupRows;
-    const int count = p.in_features - i0 < inputs ? int(p.in_features - i0) : inputs;
-    const bool vectors = inputs_in_vectors(p) && i0 % 4 == 0;
-    const float* row = values + thread % kGroupRows * kGroupSumsPitch;
-    for (int j = thread / kGroupRows * 4; b < p.batch && j < count; j += kMultipliers / kGroupRows * 4) {
-      FourInputs four;
+    auto sum = [&](int column) { return values[place_of_sum(thread % kGroupRows, column)]; };
+    KAN_NO_UNROLL
+    for (int j = thread / kGroupRows * 4; b < p.batch && j < count; j += kNext) {
       float x[4], total[4], factor[4];
-      four.load(p, b, i0 + j, p.in_features, vectors);
-      four.unpack(p, x);
-      if (p.base_weight != nullptr) activate_four(a.activation, x, factor);
+      ahead[0].widen(p.x_dtype, x);
       KAN_UNROLL_ALL
-      for (int m = 0; m < 4; ++m) total[m] = p.base_weight != nullptr && j + m < count ? factor[m] * row[of_spline + j + m] : 0.0f;
-      for_four_items(a, b, i0 + j, p.in_features, x, nullptr, [&](int m, const Item& item) {
-        float sum = 0;
+      for (int m = 1; m < kAhead; ++m) ahead[m - 1] = ahead[m];
+      load(ahead[kAhead - 1], j + kAhead * kNext);
+      KAN_UNROLL_ALL
+      for (int m = 0; m < 4; ++m) total[m] = 0, factor[m] = x[m];
+      if (p.base_weight != nullptr) {
+        activate_all(a.activation, factor);
         KAN_UNROLL_ALL
-        for (int q = 0; q < 4; ++q) {
-          const int f = item.first + q;
-          if (f >= 0 && f < p.bases() && j + m < count) sum += item.w[q] * row[(j + m) * p.bases() + f];
+        for (int m = 0; m < 4; ++m) total[m] = j + m < count ? factor[m] * sum(of_spline + j + m) : 0.0f;
+      }
+      bool even = a.continuous && j + 4 <= count && !(p.outside == kLinear && p.n == 0);
+      KAN_UNROLL_ALL
+      for (int m = 0; m < 4; ++m) even = even && knots[j + m].even.inverse_h > 0;
+      if (even) {
+        KAN_UNROLL_ALL
+        for (int m = 0; m < 4; ++m) total[m] += weigh_sums(a, knots[j + m], x[m], [&](int f) { return sum((j + m) * p.bases() + f); });
+      } else {
+        KAN_NO_UNROLL
+        for (int m = 0; m < 4 && j + m < count; ++m) {
+          const Item item = evaluate(a, i0 + j + m, x[0], 1.0f);
+          float one = 0;
+          KAN_UNROLL_ALL
+          for (int q = 0; q < 4; ++q) {
+            const int f = item.first + q;
+            if (f >= 0 && f < p.bases()) one += item.w[q] * sum((j + m) * p.bases() + f);
+          }
+          KAN_UNROLL_ALL
+          for (int r = 0; r < 4; ++r) total[r] += r == m ? one : 0.0f, x[r] = r < 3 ? x[r + 1] : x[r];
         }
-        KAN_UNROLL_ALL
-        for (int r = 0; r < 4; ++r) total[r] += r == m ? sum : 0.0f;
-      });
+      }
       write_four(p, b, i0 + j, count - j < 4 ? count - j : 4, vectors, total);
     }
     meet(kTileBarrier, kMultipliers);  // the sums have been read

@@ -6,6 +6,9 @@
 // inputs end with a step of the base branch, whose features were made along with the splines', so x is read once. The weights
 // come by cp.async from the multipliers, which have nothing else to do.
 //
+// A multiprocessor's four schedulers have four warps each: two that multiply, two that make. Within 2048 cycles, what the tensor
+// cores take for two steps of 256 columns, a maker's warp must make one: see quick.cuh.
+//
 // Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, and comes into the
 // multipliers' registers by ldmatrix, along with the metadata that the maker left beside it.
 //
@@ -19,8 +22,8 @@ namespace kan::cuda {
 // The base branch's features: one is multiplied, one is made, but only one step in nine is theirs.
 constexpr int kBaseStages = 2, kMetadataBytes = kGroupRows * kGroupInputs;
 template <int kColumns>
-constexpr size_t kGroupOutputShared =
-    kAtomBytes + kRightStages * kRightBytes<kColumns> + (kLeftStages + kBaseStages) * kLeftBytes + kLeftStages * kMetadataBytes;
+constexpr size_t kGroupOutputShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + (kLeftStages + kBaseStages) * kLeftBytes +
+                                      kLeftStages * kMetadataBytes + kKnotsBytes;
 
 template <Products P, int kSums>
 KAN_DEVICE void multiply_sparse(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right, const uint32_t& metadata) {
@@ -58,13 +61,14 @@ struct GroupStep {
 
 // Where everything lies in shared memory.
 template <int kColumns> struct GroupMemory {
-  char *right, *left, *base, *metadata;
+  char *right, *left, *base, *metadata, *knots;
 
   KAN_DEVICE GroupMemory() {
     right = first_atom();
     left = right + kRightStages * kRightBytes<kColumns>;
     base = left + kLeftStages * kLeftBytes;
     metadata = base + kBaseStages * kLeftBytes;
+    knots = metadata + kLeftStages * kMetadataBytes;
   }
 };
 
@@ -73,6 +77,7 @@ template <int kColumns> struct GroupMemory {
 template <bool kSparse, int kColumns, class T> struct WeightCopies {
   static constexpr int kPieces = kColumns / 8, kRows = kMultipliers / kPieces, kCount = kGroupDepth / kRows;
   const T *spline, *base;  // this thread's first row of the step at hand, of either kind
+  int64_t of_input, to_inputs;  // from an input's weights to the next one's; from the last chunk to the next inputs' first one
   int place, row, basis, left;
 
   KAN_DEVICE WeightCopies(const Problem& p, const GroupStep& first, int64_t o0) {
@@ -84,6 +89,8 @@ template <bool kSparse, int kColumns, class T> struct WeightCopies {
     const int64_t o = o0 + column;
     spline = static_cast<const T*>(p.spline_weight) + (int64_t(first.block + row / kStepBases) * p.bases() + basis) * p.out_features + o;
     base = static_cast<const T*>(p.base_weight) + int64_t(first.block + row) * p.out_features + o;
+    of_input = p.bases() * p.out_features;
+    to_inputs = kGroupInputs * of_input - (first.chunks - 1) * kStepBases * p.out_features;
   }
   // Of the step at hand, which is `step`; then to the next one.
   KAN_DEVICE void copy(const WideArguments& a, const GroupStep& step, char* stage) {
@@ -94,11 +101,10 @@ template <bool kSparse, int kColumns, class T> struct WeightCopies {
       base += kGroupDepth * p.out_features;
     } else {
       constexpr int kInputs = kRows / kStepBases;  // from row to row
-      const int64_t of_input = p.bases() * p.out_features;
       const bool exists = step.chunk * kStepBases + basis < p.bases();
       copy_rows<kCount>(to, kRows * kLineNumbers, spline, kInputs * of_input, left, step.input() + row / kStepBases, kInputs,
                         exists ? step.end : 0, a.aligned);
-      spline += step.chunk + 1 < step.chunks ? kStepBases * p.out_features : kGroupInputs * of_input - (step.chunks - 1) * kStepBases * p.out_features;
+      spline += step.chunk + 1 < step.chunks ? kStepBases * p.out_features : to_inputs;
     }
   }
 };
@@ -121,23 +127,26 @@ KAN_DEVICE void write_sparse_windows(const Kept<P> (&items)[4], int first_base, 
   }
 }
 
-// A maker's thread: row `b`, at place `row` of the tile.
+// The base branch's features that nobody made, of inputs that do not exist: zeros.
+KAN_DEVICE void fill_base(char* base, int row, int groups) {
+  const uint32_t zeros[4] = {};
+  for (int group = groups; group < kGroupInputs; ++group) store_16_bytes(base + swizzled(row, group * 8), zeros);
+}
+
+// A maker's thread, of rows from b0 on.
 template <Products P, bool kSparse, int kColumns>
-KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t b, int row, int maker) {
+KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t b0) {
   const Problem& p = a.p;
-  const bool vectors = inputs_in_vectors(p), quick = !kSparse && first.chunks == 1 && quick_windows(a);
-  FourInputs ahead[2];
+  const int row = int(thread_now()) % kGroupRows, maker = int(thread_now()) / kGroupRows % 2;
+  const int64_t b = b0 + row;
+  const bool vectors = inputs_in_vectors(p, 4);
+  Stored<4> ahead[2];
   int coming = first.chunks == 1 ? first.block + maker * kGroupInputs : first.block;  // the input whose x they are
   KAN_UNROLL_ALL
-  for (int half = 0; half < 2; ++half) ahead[half].load(p, b, coming + 4 * half, first.end, vectors);
+  for (int half = 0; half < 2; ++half) load_inputs(ahead[half], p, b, coming + 4 * half, first.end, vectors);
   make_steps(first, maker, [&](const GroupStep& step, int stage) {
     char* base = memory.base + (step.block - first.block) / kGroupDepth % kBaseStages * kLeftBytes;
-    if (step.is_base()) {
-      const uint32_t zeros[4] = {};
-      for (int group = (step.end - step.block + kGroupInputs - 1) / kGroupInputs; group < kGroupInputs; ++group)
-        store_16_bytes(base + swizzled(row, group * 8), zeros);
-      return;
-    }
+    if (step.is_base()) return fill_base(base, row, (step.end - step.block + kGroupInputs - 1) / kGroupInputs);
     char* left = memory.left + stage * kLeftBytes;
     const bool expected = coming == step.input();
     // This maker's next one, in groups from here: every other step, and the base branch has one as well.
@@ -148,15 +157,14 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
     for (int half = 0; half < 2; ++half) {
       const int i = step.input() + 4 * half, first_base = step.chunk * kStepBases;
       float x[4];
-      if (!expected) ahead[half].load(p, b, i, step.end, vectors);
-      ahead[half].unpack(p, x);
-      ahead[half].load(p, b, coming + 4 * half, step.end, vectors);
+      if (!expected) load_inputs(ahead[half], p, b, i, step.end, vectors);
+      ahead[half].widen(p.x_dtype, x);
+      load_inputs(ahead[half], p, b, coming + 4 * half, step.end, vectors);
       if (step.has_base && step.chunk == 0) {
         uint32_t words[2];
         base_features<P>(a, b, i, x, words);
         store_8_bytes(base + swizzled(row, step.group * 8) + 8 * half, words);
       }
-      if (quick && write_quick_windows<P>(a, i, step.end, x, left, row, 4 * half)) continue;
       Kept<P> items[4];
       make_items<P, kSparse>(a, b, i, step.end, x, items);
       if constexpr (kSparse) write_sparse_windows(items, first_base, left, memory.metadata + stage * kMetadataBytes, row, half);
@@ -165,10 +173,77 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
   });
 }
 
+// One of the steps that a maker's group makes where a step has all bases of its inputs: every other one.
+struct Turn {
+  int left, group;  // eights of inputs from this block of 64 to the end; of them the one at hand, or behind the block's: the base branch
+  bool has_base;
+
+  KAN_DEVICE Turn(const GroupStep& first, int maker)
+      : left((first.end - first.block) / kGroupInputs), group(maker), has_base(first.has_base) {
+    settle();
+  }
+  KAN_DEVICE int groups() const { return left < kGroupInputs ? left : kGroupInputs; }
+  KAN_DEVICE bool is_base() const { return group == groups(); }
+  KAN_DEVICE bool more() const { return left > 0; }
+  KAN_DEVICE void advance() {
+    group += 2;
+    settle();
+  }
+
+ private:
+  KAN_DEVICE void settle() {
+    const int steps = groups() + int(has_base);
+    if (group >= steps) group -= steps, left -= kGroupInputs;
+  }
+};
+
+// The same where the quick way serves most items, of rows from b0 on. Below the batch its last row is made again, for sums that
+// nobody writes.
+template <Products P, int kColumns>
+KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t b0) {
+  const Problem& p = a.p;
+  auto place = [] { return int(thread_now()) % kGroupRows; };
+  auto row = [&] { return b0 + place() < p.batch ? b0 + place() : p.batch - 1; };
+  auto input = [&](const Turn& turn) { return first.end - (turn.left - turn.group) * kGroupInputs; };
+  const void* x_row = rows_from(p, p.x, row());
+  Stored<kQuickInputs> ahead = {};
+  WarpKnots knots{knots_of_warp(memory.knots), {}};
+  Turn now(first, int(thread_now()) / kGroupRows % 2), coming = now;
+  auto load = [&] {
+    while (coming.is_base()) coming.advance();
+    if (coming.more()) ahead.load_whole(x_row, p.x_dtype, input(coming));
+  };
+  load();
+  knots.load(a, first.end - coming.left * kGroupInputs);
+  make_own_steps(first.count(), [&](int stage) {
+    const Turn turn = now;
+    now.advance();
+    char* base = memory.base + (first.end - first.block - turn.left * kGroupInputs) / kGroupDepth % kBaseStages * kLeftBytes;
+    if (turn.is_base()) return fill_base(base, place(), turn.groups());
+    float x[kQuickInputs];
+    ahead.widen(p.x_dtype, x);
+    if (turn.group < 2) {
+      knots.arrive();
+      knots.load(a, first.end - turn.left * kGroupInputs + kGroupDepth);
+    }
+    coming.advance();
+    load();
+    if (turn.has_base) {
+      uint32_t words[4];
+      quick_base<P>(a, x, words);
+      store_16_bytes(base + swizzled(place(), turn.group * 8), words);
+    }
+    char* left = memory.left + stage * kLeftBytes;
+    if (!write_quick_windows<P>(a, knots.here + turn.group * kGroupInputs, x, left + swizzled(place(), 0)))
+      write_general_windows<P>(a, row(), input(turn), 0, left, place());
+  });
+}
+
 template <Products P, bool kSparse, int kColumns>
 KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t o0, GroupSums<kColumns>& sums) {
   using T = typename StorageOf<P>::Type;
   WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
+  const int group = multiplier_group();
   int base_stage = 0;
   uint32_t left[2][4], metadata[2];  // of the sparse form: in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
@@ -180,7 +255,7 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
       const char* tile = is_base ? memory.base + base_stage * kLeftBytes : memory.left + left_stage * kLeftBytes;
       if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
       order_registers();
-      multiply_group<P, false, true>(sums, tile + int(threadIdx.x) / 128 * (kLeftBytes / 2), right);
+      multiply_group<P, false, true>(sums, tile + group * (kLeftBytes / 2), right);
       commit_products();
     } else if constexpr (kSparse) {
       // The other group multiplies while this one waits.
@@ -219,7 +294,8 @@ template <int kColumns, class Body> KAN_DEVICE void for_every_tile(const Problem
     }
 }
 
-template <Products P, bool kSparse, int kColumns>
+// kQuick: where a.quick serves and a step has all bases. Both ways in one kernel would compete for registers.
+template <Products P, bool kSparse, int kColumns, bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     output_warpgroup(WideArguments a, float* parts, int64_t slices, int64_t inputs_per_slice) {
 #if KAN_WARPGROUPS
@@ -228,9 +304,9 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (thread >= kMultipliers) {
     set_registers<kMakersRegisters<kColumns>>();
-    const int row = thread % kGroupRows, maker = thread / kGroupRows % 2;
     for_every_tile<kColumns>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
-      make_left<P, kSparse>(a, memory, first, b0 + row, row, maker);
+      if constexpr (kQuick) make_left_quickly<P>(a, memory, first, b0);
+      else make_left<P, kSparse>(a, memory, first, b0);
     });
   } else {
     set_registers<kMultipliersRegisters<kColumns>>();
@@ -258,8 +334,10 @@ int launch_output_warpgroup(const WideArguments& a, int columns, float* parts, S
   const Problem& p = a.p;
   if (int error = launch_cubics(a, stream)) return error;
   const Blocks blocks{(p.batch + kGroupRows - 1) / kGroupRows, (p.out_features + columns - 1) / columns, slices.count};
-  const bool wide = columns == 256;
-  const auto kernel = wide ? output_warpgroup<P, kSparse, kSparse ? 128 : 256> : output_warpgroup<P, kSparse, 128>;
+  const bool wide = columns == 256, quick = !kSparse && a.quick.serves && p.bases() <= kStepBases;
+  auto kernel = wide ? output_warpgroup<P, kSparse, kSparse ? 128 : 256, false> : output_warpgroup<P, kSparse, 128, false>;
+  if constexpr (!kSparse)
+    if (quick) kernel = wide ? output_warpgroup<P, false, 256, true> : output_warpgroup<P, false, 128, true>;
   return launch(kernel, blocks, kGroupThreads, wide ? kGroupOutputShared<256> : kGroupOutputShared<128>, stream, a, parts, slices.count, slices.rows);
 }
 

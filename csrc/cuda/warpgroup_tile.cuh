@@ -7,15 +7,16 @@
 // depth, and panels of 64 such lines follow each other.
 #pragma once
 #include "launch.h"
-#include "warpgroup.cuh"
-#include "window.cuh"
+#include "quick.cuh"
 
 namespace kan::cuda {
 
 constexpr int kMultipliers = 256, kMakers = 256, kGroupThreads = kMultipliers + kMakers;
 // Of the 65536 registers of a multiprocessor, which the launch shares out evenly: 128 each.
-template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 168 : 112;
+template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 160 : 112;
 template <int kColumns> constexpr int kMakersRegisters = 256 - kMultipliersRegisters<kColumns>;
+// Of the threads that multiply: which of the two warpgroups, the same in all lanes as nvcc sees it.
+KAN_DEVICE int multiplier_group() { return shuffle(int(threadIdx.x) / 128, 0); }
 constexpr int kGroupRows = 128, kGroupDepth = 64, kGroupInputs = kGroupDepth / kStepBases;
 // Left: while one is multiplied each group of makers has one. Copied: one is multiplied, one may still be by whoever is behind, the
 // others are on their way.
@@ -69,10 +70,10 @@ KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, cons
 template <int kRows, class T>
 KAN_DEVICE void copy_rows(T* to, int to_next, const T* from, int64_t from_next, int left, int row, int next, int end, bool aligned) {
   if (aligned) {
-    const int rows = left > 0 ? end : 0;
+    const int rows = left > 0 ? (end - row + next - 1) / next : 0;
     KAN_UNROLL_ALL
     for (int m = 0; m < kRows; ++m) {
-      copy_16_bytes(to + m * to_next, from, row + m * next >= rows);
+      copy_16_bytes(to + m * to_next, from, m >= rows);
       from += from_next;
     }
     return;
@@ -90,19 +91,37 @@ constexpr int kHandover = kMultipliers + kMakers / 2;  // threads of both: one o
 
 KAN_DEVICE int next_of(int stage, int stages) { return stage + 1 < stages ? stage + 1 : 0; }
 
-// A makers' group's loop over step.count() steps, of which the two groups take turns: making one may take as long as
-// multiplying two. make(step, stage) writes what the tensor cores will read.
+// Every maker's warp has its part.
+constexpr int kKnotsBytes = kMakers / 32 * WarpKnots::kBytes;
+KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
+  return reinterpret_cast<QuickKnots*>(knots + (threadIdx.x - kMultipliers) / 32 * WarpKnots::kBytes);
+}
+
+// Step s, which make() writes for the tensor cores to `stage`.
+template <class Make> KAN_DEVICE void make_step(int s, int stage, Make make) {
+  if (s >= kLeftStages) meet(kReadBarrier + stage, kHandover);
+  make();
+  show_to_tensor_cores();
+  arrive(kMadeBarrier + stage, kHandover);
+}
+
+// A makers' group's loop: of `steps` steps the two groups take turns, for making one may take as long as multiplying two. make(stage)
+// writes what the tensor cores will read.
+template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
+  int s = int(thread_now()) / (kMakers / 2) % 2, stage = s;
+  KAN_NO_UNROLL
+  for (; s < steps; s += 2) {
+    make_step(s, stage, [&] { make(stage); });
+    stage = stage > 0 ? stage - 1 : kLeftStages - 1;  // two further
+  }
+}
+// The same for steps that have to be gone through one by one: make(step, stage).
 template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
   const int steps = step.count();
   int stage = 0;
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
-    if ((s & 1) == group) {
-      if (s >= kLeftStages) meet(kReadBarrier + stage, kHandover);
-      make(step, stage);
-      show_to_tensor_cores();
-      arrive(kMadeBarrier + stage, kHandover);
-    }
+    if ((s & 1) == group) make_step(s, stage, [&] { make(step, stage); });
     step.advance();
     stage = next_of(stage, kLeftStages);
   }

@@ -8,7 +8,8 @@
 
 namespace kan::cuda {
 
-template <int kColumns> constexpr size_t kGroupWeightShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + kLeftStages * kLeftBytes;
+template <int kColumns>
+constexpr size_t kGroupWeightShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + kLeftStages * kLeftBytes + kKnotsBytes;
 
 struct BatchStep {
   int64_t b, end;
@@ -18,7 +19,7 @@ struct BatchStep {
   KAN_DEVICE void advance() { b += kGroupDepth; }
 };
 
-// Which inputs and bases a block has.
+// Which inputs and bases a block has. The base branch first: its features take longer, and a round of blocks should not end with it.
 struct FeatureTile {
   bool is_base;
   int chunk;
@@ -26,57 +27,101 @@ struct FeatureTile {
 };
 KAN_DEVICE FeatureTile feature_tile(const Problem& p, int64_t number) {
   const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
-  const int64_t of_spline = (p.in_features + 15) / 16 * chunks;
-  if (number >= of_spline) return {true, 0, int(number - of_spline) * kGroupRows};
+  const int64_t of_base = p.d_base != nullptr ? (p.in_features + kGroupRows - 1) / kGroupRows : 0;
+  if (number < of_base) return {true, 0, int(number) * kGroupRows};
+  number -= of_base;
   return {false, int(number % chunks), int(number / chunks) * 16};
 }
 
-// A maker's thread: one line of a panel, that is 8 inputs of one row (or 64 of the base branch).
+// A maker's thread: one line of a panel, that is 8 inputs of one row (or 64 of the base branch). What comes next is loaded before what
+// is there is used. Outside the batch g's rows are zero; the quick way then takes the slice's last row again.
 template <Products P>
-KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left, int thread, int maker) {
+KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left) {
   const Problem& p = a.p;
-  const int line = thread % kGroupDepth, panel = thread / kGroupDepth;
-  const bool vectors = inputs_in_vectors(p), quick = p.bases() <= kStepBases && quick_windows(a);
-  const int i0 = tile.input + panel * (tile.is_base ? kGroupDepth : kGroupInputs);
-  FourInputs ahead[2];
-  auto load = [&](int half, int64_t b, int i) { ahead[half].load(p, b < first.end ? b : p.batch, i + 4 * half, p.in_features, vectors); };
+  const int thread = int(thread_now()) % (kMakers / 2), maker = int(thread_now()) / (kMakers / 2) % 2;
+  const int line = thread % kGroupDepth, panel = thread / kGroupDepth, i0 = tile.input + panel * kGroupInputs;
+  const bool vectors = inputs_in_vectors(p, 4);
+  Stored<4> ahead[2];
+  auto load = [&](int half, int64_t b) {
+    load_inputs(ahead[half], p, b < first.end ? b : p.batch, i0 + 4 * half, p.in_features, vectors);
+  };
   KAN_UNROLL_ALL
-  for (int half = 0; half < 2; ++half) load(half, first.b + maker * kGroupDepth + line, i0);
-  // Four inputs at a time; what comes next is loaded before what is there is used. Outside the batch g's rows are zero.
-  if (tile.is_base) {
-    make_steps(first, maker, [&](const BatchStep& step, int stage) {
-      char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
-      const int64_t b = step.b + line;
-      KAN_NO_UNROLL
-      for (int group = 0; group < kGroupInputs; ++group) {
-        const bool last = group + 1 == kGroupInputs;
-        KAN_UNROLL_ALL
-        for (int half = 0; half < 2; ++half) {
-          float x[4];
-          uint32_t words[2];
-          ahead[half].unpack(p, x);
-          load(half, last ? b + 2 * kGroupDepth : b, last ? i0 : i0 + (group + 1) * kGroupInputs);
-          base_features<P>(a, b, i0 + group * kGroupInputs + 4 * half, x, words);
-          store_8_bytes(lines + swizzled(line, group * 8) + 8 * half, words);
-        }
-      }
-    });
-    return;
-  }
+  for (int half = 0; half < 2; ++half) load(half, first.b + maker * kGroupDepth + line);
   make_steps(first, maker, [&](const BatchStep& step, int stage) {
     char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
     const int64_t b = step.b + line;
     KAN_UNROLL_ALL
     for (int half = 0; half < 2; ++half) {
-      const int i = i0 + 4 * half;
       float x[4];
-      ahead[half].unpack(p, x);
-      load(half, b + 2 * kGroupDepth, i0);
-      if (quick && write_quick_windows<P>(a, i, int(p.in_features), x, lines, line, 4 * half)) continue;
       Kept<P> items[4];
-      make_items<P, false>(a, b, i, p.in_features, x, items);
+      ahead[half].widen(p.x_dtype, x);
+      load(half, b + 2 * kGroupDepth);
+      make_items<P, false>(a, b, i0 + 4 * half, p.in_features, x, items);
       write_windows(items, tile.chunk * kStepBases, lines, line, 4 * half);
     }
+  });
+}
+
+// x of eight inputs from i on, of row b, as far as they exist.
+KAN_DEVICE void load_quickly(Stored<kQuickInputs>& to, const Problem& p, int64_t b, int64_t end, int i) {
+  const int last = int(p.in_features) - kQuickInputs;
+  to.load_whole(rows_from(p, p.x, b < end ? b : end - 1), p.x_dtype, i < last ? i : last);
+}
+
+template <Products P>
+KAN_DEVICE void make_lines_quickly(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left, char* memory) {
+  const Problem& p = a.p;
+  const int panel = int(thread_now()) / kGroupDepth % 2, i0 = tile.input + panel * kGroupInputs;
+  const int line = int(thread_now()) % kGroupDepth;
+  int64_t b = first.b + line + int(thread_now()) / (kMakers / 2) % 2 * kGroupDepth;
+  WarpKnots knots{knots_of_warp(memory), {}};
+  knots.load(a, i0);
+  knots.arrive();
+  Stored<kQuickInputs> ahead;
+  load_quickly(ahead, p, b, first.end, i0);
+  make_own_steps(first.count(), [&](int stage) {
+    char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
+    float x[kQuickInputs];
+    ahead.widen(p.x_dtype, x);
+    b += 2 * kGroupDepth;
+    load_quickly(ahead, p, b, first.end, i0);
+    if (!write_quick_windows<P>(a, knots.here, x, lines + swizzled(line, 0)))
+      write_general_windows<P>(a, b - 2 * kGroupDepth, i0, 0, lines, line);
+  });
+}
+
+// The base branch, eight inputs at a time; the next eights are on their way.
+template <Products P, bool kQuick>
+KAN_DEVICE void make_base_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left) {
+  const Problem& p = a.p;
+  const int panel = int(thread_now()) / kGroupDepth % 2, i0 = tile.input + panel * kGroupDepth;
+  const int line = int(thread_now()) % kGroupDepth;
+  constexpr int kAhead = kQuick ? 4 : 1, kEights = kGroupDepth / kQuickInputs;
+  const bool vectors = inputs_in_vectors(p, kQuickInputs);
+  Stored<kQuickInputs> ahead[kAhead];
+  auto load = [&](Stored<kQuickInputs>& to, int64_t b, int i) {
+    if (kQuick) load_quickly(to, p, b, first.end, i);
+    else load_inputs(to, p, b < first.end ? b : p.batch, i, p.in_features, vectors);
+  };
+  int64_t b = first.b + line + int(thread_now()) / (kMakers / 2) % 2 * kGroupDepth;
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kAhead; ++m) load(ahead[m], b, i0 + m * kQuickInputs);
+  make_own_steps(first.count(), [&](int stage) {
+    char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
+    KAN_NO_UNROLL
+    for (int begin = 0; begin < kEights; begin += kAhead)
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kAhead; ++m) {
+        const int piece = begin + m, next = piece + kAhead, i = i0 + piece * kQuickInputs;
+        float x[kQuickInputs];
+        uint32_t words[4];
+        ahead[m].widen(p.x_dtype, x);
+        load(ahead[m], next < kEights ? b : b + 2 * kGroupDepth, i0 + next % kEights * kQuickInputs);
+        if (kQuick) quick_base<P>(a, x, words);
+        else base_features<P>(a, b, i, x, words);
+        store_16_bytes(lines + swizzled(line, piece * 8), words);
+      }
+    b += 2 * kGroupDepth;
   });
 }
 
@@ -92,7 +137,8 @@ template <int kColumns, class T> KAN_DEVICE void copy_gradients(const WideArgume
                                  kRows, there, a.aligned);
 }
 
-template <Products P, int kColumns>
+// kQuick: where a.quick serves and a step has all bases.
+template <Products P, int kColumns, bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     weight_warpgroup(WideArguments a, void* spline, void* base, bool whole, int64_t slices, int64_t rows_per_slice) {
 #if KAN_WARPGROUPS
@@ -100,6 +146,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const Problem& p = a.p;
   char* right = first_atom();
   char* left = right + kRightStages * kRightBytes<kColumns>;
+  char* knots = left + kLeftStages * kLeftBytes;
   const int thread = int(threadIdx.x);
   const FeatureTile tile = feature_tile(p, blockIdx.x);
   auto for_every_tile = [&](auto body) {
@@ -111,18 +158,23 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       }
   };
   if (thread >= kMultipliers) {
-    set_registers<kColumns == 256 ? 96 : 136>();
-    for_every_tile([&](const BatchStep& first, int64_t, int64_t) { make_lines<P>(a, tile, first, left, thread % 128, thread / 128 % 2); });
+    set_registers<kMakersRegisters<kColumns>>();
+    for_every_tile([&](const BatchStep& first, int64_t, int64_t) {
+      if (tile.is_base) make_base_lines<P, kQuick>(a, tile, first, left);
+      else if constexpr (kQuick) make_lines_quickly<P>(a, tile, first, left, knots);
+      else make_lines<P>(a, tile, first, left);
+    });
   } else {
-    set_registers<kColumns == 256 ? 160 : 120>();
+    set_registers<kMultipliersRegisters<kColumns>>();
     for_every_tile([&](const BatchStep& first, int64_t o0, int64_t slice) {
+      const int group = multiplier_group();
       GroupSums<kColumns> sums = {};
       multiply_steps<true>(
           first,
           [&](const BatchStep& step, int stage) { copy_gradients<kColumns, T>(a, step, o0, right + stage * kRightBytes<kColumns>); },
           [&](bool, int left_stage, int stage) {
             order_registers();
-            multiply_group<P, true, true>(sums, left + left_stage * kLeftBytes + thread / 128 * kPanelBytes, right + stage * kRightBytes<kColumns>);
+            multiply_group<P, true, true>(sums, left + left_stage * kLeftBytes + group * kPanelBytes, right + stage * kRightBytes<kColumns>);
             commit_products();
           });
       for_every_pair(sums, [&](int feature, int column, float low, float high) {
@@ -149,8 +201,10 @@ template <Products P> int launch_weight_warpgroup(const WideArguments& a, int co
   const Blocks blocks{(p.in_features + 15) / 16 * chunks + base_tiles, (p.out_features + columns - 1) / columns, slices.count};
   void* spline = parts == nullptr ? p.d_spline : parts;
   void* base = parts == nullptr ? p.d_base : parts + slices.count * p.in_features * p.bases() * p.out_features;
-  const auto kernel = columns == 256 ? weight_warpgroup<P, 256> : weight_warpgroup<P, 128>;
-  return launch(kernel, blocks, kGroupThreads, columns == 256 ? kGroupWeightShared<256> : kGroupWeightShared<128>, stream, a, spline, base,
+  const bool wide = columns == 256, quick = a.quick.serves && chunks == 1;
+  const auto kernel = quick ? wide ? weight_warpgroup<P, 256, true> : weight_warpgroup<P, 128, true>
+                            : wide ? weight_warpgroup<P, 256, false> : weight_warpgroup<P, 128, false>;
+  return launch(kernel, blocks, kGroupThreads, wide ? kGroupWeightShared<256> : kGroupWeightShared<128>, stream, a, spline, base,
                 parts == nullptr, slices.count, slices.rows);
 }
 

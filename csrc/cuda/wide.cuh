@@ -27,7 +27,54 @@ template <int kWords> struct alignas(4 * kWords) Words {
   uint32_t w[kWords];
 };
 
-constexpr float kToNearest = 12582912.0f;  // 1.5 2^23, where float32 numbers are 1 apart
+// Neighbouring numbers of x or scale as they are stored: widened where they are needed, so that nobody waits for them before.
+template <int kNumbers> struct Stored {
+  alignas(4 * kNumbers) uint32_t raw[kNumbers];  // float32: one to a word; 16-bit types: two
+
+  // All of them exist, and begin at a multiple of 16 bytes, or of what they take.
+  KAN_DEVICE void load_whole(const void* data, int dtype, int at) {
+    static_assert(kNumbers % 4 == 0);
+    if (dtype == kFloat32) {
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kNumbers; m += 4)
+        *reinterpret_cast<Words<4>*>(raw + m) = *reinterpret_cast<const Words<4>*>(static_cast<const uint32_t*>(data) + at + m);
+    } else {
+      using Half = Words<kNumbers / 2>;
+      *reinterpret_cast<Half*>(raw) = *reinterpret_cast<const Half*>(static_cast<const uint16_t*>(data) + at);
+    }
+  }
+  // `left` of them exist, the rest becomes 0. vectors: load_whole may serve where all do.
+  KAN_DEVICE void load(const void* data, int dtype, int at, int left, bool vectors) {
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kNumbers; ++m) raw[m] = 0;
+    if constexpr (kNumbers % 4 == 0) {
+      if (vectors && left >= kNumbers) return load_whole(data, dtype, at);
+    }
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kNumbers; ++m) {
+      if (m >= left) continue;
+      if (dtype == kFloat32) raw[m] = static_cast<const uint32_t*>(data)[at + m];
+      else raw[m / 2] |= uint32_t(static_cast<const uint16_t*>(data)[at + m]) << (16 * (m % 2));
+    }
+  }
+  KAN_DEVICE void widen(int dtype, float (&x)[kNumbers]) const {
+    if (dtype == kFloat32) {
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kNumbers; ++m) x[m] = as_float(raw[m]);
+    } else if (dtype == kBFloat16) {
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kNumbers; ++m) x[m] = as_float(m % 2 ? raw[m / 2] & 0xffff0000u : raw[m / 2] << 16);
+    } else {
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kNumbers; ++m) x[m] = from_float16(uint16_t(raw[m / 2] >> (16 * (m % 2))));
+    }
+  }
+};
+
+// Rows b0 .. of x or of scale. All numbers of a block's rows are within reach of an int: why_not_wide bounds in_features.
+KAN_DEVICE const void* rows_from(const Problem& p, const void* data, int64_t b0) {
+  return static_cast<const char*>(data) + b0 * p.in_features * (p.x_dtype == kFloat32 ? 4 : 2);
+}
 
 // The interval of x among even knots, and how far x is from its middle. Counted from the middle of all, where knots are small, and
 // rounded once: v is off by few eps max|t| / h.

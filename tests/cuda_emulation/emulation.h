@@ -121,6 +121,7 @@ inline double reciprocal_of_normal(double x) { return 1 / x; }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline double power_of_two(double x) { return std::exp2(x); }
 template <class C> C held(C x, C low, C high) { return x < low ? low : x > high ? high : x; }
+template <class C> C larger(C a, C b) { return a > b || a != a ? a : b; }
 
 inline uint32_t high_half_of_product(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
@@ -145,6 +146,10 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return r;
 }
 inline uint32_t shift_word_left(uint32_t value, int by) { return by >= 0 && by < 32 ? value << by : 0u; }
+inline uint32_t shift_word_right(uint32_t value, int by) { return by >= 0 && by < 32 ? value >> by : 0u; }
+inline uint32_t shift_words_left(uint32_t low, uint32_t high, uint32_t by) {
+  return uint32_t((uint64_t(high) << 32 | low) << (by < 32 ? by : 32) >> 32);
+}
 inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t as_bits(float value) { return std::bit_cast<uint32_t>(value); }
 

@@ -182,10 +182,12 @@ template <int kGroupsLeft> void wait_for_products() {
 template <int> void set_registers() {}
 inline void meet(int id, int threads) { emulation::meet(id, threads); }
 inline void arrive(int id, int threads) { emulation::arrive(id, threads); }
-inline void store_16_bytes(void* shared, const uint32_t (&words)[4]) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("a misaligned store of 16 bytes");
-  for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(shared)[i] = words[i];
-  emulation::note_copy(shared);
+inline void store_16_bytes(void* shared, const uint32_t (&words)[4], uint32_t turned = 0) {
+  const uint32_t address = shared_address(shared) ^ turned;
+  if (address % 16 != 0) emulation::fail("a misaligned store of 16 bytes");
+  char* to = emulation::shared + (address - emulation::kSharedBase);
+  for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t*>(to)[i] = words[i];
+  emulation::note_copy(to);
 }
 inline void store_8_bytes(void* shared, const uint32_t (&words)[2]) {
   if (reinterpret_cast<uintptr_t>(shared) % 8 != 0) emulation::fail("a misaligned store of 8 bytes");
