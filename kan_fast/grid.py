@@ -133,6 +133,7 @@ def update_grid(
     grid_eps: float = 0.02,
     margin: float = 0.01,
     max_samples: int = 16384,
+    trainable_only: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_state: str = "carry",
 ) -> list[float]:
@@ -145,6 +146,7 @@ def update_grid(
     Coefficients: least squares on the data in float64, by orthogonal factors; where the data say nothing the spline keeps
     the old function's shape. Returns the relative change ||new - old|| / ||old|| of every layer's output on its data.
 
+    trainable_only: layers whose spline_weight does not require a gradient stay as they are; their change is 0.
     optimizer, optimizer_state: as in adaptive_grid_refinement; moments go through the same refit as the coefficients.
     Layers are taken in order, each with the inputs that the already updated ones before it produce.
     """
@@ -154,6 +156,9 @@ def update_grid(
     _check_optimizer(optimizer, optimizer_state)
     changes = []
     for name, layer in kan_layers(model).items():
+        if trainable_only and not layer.spline_weight.requires_grad:
+            changes.append(0.0)
+            continue
         x = layer_inputs(model, loader_or_x, max_samples, all_ranks=True)[name]
         if not x.isfinite().all():
             raise InputsNotFinite(name)

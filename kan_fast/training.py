@@ -70,7 +70,8 @@ def train_kan(
     factors of the KAN paper's penalty (activation_regularization), computed in the same forward pass.
     metrics: name -> f(output, y), averaged over the validation data.
     grid_update_every: update_grid after every so many optimizer steps, up to step grid_update_until, on the rows that the
-    epoch has shown so far (the last 16384); the optimizer's state is carried over (reset with L-BFGS).
+    epoch has shown so far (the last 16384); the optimizer's state is carried over (reset with L-BFGS). Layers whose
+    spline_weight does not require a gradient keep knots and weights.
     device: moved there before training. autocast: dtype of torch.autocast; float16 scales the loss, which L-BFGS, whose line
     search compares losses with gradients, does not bear.
     early_stopping: stop after that many epochs without a better validation loss.
@@ -270,7 +271,8 @@ class _Run:
             return
         state = "reset" if isinstance(self.optimizer, torch.optim.LBFGS) else "carry"
         try:
-            changes = update_grid(self.model, torch.cat(recent), optimizer=self.optimizer, optimizer_state=state)
+            rows = torch.cat(recent)
+            changes = update_grid(self.model, rows, trainable_only=True, optimizer=self.optimizer, optimizer_state=state)
         except InputsNotFinite as error:  # on every rank, since all see the rows of all
             where = f"epoch {epoch}, batch {len(finite) - 1}, where grids are updated"
             self._fail(f"inputs of layer {error.layer!r} are", where, bool(torch.stack(finite).all()))

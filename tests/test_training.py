@@ -147,6 +147,17 @@ def test_grid_updates_during_training(optimizer):
     assert history.val_losses[-1] < history.val_losses[0]
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_grid_updates_leave_frozen_layers(frozen):
+    model = make_model()
+    model.layers[frozen].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    history = train(model, [make_data()], epochs=2, grid_update_every=1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith(f"layers.{frozen}."), name
+    assert [changes[frozen] for _, changes in history.grid_changes] == [0.0, 0.0]
+
+
 def test_no_grid_updates_after_the_last_step_for_them():
     history = train(make_model(), [make_data()], epochs=2, grid_update_every=1, grid_update_until=0)
     assert history.grid_changes == []
