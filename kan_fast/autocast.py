@@ -1,4 +1,4 @@
-"""Computations in plain PyTorch keep their precision under torch.autocast, as kernels do by nature."""
+"""Layers under torch.autocast: weights and results as of nn.Linear, while what is plain PyTorch keeps its precision."""
 
 import functools
 from collections.abc import Callable
@@ -21,3 +21,12 @@ def beneath_autocast(function: _Function) -> _Function:
             return function(x, *args, **options)
 
     return cast(_Function, wrapped)
+
+
+def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What autocast on x's device asks of the weights, by the rule of nn.Linear: float64 stays."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not enabled or torch.float64 in (x.dtype, weight.dtype):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kan_fast import ops
+from kan_fast.autocast import autocast_dtype
 from kan_fast.backends import choose
 
 BaseActivation = str | Callable[[Tensor], Tensor] | None
@@ -47,7 +48,7 @@ def kan_linear(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if torch._C._is_any_autocast_enabled():
-        dtype = _weight_dtype(x, spline_weight)
+        dtype = autocast_dtype(x, spline_weight)
         spline_weight = spline_weight.to(dtype)
         base_weight = None if base_weight is None else base_weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -92,12 +93,3 @@ def as_rows(x: Tensor) -> Tensor:
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., in_features), got a scalar")
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
-
-
-def _weight_dtype(x: Tensor, spline_weight: Tensor) -> torch.dtype:
-    """What autocast on x's device asks for, by the rule of nn.Linear: float64 stays."""
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if not enabled or torch.float64 in (x.dtype, spline_weight.dtype):
-        return spline_weight.dtype
-    return torch.get_autocast_dtype(kind)

@@ -184,17 +184,39 @@ def test_the_same_bits_on_every_run(device):
         assert all(map(torch.equal, step(), first))
 
 
-def test_precision_under_autocast():
-    """Bases, products and sums are float32 there too, in both directions."""
-    layer, x = SparseKANLayer(8, 6, 3), torch.randn(40, 8, requires_grad=True)
-    y = layer(x)
-    want = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+@pytest.mark.parametrize("activation", ["silu", torch.sin])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_the_dense_layer(dtype, activation):
+    """Weights and result in the autocast dtype; x, knots, bases and sums are float32, in both directions."""
+    dense = KANLayer(8, 6, bias=True, base_activation=activation)
+    dense.edge_mask = torch.rand(8, 6) < 0.5
+    sparse, x = SparseKANLayer.from_dense(dense), torch.randn(40, 8, requires_grad=True)
+    double = SparseKANLayer(8, 6, 3, dtype=torch.float64)
+    with torch.autocast("cpu", dtype):
+        y, want = sparse(x), dense(x)
+        assert double(x.double()).dtype == torch.float64
+    assert y.dtype == want.dtype == dtype
+    # A rounding of each part of the sum (the splines, another base branch, the bias) and of the sum, on either side.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, want, rtol=0, atol=4 * eps * want.abs().max().item())
+    i, o = sparse.edges
+    (dx, dw), (want_dx, want_dw) = (
+        torch.autograd.grad(result.float().sum(), [x, layer.spline_weight]) for result, layer in ((y, sparse), (want, dense))
+    )
+    assert dw.dtype == dx.dtype == torch.float32
+    want_dw = want_dw[i, :, o]
+    for got, value in ((dx, want_dx), (dw, want_dw)):
+        torch.testing.assert_close(got, value, rtol=0, atol=2 * eps * value.abs().max().item())
+
+
+@pytest.mark.parametrize("operation", ["edge_output", "edge_input", "edge_weight"])
+def test_contractions_know_nothing_of_autocast(operation):
+    operator = getattr(torch.ops.kan_fast, operation)
+    args = [value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+            for value in operator_arguments(operation, requires_grad=False)]  # fmt: skip
+    want = operator(*args)
     with torch.autocast("cpu", torch.bfloat16):
-        again = layer(x)
-        found = torch.autograd.grad(again.square().sum(), [x, *layer.parameters()])
-    assert torch.equal(again, y)
-    for mine, other in zip(found, want, strict=True):
-        assert torch.equal(mine, other)
+        assert torch.equal(operator(*args), want)
 
 
 def test_there_and_back():

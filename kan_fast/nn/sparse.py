@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kan_fast import spline
 from kan_fast.activations import activation
+from kan_fast.autocast import autocast_dtype
 from kan_fast.checks import DTYPES
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
@@ -134,10 +135,12 @@ class SparseKANLayer(KnotsStayWide):
             raise TypeError(f"x: float64 goes only with float64, got x of {x.dtype} and weights of {self.spline_weight.dtype}")
         rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
         edges = self.edge_list()
-        function, base = self.base_activation, self.base_weight
+        dtype = autocast_dtype(x, self.spline_weight)
+        weight: Tensor = self.spline_weight.to(dtype)
+        base, bias = (None if given is None else given.to(dtype) for given in (self.base_weight, self.bias))
+        function = self.base_activation
         fused = isinstance(function, str)
         features = Features(function if isinstance(function, str) else "none", self.grid, self.spline_order, self.outside)
-        weight: Tensor = self.spline_weight
         if fused and base is not None:
             weight = torch.cat([base[:, None], weight], 1)
         y = edge_output(rows, None, weight, edges, features)
@@ -145,7 +148,7 @@ class SparseKANLayer(KnotsStayWide):
             assert callable(function)
             y = y + edge_output(function(rows), None, base[:, None], edges, Features("identity", None, 0, self.outside))
         y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if bias is None else y + bias
 
     @classmethod
     @torch.no_grad()
