@@ -291,6 +291,18 @@ def test_edge_values_are_differentiable():
     assert torch.autograd.gradcheck(lambda x, *_: layer.edge_values(x), (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("activation", ["silu", torch.sin, None])
+def test_edge_values_under_autocast(activation):
+    """Values and gradients are the same bits."""
+    layer, x = KANLayer(4, 3, base_activation=activation), torch.rand(20, 4)
+    want = layer.edge_values(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = layer.edge_values(x)
+    assert torch.equal(values, want)
+    gradients = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (values, want))
+    assert all(map(torch.equal, *gradients))
+
+
 class TestSetGrid:
     def test_knots_alone(self):
         layer = KANLayer(2, 3)

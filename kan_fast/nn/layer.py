@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kan_fast import ops, spline
 from kan_fast.activations import ACTIVATIONS, activation
+from kan_fast.autocast import beneath_autocast
 from kan_fast.backends import NAMES, choose
 from kan_fast.checks import DTYPES
 from kan_fast.functional import BaseActivation, kan_linear
@@ -140,7 +141,8 @@ class KANLayer(KnotsStayWide):
     def edge_values(self, x: Tensor, derivative: int = 0) -> Tensor:
         """Value, or derivative of that order, of every edge's function: (N, in) -> (N, in, out). No bias.
 
-        Differentiable. The sum over `in` is forward(x) without bias.
+        Differentiable. The sum over `in` is forward(x) without bias. Computed in float32 or wider, under autocast too; of
+        the dtype of the weights.
         """
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, in_features) with in_features = {self.in_features}, got {tuple(x.shape)}")
@@ -149,7 +151,7 @@ class KANLayer(KnotsStayWide):
         dtype = at_least_float32(x.dtype)
         x = x.to(dtype)
         phi = spline.bases(x, self.grid.to(dtype), self.spline_order, self.outside, derivative)
-        values = torch.bmm(phi.transpose(0, 1), spline_weight.to(dtype)).transpose(0, 1)
+        values = beneath_autocast(torch.bmm)(phi.transpose(0, 1), spline_weight.to(dtype)).transpose(0, 1)
         if base_weight is not None:
             values = values + self._base(x, derivative)[..., None] * base_weight.to(dtype)
         return values.to(self.spline_weight.dtype)
