@@ -176,7 +176,7 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
 
 def training(rows: list[Row], folder: Path) -> list[Path]:
     """Metric over training time, mean and range of the seeds."""
-    chosen = latest(rows, what="training")
+    chosen = [row for row in latest(rows, what="training") if "step_ms" in row]
     tasks = list(dict.fromkeys(row["task"] for row in chosen))
     if not tasks:
         return []

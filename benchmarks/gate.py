@@ -1,17 +1,20 @@
-"""Is a layer right? Its outputs and gradients against the float64 reference, before anything is timed."""
+"""Is a layer, or a network of them, right? Outputs and gradients against the float64 reference, before anything is timed."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import kan_fast
-from benchmarks import cases
-from benchmarks.steps import parameters_of
+from benchmarks import steps
 
+Module = TypeVar("Module", bound=nn.Module)
 ROWS = 512  # of the batch that the gate looks at: float64 in plain PyTorch is slow
 FLOAT32_EPS = 2.0**-23
 
@@ -31,14 +34,19 @@ def outputs_and_gradients(module: nn.Module, x: Tensor, cotangent: Tensor) -> li
     """[y, dx, one gradient a parameter]."""
     x = x.detach().clone().requires_grad_()
     y = module(x)
-    return [y, *torch.autograd.grad(y, [x, *parameters_of(module)], cotangent)]
+    return [y, *torch.autograd.grad(y, [x, *steps.parameters_of(module)], cotangent)]
 
 
-def with_backend(layer: kan_fast.KANLayer, backend: str, dtype: torch.dtype | None = None) -> kan_fast.KANLayer:
-    """A copy of the layer on another backend, and cast if a dtype is given."""
-    other = copy.deepcopy(layer)
-    other.backend = backend
+def with_backend(module: Module, backend: str, dtype: torch.dtype | None = None) -> Module:
+    """A copy of a layer or network with its KANLayers on another backend, and cast if a dtype is given."""
+    other = copy.deepcopy(module)
+    for layer in kan_layers(other):
+        layer.backend = backend
     return other if dtype is None else other.to(dtype)
+
+
+def kan_layers(module: nn.Module) -> list[kan_fast.KANLayer]:
+    return [part for part in module.modules() if isinstance(part, kan_fast.KANLayer)]
 
 
 @dataclass(frozen=True)
@@ -51,45 +59,70 @@ class Verdict:
 
     @property
     def right(self) -> bool:
-        return self.error <= self.allowed
+        return self.error <= self.allowed and math.isfinite(self.error)
+
+    def over(self) -> float:
+        """The error in units of the allowed one."""
+        return self.error / self.allowed if math.isfinite(self.error) else math.inf
 
 
 def judge(layer: kan_fast.KANLayer, x: Tensor, cotangent: Tensor) -> Verdict:
     """Compare on x (batch, in) and cotangent (batch, out): the first ROWS rows are used.
 
     Allowed for each of y, dx and the parameters' gradients: twice the error of the reference backend in the layer's
-    own dtype, plus 4 eps max|t| / h, which is what the rounding of the knots alone may move the local coordinate by, plus
-    half a unit of the last place of a 16-bit dtype, to which a result is rounded however it was made: over few numbers the
-    reference's own error can happen to be a small part of that.
+    own dtype, plus what `rounding` says.
     """
-    x, cotangent = x[:ROWS], cotangent[:ROWS]
-    truth_layer = with_backend(layer, "reference", torch.float64)
-    truth = outputs_and_gradients(truth_layer, x.double(), cotangent.double())
-    reference = outputs_and_gradients(with_backend(layer, "reference"), x, cotangent)
-    ours = outputs_and_gradients(layer, x, cotangent)
-    grid = layer.grid
+    return max(_verdicts(layer, x[:ROWS], cotangent[:ROWS], outputs_and_gradients), key=Verdict.over)
+
+
+def rounding(layer: kan_fast.KANLayer) -> float:
+    """A relative error that says nothing, since over few numbers the reference's own can happen to be a small part of it.
+
+    4 eps max|t| / h, which is what the rounding of the knots alone may move the local coordinate by, plus half a unit of the
+    last place of a 16-bit dtype, to which a result is rounded however it was made.
+    """
+    grid, dtype = layer.grid, layer.spline_weight.dtype
     knots = grid.abs().max().item() / grid.diff(dim=1).clamp_min(FLOAT32_EPS).min().item()
-    rounding = 4 * FLOAT32_EPS * knots
-    if layer.spline_weight.dtype.itemsize == 2:
-        rounding += torch.finfo(layer.spline_weight.dtype).eps / 2
-    errors = [relative_error(value, exact) for value, exact in zip(ours, truth, strict=True)]
-    reference_errors = [relative_error(value, exact) for value, exact in zip(reference, truth, strict=True)]
-    allowances = [2 * error + rounding for error in reference_errors]
-    worst = max(range(len(errors)), key=lambda i: errors[i] / allowances[i])
-    return Verdict(errors[worst], reference_errors[worst], allowances[worst])
+    return 4 * FLOAT32_EPS * knots + (torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0)
 
 
-def judge_network(model: nn.Module, batch: int) -> str | None:
-    """What is wrong with the KAN layers of a network, each on its own on uniform inputs; None if nothing."""
-    for name, part in model.named_modules():
-        if isinstance(part, kan_fast.KANLayer):
-            weight = part.spline_weight
-            x = cases.uniform_input(min(batch, ROWS), part.in_features, dtype=weight.dtype, device=str(weight.device))
-            cotangent = cases.uniform_input(len(x), part.out_features, dtype=weight.dtype, device=str(weight.device), seed=1)
-            verdict = judge(part, x, cotangent)
-            if not verdict.right:
-                return f"wrong: {name}: error {verdict.error:.1e} to float64, allowed {verdict.allowed:.1e}"
+def judge_network(model: nn.Module, x: Tensor, cotangent: Tensor) -> str | None:
+    """What is wrong with a network of KANLayers on the x and cotangent that it is timed with; None if nothing.
+
+    The calls that are timed are judged, all their rows, since narrow layers are one fused call that is chosen by them:
+    forward without gradients, and forward plus backward with and without the gradient of x. Allowed is twice the error of
+    the same network on the reference backend, plus the `rounding` of every layer, each of which moves what the next one sees.
+    """
+    if not kan_layers(model):
+        return None
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = ["y", "y with gradients", "dx", *names, *(f"{name} without dx" for name in names)]
+    for name, verdict in zip(found, _verdicts(model, x, cotangent, _timed_results), strict=True):
+        if not verdict.right:
+            return f"wrong: {name}: error {verdict.error:.1e} to float64, allowed {verdict.allowed:.1e}"
     return None
+
+
+def _timed_results(model: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    return [
+        steps.forward(model, x)(),
+        *outputs_and_gradients(model, x, cotangent),
+        *steps.parameter_step(model, x, cotangent)(),
+    ]
+
+
+def _verdicts(
+    module: nn.Module, x: Tensor, cotangent: Tensor, results: Callable[[nn.Module, Tensor, Tensor], list[Tensor]]
+) -> list[Verdict]:
+    """One for each of the results, against those of the same module on the reference backend in float64."""
+    truth = results(with_backend(module, "reference", torch.float64), x.double(), cotangent.double())
+    reference = results(with_backend(module, "reference"), x, cotangent)
+    least = sum(map(rounding, kan_layers(module)))
+    verdicts = []
+    for ours, plain, exact in zip(results(module, x, cotangent), reference, truth, strict=True):
+        plain_error = relative_error(plain, exact)
+        verdicts.append(Verdict(relative_error(ours, exact), plain_error, 2 * plain_error + least))
+    return verdicts
 
 
 def first_and_second(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

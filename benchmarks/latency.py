@@ -48,7 +48,7 @@ def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: O
         "mlp": mlp_widths,
         "batch": batch,
     }
-    wrong = gate.judge_network(kan, batch)
+    wrong = gate.judge_network(kan, x, cotangent)
     if wrong is not None:
         row["failed"] = wrong
         return row

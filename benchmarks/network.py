@@ -70,6 +70,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
     device, dtype = options.device, DTYPES[dtype_name]
     x = cases.uniform_input(PROTOCOL_BATCH, PROTOCOL_WIDTHS[0], device=device, dtype=dtype)
     target = torch.exp(torch.sin(torch.pi * x[:, :1]) + x[:, 1:2].square())
+    cotangent = cases.uniform_input(PROTOCOL_BATCH, PROTOCOL_WIDTHS[-1], device=device, dtype=dtype, seed=1)
     rows: dict[str, Row] = {}
     models: dict[str, nn.Module] = {}
     for contestant in contestants(options.backend, options.peers, device, dtype):
@@ -89,7 +90,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
         try:
             models[contestant.name] = chain(contestant, PROTOCOL_WIDTHS, PROTOCOL_BATCH, device, dtype)
             row["parameters"] = sum(p.numel() for p in steps.parameters_of(models[contestant.name]))
-            wrong = gate.judge_network(models[contestant.name], PROTOCOL_BATCH)
+            wrong = gate.judge_network(models[contestant.name], x, cotangent)
             if wrong is not None:
                 raise ArithmeticError(wrong)
             for _ in range(2):
@@ -161,7 +162,7 @@ def small_networks(options: Options) -> list[Row]:
             "what": "network", "kan": widths, "mlp": dense_widths, "batch": batch, "parameters": parameters,
             "backend": options.one_backend(), "dtype": "float32",
         }
-        wrong = gate.judge_network(kan, batch)
+        wrong = gate.judge_network(kan, x, cotangent)
         if wrong is not None:
             rows.append({**row, "failed": wrong})
             options.emit(rows[-1:])

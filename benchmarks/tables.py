@@ -241,7 +241,7 @@ def protocol(rows: list[Row]) -> str:
 
 
 def training(rows: list[Row]) -> str:
-    chosen = latest(rows, what="training", device="cpu")
+    chosen = [row for row in latest(rows, what="training", device="cpu") if "step_ms" in row]
     if not chosen:
         return NOT_YET
     body = [

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import kan_fast
+from benchmarks import cases, gate
 from benchmarks.latency import mlp
 from benchmarks.network import equal_mlp
 from benchmarks.options import Options
@@ -249,6 +250,13 @@ def candidates(task: Task, options: Options) -> list[Candidate]:
     return made
 
 
+def judge(candidate: Candidate, device: str) -> str | None:
+    """What is wrong with a candidate on uniform inputs, before the steps of any are timed; None if nothing."""
+    torch.manual_seed(0)
+    x = cases.uniform_input(gate.ROWS, candidate.widths[0], device=device)
+    return gate.judge_network(candidate.make(), x, cases.uniform_input(gate.ROWS, candidate.widths[-1], device=device, seed=1))
+
+
 def choose(
     task: Task, family: str, some: list[Candidate], budgets: dict[str, int], options: Options
 ) -> tuple[Candidate, float]:
@@ -274,6 +282,12 @@ def measure(task: Task, options: Options) -> list[Row]:
     others'; so the accuracies can be had again on a busy machine.
     """
     some = candidates(task, options)
+    for candidate in some:
+        wrong = judge(candidate, options.device)
+        if wrong is not None:
+            options.report(f"{task.name}: {candidate.name}: {wrong}")
+            return [{"what": "training", "task": task.name, "model": candidate.family, "widths": candidate.widths,
+                     "grid_size": candidate.grid_size, "backend": options.one_backend(), "failed": wrong}]
     times = kept_times(task, {candidate.name: candidate.make for candidate in some}, options)
     if options.seconds == 0:
         return []
