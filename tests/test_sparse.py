@@ -411,6 +411,26 @@ def test_made_under_a_default_device():
     assert on_cpu(torch.rand(3, 6)).shape == (3, 5)
 
 
+def test_edges_outlast_meta_and_to_empty():
+    want, x = SparseKANLayer(6, 5, 2, bias=True), torch.randn(7, 6)
+    given = SparseKANLayer(6, 5, edges=want.edges, bias=True, device="meta")
+    for lost in (given, copy.deepcopy(want).to("meta"), copy.deepcopy(want)):
+        filled = nn.Sequential(copy.deepcopy(lost)).to_empty(device="cpu")[0]
+        for name in ("edges", "_used", "_place", "_per_output", "_by_input", "_per_used"):
+            assert torch.equal(getattr(filled, name), getattr(want, name)), name
+        filled.reset_parameters()
+        with torch.no_grad():
+            torch.testing.assert_close(filled(x), filled.to_dense()(x))
+    drawn = SparseKANLayer(6, 5, 2, device="meta").to_empty(device="cpu")
+    drawn.reset_parameters()
+    assert drawn(x).isfinite().all()
+    assert torch.equal(drawn.to_dense().edge_mask.sum(0), torch.full((5,), 2))
+    # Edges of a checkpoint take the place of those that were known.
+    other = SparseKANLayer(6, 5, edges=(want.edges + torch.tensor([[1], [0]])) % torch.tensor([[6], [5]]), bias=True)
+    given.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(given.to_empty(device="cpu").edges, other.edges)
+
+
 def test_benchmark_runs(capsys):
     rows = benchmarks.sparse.main(shapes=((20, 8), (40, 16)), batch=8)
     assert [edges for edges, _ in rows] == [8 * 16, 16 * 16]

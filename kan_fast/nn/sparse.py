@@ -1,5 +1,6 @@
 """Sparse layers: KANs with many inputs, where an output hears a few of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from kan_fast.nn.knots import KnotsStayWide
 from kan_fast.nn.layer import KANLayer
 
 _INDEX = ("_used", "_place", "_per_output", "_by_input", "_per_used")
+_EDGES = ("edges", *_INDEX)
 
 
 class SparseKANLayer(KnotsStayWide):
@@ -44,6 +46,7 @@ class SparseKANLayer(KnotsStayWide):
     _per_output: Tensor
     _by_input: Tensor
     _per_used: Tensor
+    _numbers: dict[str, Tensor]  # of the edges while they are on the device "meta"
 
     def __init__(
         self,
@@ -83,8 +86,7 @@ class SparseKANLayer(KnotsStayWide):
         self.register_buffer("grid", like.grid.repeat(in_features, 1))
         self.register_buffer("edges", pairs)
         self._index_edges()
-        for name in ("edges", *_INDEX):
-            setattr(self, name, getattr(self, name).to(self.grid.device))
+        self._place_edges({name: getattr(self, name) for name in _EDGES}, self.grid.device)
         self.reset_parameters()
 
     @property
@@ -94,7 +96,7 @@ class SparseKANLayer(KnotsStayWide):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform knots on `grid_range`, weights that keep the signal's variance, bias zero. The edges stay.
+        """Uniform knots on `grid_range`, weights that keep the signal's variance, bias zero. The edges stay, through "meta" and to_empty too.
 
         KANLayer's rule (nn/init.py) with the number of edges that an output has in place of in_features.
         """
@@ -191,6 +193,18 @@ class SparseKANLayer(KnotsStayWide):
             f" grid_size={self.grid_size}, spline_order={self.spline_order}, bias={self.bias is not None}"
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseKANLayer":
+        """Casts and moves, except that edges, which are no parameters to set anew, outlast "meta" and to_empty."""
+        known = self._numbers or {name: getattr(self, name) for name in _EDGES}
+        super()._apply(fn, recurse)
+        self._place_edges(known, self.edges.device)
+        return self
+
+    def _place_edges(self, known: dict[str, Tensor], device: torch.device) -> None:
+        for name, value in known.items():
+            setattr(self, name, value.to(device))
+        self._numbers = {name: value.cpu() for name, value in known.items()} if device.type == "meta" else {}
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -216,6 +230,7 @@ class SparseKANLayer(KnotsStayWide):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if pairs is not None and not self.edges.is_meta:
             self._index_edges()
+            self._numbers = {}
 
     def _index_edges(self) -> None:
         """What follows from `edges`, in buffers, so that it moves with the layer and tracers see tensors."""
