@@ -96,9 +96,10 @@ class SparseKANLayer(KnotsStayWide):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform knots on `grid_range`, weights that keep the signal's variance, bias zero. The edges stay, through "meta" and to_empty too.
+        """Uniform knots on `grid_range`, weights that keep the signal's variance, bias zero.
 
-        KANLayer's rule (nn/init.py) with the number of edges that an output has in place of in_features.
+        KANLayer's rule (nn/init.py) with the number of edges that an output has in place of in_features. The edges stay, and
+        have stayed where to_empty took the numbers of parameters.
         """
         if self.grid.is_meta:
             return
