@@ -150,8 +150,8 @@ class _KANEstimator(BaseEstimator):
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}")
         low, high = X.min(0), X.max(0)
-        self._centre = (low + high) / 2
-        self._half = np.where(high > low, (high - low) / 2, 1.0)
+        self._centre = low / 2 + high / 2
+        self._half = np.where(high > low, high / 2 - low / 2, 1.0)
         device = torch.device("cpu" if self.device is None else self.device)
         seed = int(check_random_state(self.random_state).randint(2**31))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -262,11 +262,15 @@ class KANRegressor(RegressorMixin, _KANEstimator):
         X, y, weight = self._check_weights(X, y, sample_weight)
         self._one_output = y.ndim == 1
         y = y.reshape(len(y), -1).astype(np.float64)
-        self._mean = np.average(y, axis=0, weights=weight)
-        spread = np.sqrt(np.average((y - self._mean) ** 2, axis=0, weights=weight))
-        self._spread = np.where(spread > 0, spread, 1.0)
+        # In units of a power of two near the largest number squares neither overflow nor vanish, and rounding is the same.
+        unit = np.ldexp(1.0, np.frexp(np.abs(y).max(0))[1] - 1)
+        y = y / unit
+        mean = np.average(y, axis=0, weights=weight)
+        spread = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
+        spread = np.where(spread > 0, spread, 1.0)
+        self._mean, self._spread = mean * unit, spread * unit
         dtype = getattr(torch, str(self.dtype), torch.float32)
-        target = torch.tensor((y - self._mean) / self._spread, dtype=dtype)
+        target = torch.tensor((y - mean) / spread, dtype=dtype)
         self._fit(X, target, weight, y.shape[1], lambda output, y: (output - y).square().mean(1))
         return self
 

@@ -97,6 +97,16 @@ def test_several_targets():
     assert KANRegressor(epochs=1).fit(x, y.to_frame()).predict(x).shape == (400, 1)
 
 
+@pytest.mark.parametrize("power", [1015, -1000])
+def test_numbers_of_any_size(power):
+    """In other units, powers of two, the fit is the same to the last bit."""
+    x, y = (part.to_numpy() for part in smooth(60))
+    model, unit = KANRegressor(hidden_layers=(2,), epochs=3, random_state=0), 2.0**power
+    want = model.fit(x, y).predict(x)
+    assert want.std() > 0
+    assert np.array_equal(model.fit(x * unit, y * unit).predict(x * unit), want * unit)
+
+
 def test_classification_in_a_pipeline():
     x, y = load_wine(return_X_y=True)
     names = np.array(["red", "white", "rosé"])[y]
