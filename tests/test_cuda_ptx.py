@@ -72,13 +72,14 @@ WARPGROUP = [
     ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (40, 20, 33), 5, "uniform", "zero", 0),
     ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (40, 24, 33), 5, "uniform", "clamp", 0),  # the quick way
     ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (70, 72, 136), 5, "uniform", "zero", 0),
+    ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (40, 24, 40), 12, "uniform", "zero", 0),  # two chunks
     ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (70, 130, 136), 12, "uneven", "linear", 1),
     ("wgmma_sparse", "contract_output", "warpgroup_output_bfloat16", BF16, (40, 20, 33), 5, "uniform", "zero", 0),
     ("wgmma_sparse", "contract_output", "warpgroup_output_bfloat16", BF16, (70, 70, 40), 12, "repeated", "clamp", 0),
     ("wgmma", "contract_input", "warpgroup_backward_bfloat16", BF16, (40, 20, 33), 5, "uniform", "zero", 1),
     ("wgmma", "contract_input", "warpgroup_backward_bfloat16", BF16, (130, 9, 136), 12, "uneven", "linear", 1),
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 20, 33), 5, "uniform", "zero", 0),
-    ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 24, 136), 5, "uniform", "zero", 0),
+    ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 24, 136), 12, "uniform", "zero", 0),
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (200, 9, 136), 5, "uneven", "clamp", 1),
 ]
 # The other types of sources that hold the same kernels.

@@ -24,13 +24,15 @@ Quick make_quick(const Problem& p, bool continuous) {
   const int middle = middle_interval(p.knots()), order = p.spline_order;
   Quick q;
   q.serves = continuous && p.n == 0 && p.scale == nullptr && p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-  q.anywhere = p.outside != kLinear;
   // Beyond the last knots: the next interval, which has no basis.
   q.lowest = float(-1 - middle), q.highest = float(p.knots() - 1 - middle);
   if (p.outside == kClamp) q.lowest = float(order - middle) - 0.5f, q.highest = float(order + p.grid_size - middle) - 0.5f;
   if (p.outside == kLinear) q.lowest = -1048576.0f, q.highest = 1048576.0f;
   q.first = std::bit_cast<uint32_t>(kToNearest + float(order - middle)) * 8;
-  q.whole = 8 * uint32_t(p.outside == kLinear && p.grid_size < 5 ? p.grid_size - 1 : 4);
+  const bool extended = p.outside == kLinear;
+  q.least = extended ? 0u : uint32_t(-8 * (order + 1));
+  q.span = 8 * uint32_t(extended ? p.grid_size - 1 : p.bases() + order + 1);
+  q.whole = !extended ? 8 * 5 : p.bases() > 8 ? 0 : 8 * uint32_t(p.grid_size < 5 ? p.grid_size : 5);
   q.zeros = order == 1 ? 0xddddddddu : 0xbbbbbbbbu;
   return q;
 }

@@ -82,10 +82,11 @@ template <class C> inline void make_uniform_cubics(const Problem& p, CubicOf<C>*
 
 // How quick.cuh evaluates a spline on even knots; a place is counted as even_interval (wide.cuh) does.
 struct Quick {
-  bool serves, anywhere;  // plain values, eight inputs at a time; other windows than whole ones, or x beyond the range, too
+  bool serves;            // plain values, eight inputs at a time
   float lowest, highest;  // where a place is kept
   uint32_t first;         // 8 times the bits of kToNearest + the interval whose window begins with basis 0
-  uint32_t whole;         // 8 times the last of the intervals from there on whose windows lie within eight bases
+  uint32_t least, span;   // served: windows that begin with basis least / 8, below 0 or not, and as many further as span / 8
+  uint32_t whole;         // 8 times how many places a window may begin at to lie within eight bases, 0 where that does not suffice
   uint32_t zeros;         // for permute_bytes, four times: the sign of a weight that is never below 0
 };
 

@@ -1,5 +1,4 @@
-// The quick way of the warpgroups' makers: plain values on even knots, all bases of an input in one step. Eight neighbouring inputs
-// of a row at a time, whose chains of instructions mix: a maker's warp has few others beside it that could hide a wait.
+// The quick way of the warpgroups' makers: plain values on even knots. Eight neighbouring inputs of a row at a time, whose chains of instructions mix: a maker's warp has few others beside it that could hide a wait.
 #pragma once
 #include "window.cuh"
 
@@ -46,13 +45,14 @@ template <Products P> KAN_DEVICE void quick_base(const WideArguments& a, const f
   pack_all<P>(value, words);
 }
 
-// Items of eight inputs to the pieces of a line of a tile: `start` is where its piece number 0 lies, the pieces' places differ as
+// Items of eight inputs, eight bases each from `first_base` on, to the pieces of a line of a tile: `start` is where its piece number 0 lies, the pieces' places differ as
 // their numbers do. False, and nothing is written, where one needs the general way: NaN, uneven knots, x beyond the range where that
 // is extended.
 template <Products P>
-KAN_DEVICE bool write_quick_windows(const WideArguments& a, const QuickKnots* knots, const float (&x)[kQuickInputs], char* start) {
+KAN_DEVICE bool write_quick_windows(const WideArguments& a, const QuickKnots* knots, const float (&x)[kQuickInputs], int first_base, char* start) {
   uint32_t low[kQuickInputs], high[kQuickInputs];
-  uint32_t shift[kQuickInputs], farthest = 0;  // 8 times the window's first basis
+  uint32_t shift[kQuickInputs], farthest = 0;  // 8 times the window's first basis, counted from first_base
+  const uint32_t first = a.quick.first + 8 * uint32_t(first_base);
   KAN_UNROLL_ALL
   for (int m = 0; m < kQuickInputs; m += 2) {
     const auto two = *reinterpret_cast<const Words<4>*>(knots + m);
@@ -61,7 +61,7 @@ KAN_DEVICE bool write_quick_windows(const WideArguments& a, const QuickKnots* kn
       const float inverse_h = as_float(two.w[r % 2 * 2]), middle = as_float(two.w[r % 2 * 2 + 1]);
       const float place = held((x[r] - middle) * inverse_h, a.quick.lowest, a.quick.highest), whole = place + kToNearest;
       const float v = place - (whole - kToNearest);
-      shift[r] = as_bits(whole) * 8 - a.quick.first;
+      shift[r] = as_bits(whole) * 8 - first;
       farthest = farthest > shift[r] ? farthest : shift[r];
       float w[4];
       KAN_UNROLL_ALL
@@ -80,15 +80,18 @@ KAN_DEVICE bool write_quick_windows(const WideArguments& a, const QuickKnots* kn
                                permute_bytes(low[m], high[m], upper), permute_bytes(low[m], high[m], upper >> 16)};
     store_16_bytes(start, words, m * 16);
   };
-  if (farthest <= a.quick.whole) {
+  if (farthest < a.quick.whole) {
     KAN_UNROLL_ALL
     for (int m = 0; m < kQuickInputs; ++m) store(m, shift_words_left(zeros, kWindow, shift[m]), shift_words_left(kWindow, zeros, shift[m]));
     return true;
   }
   farthest = 0;
   KAN_UNROLL_ALL
-  for (int m = 0; m < kQuickInputs; ++m) farthest = farthest > shift[m] + 4 * 8 ? farthest : shift[m] + 4 * 8;
-  if (!a.quick.anywhere || farthest > 12 * 8) return false;  // NaN is farther than all
+  for (int m = 0; m < kQuickInputs; ++m) {
+    const uint32_t from_least = shift[m] + 8 * uint32_t(first_base) - a.quick.least;
+    farthest = farthest > from_least ? farthest : from_least;
+  }
+  if (farthest > a.quick.span) return false;  // NaN is farther than all
   KAN_UNROLL_ALL
   for (int m = 0; m < kQuickInputs; ++m) {
     auto shifted = [&](int by) { return zeros ^ (shift_word_left(kWindow ^ zeros, by) | shift_word_right(kWindow ^ zeros, -by)); };

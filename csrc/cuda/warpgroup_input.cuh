@@ -23,11 +23,6 @@ KAN_DEVICE int place_of_sum(int row, int column) {
   return row * kInputColumns + column / 32 * 32 + (column % 32 ^ (row % 4 * 8 + row / 8 % 4 * 2));
 }
 
-// Two sums at once, as the floats that they are: their bits, as other registers, would be taken before the products are waited for.
-struct alignas(8) Pair {
-  float low, high;
-};
-
 KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns / (p.bases() + 1); }
 
 struct OutputStep {

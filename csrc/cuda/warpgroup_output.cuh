@@ -173,27 +173,30 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
   });
 }
 
-// One of the steps that a maker's group makes where a step has all bases of its inputs: every other one.
+// One of the steps that a maker's group makes, every other one, where all inputs come in whole groups of 8.
 struct Turn {
-  int left, group;  // eights of inputs from this block of 64 to the end; of them the one at hand, or behind the block's: the base branch
+  int left, number;  // groups from this block of 64 inputs to the end; of the block's steps, the last of which is the base branch's
+  int chunks;
   bool has_base;
 
   KAN_DEVICE Turn(const GroupStep& first, int maker)
-      : left((first.end - first.block) / kGroupInputs), group(maker), has_base(first.has_base) {
+      : left((first.end - first.block) / kGroupInputs), number(maker), chunks(first.chunks), has_base(first.has_base) {
     settle();
   }
   KAN_DEVICE int groups() const { return left < kGroupInputs ? left : kGroupInputs; }
-  KAN_DEVICE bool is_base() const { return group == groups(); }
+  KAN_DEVICE int group() const { return chunks == 1 ? number : int(unsigned(number) / unsigned(chunks)); }
+  KAN_DEVICE int chunk() const { return number - group() * chunks; }
+  KAN_DEVICE bool is_base() const { return number == groups() * chunks; }
   KAN_DEVICE bool more() const { return left > 0; }
   KAN_DEVICE void advance() {
-    group += 2;
+    number += 2;
     settle();
   }
 
  private:
   KAN_DEVICE void settle() {
-    const int steps = groups() + int(has_base);
-    if (group >= steps) group -= steps, left -= kGroupInputs;
+    const int steps = groups() * chunks + int(has_base);
+    if (number >= steps) number -= steps, left -= kGroupInputs;
   }
 };
 
@@ -204,7 +207,7 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
   const Problem& p = a.p;
   auto place = [] { return int(thread_now()) % kGroupRows; };
   auto row = [&] { return b0 + place() < p.batch ? b0 + place() : p.batch - 1; };
-  auto input = [&](const Turn& turn) { return first.end - (turn.left - turn.group) * kGroupInputs; };
+  auto input = [&](const Turn& turn) { return first.end - (turn.left - turn.group()) * kGroupInputs; };
   const void* x_row = rows_from(p, p.x, row());
   Stored<kQuickInputs> ahead = {};
   WarpKnots knots{knots_of_warp(memory.knots), {}};
@@ -222,20 +225,21 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
     if (turn.is_base()) return fill_base(base, place(), turn.groups());
     float x[kQuickInputs];
     ahead.widen(p.x_dtype, x);
-    if (turn.group < 2) {
+    if (turn.number < 2) {
       knots.arrive();
       knots.load(a, first.end - turn.left * kGroupInputs + kGroupDepth);
     }
     coming.advance();
     load();
-    if (turn.has_base) {
+    const int number = turn.group(), first_base = turn.chunk() * kStepBases;
+    if (turn.has_base && first_base == 0) {
       uint32_t words[4];
       quick_base<P>(a, x, words);
-      store_16_bytes(base + swizzled(place(), turn.group * 8), words);
+      store_16_bytes(base + swizzled(place(), number * 8), words);
     }
     char* left = memory.left + stage * kLeftBytes;
-    if (!write_quick_windows<P>(a, knots.here + turn.group * kGroupInputs, x, left + swizzled(place(), 0)))
-      write_general_windows<P>(a, row(), input(turn), 0, left, place());
+    if (!write_quick_windows<P>(a, knots.here + number * kGroupInputs, x, first_base, left + swizzled(place(), 0)))
+      write_general_windows<P>(a, row(), input(turn), first_base, left, place());
   });
 }
 
@@ -294,7 +298,7 @@ template <int kColumns, class Body> KAN_DEVICE void for_every_tile(const Problem
     }
 }
 
-// kQuick: where a.quick serves and a step has all bases. Both ways in one kernel would compete for registers.
+// kQuick: where a.quick serves. Both ways in one kernel would compete for registers.
 template <Products P, bool kSparse, int kColumns, bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     output_warpgroup(WideArguments a, float* parts, int64_t slices, int64_t inputs_per_slice) {
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       for_every_pair(sums, [&](int row, int column, float low, float high) {
         const int64_t b = b0 + row, o = o0 + column;
         if (b >= p.batch || o >= p.out_features) return;
-        if (parts != nullptr) write_pair(parts + (slice * p.batch + b) * p.out_features, o, p.out_features, low, high);
+        if (parts != nullptr) write_pair(parts + (slice * p.batch + b) * p.out_features, o, p.out_features, a.aligned, low, high);
         else write_pair<P>(static_cast<T*>(p.y) + b * p.out_features, o, p.out_features, a.aligned, low, high);
       });
     });
@@ -334,7 +338,7 @@ int launch_output_warpgroup(const WideArguments& a, int columns, float* parts, S
   const Problem& p = a.p;
   if (int error = launch_cubics(a, stream)) return error;
   const Blocks blocks{(p.batch + kGroupRows - 1) / kGroupRows, (p.out_features + columns - 1) / columns, slices.count};
-  const bool wide = columns == 256, quick = !kSparse && a.quick.serves && p.bases() <= kStepBases;
+  const bool wide = columns == 256, quick = !kSparse && a.quick.serves;
   auto kernel = wide ? output_warpgroup<P, kSparse, kSparse ? 128 : 256, false> : output_warpgroup<P, kSparse, 128, false>;
   if constexpr (!kSparse)
     if (quick) kernel = wide ? output_warpgroup<P, false, 256, true> : output_warpgroup<P, false, 128, true>;

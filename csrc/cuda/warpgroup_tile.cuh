@@ -160,6 +160,11 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
   wait_for_copies<0>();
 }
 
+// Two sums at once, as the floats that they are: their bits, as other registers, would be taken before the products are waited for.
+struct alignas(8) Pair {
+  float low, high;
+};
+
 // body(row, column, sum, next column's sum) for a multiplier's share of the tile.
 template <int kParts, class Body> KAN_DEVICE void for_every_pair(const float (&sums)[kParts][64], Body body) {
   const int thread = int(thread_now()), row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
@@ -181,7 +186,11 @@ template <Products P> KAN_DEVICE void write_pair(typename StorageOf<P>::Type* ro
   put(row[o], low);
   if (o + 1 < outputs) put(row[o + 1], high);
 }
-KAN_DEVICE void write_pair(float* row, int64_t o, int64_t outputs, float low, float high) {
+KAN_DEVICE void write_pair(float* row, int64_t o, int64_t outputs, bool aligned, float low, float high) {
+  if (aligned) {
+    *reinterpret_cast<Pair*>(row + o) = {low, high};
+    return;
+  }
   row[o] = low;
   if (o + 1 < outputs) row[o + 1] = high;
 }

@@ -85,8 +85,9 @@ KAN_DEVICE void make_lines_quickly(const WideArguments& a, const FeatureTile& ti
     ahead.widen(p.x_dtype, x);
     b += 2 * kGroupDepth;
     load_quickly(ahead, p, b, first.end, i0);
-    if (!write_quick_windows<P>(a, knots.here, x, lines + swizzled(line, 0)))
-      write_general_windows<P>(a, b - 2 * kGroupDepth, i0, 0, lines, line);
+    const int first_base = tile.chunk * kStepBases;
+    if (!write_quick_windows<P>(a, knots.here, x, first_base, lines + swizzled(line, 0)))
+      write_general_windows<P>(a, b - 2 * kGroupDepth, i0, first_base, lines, line);
   });
 }
 
@@ -137,7 +138,7 @@ template <int kColumns, class T> KAN_DEVICE void copy_gradients(const WideArgume
                                  kRows, there, a.aligned);
 }
 
-// kQuick: where a.quick serves and a step has all bases.
+// kQuick: where a.quick serves.
 template <Products P, int kColumns, bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     weight_warpgroup(WideArguments a, void* spline, void* base, bool whole, int64_t slices, int64_t rows_per_slice) {
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
         const int64_t row = slice * p.in_features + i, at = (tile.is_base ? row : row * p.bases() + f) * p.out_features;
         void* to = tile.is_base ? base : spline;
         if (whole) write_pair<P>(static_cast<T*>(to) + at, o, p.out_features, a.aligned, low, high);
-        else write_pair(static_cast<float*>(to) + at, o, p.out_features, low, high);
+        else write_pair(static_cast<float*>(to) + at, o, p.out_features, a.aligned, low, high);
       });
     });
   }
@@ -201,7 +202,7 @@ template <Products P> int launch_weight_warpgroup(const WideArguments& a, int co
   const Blocks blocks{(p.in_features + 15) / 16 * chunks + base_tiles, (p.out_features + columns - 1) / columns, slices.count};
   void* spline = parts == nullptr ? p.d_spline : parts;
   void* base = parts == nullptr ? p.d_base : parts + slices.count * p.in_features * p.bases() * p.out_features;
-  const bool wide = columns == 256, quick = a.quick.serves && chunks == 1;
+  const bool wide = columns == 256, quick = a.quick.serves;
   const auto kernel = quick ? wide ? weight_warpgroup<P, 256, true> : weight_warpgroup<P, 128, true>
                             : wide ? weight_warpgroup<P, 256, false> : weight_warpgroup<P, 128, false>;
   return launch(kernel, blocks, kGroupThreads, wide ? kGroupWeightShared<256> : kGroupWeightShared<128>, stream, a, spline, base,
