@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, rows
+from benchmarks import environment, rows, sweep
 from benchmarks.cases import DTYPES, Shape
 from benchmarks.contestants import peer_names
 from benchmarks.options import Options, Progress
@@ -116,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         device = "cuda" if torch.cuda.is_available() and given.what != "bars" else "cpu"
     try:
         shapes = [Shape.parse(text) for text in given.shapes] if given.shapes else None
+        if given.what == "sweep":
+            sweep.check(shapes, given.axes, device)
     except ValueError as error:
         made.error(f"--shapes: {error}")
     allocator = environment.set_allocator(given.allocator)

@@ -31,8 +31,19 @@ def points(axis: str, device: str) -> list[tuple[int, Shape]]:
     return [(value, replace(centre, **{axis: value})) for value in values]
 
 
+def check(shapes: list[Shape] | None, axes: list[str] | None, device: str) -> None:
+    """Raise ValueError for a shape that no axis passes through: nothing would be measured for it."""
+    axes = axes or list(VALUES)
+    known = {shape: None for axis in axes for _, shape in points(axis, device)}
+    for shape in shapes or []:
+        if shape not in known:
+            listed = " ".join(point.key() for point in known)
+            raise ValueError(f"expected points of {', '.join(axes)} on {device} ({listed}), got {shape.key()}")
+
+
 def run(options: Options) -> list[Row]:
-    """Forward and step of every point of `options.axes` (all four without)."""
+    """Forward and step of every point of `options.axes` (all four without), or of those among them in `options.shapes`."""
+    check(options.shapes, options.axes, options.device)
     rows: list[Row] = []
     for axis in options.axes or list(VALUES):
         for value, shape in points(axis, options.device):

@@ -42,6 +42,9 @@ def test_command_line_writes_rows(tmp_path: Path) -> None:
         ("--peers linear fastest", "argument --peers: invalid choice: 'fastest'"),
         ("--backend numpy", "argument --backend: invalid choice: 'numpy'"),
         ("--shapes 8,4,4,0", "--shapes: shape: expected batch,in,out"),
+        ("--what sweep --device cpu --shapes 8,4,4", "--shapes: expected points of batch, width, grid_size, spline_order on"),
+        ("--what sweep --device cpu --shapes 8,4,4", "1024,256,256,80 1024,256,256,5,0 "),
+        ("--what sweep --device cpu --axes batch --shapes 1024,8,8", "16384,256,256,5), got 1024,8,8,5"),
         ("--threads 0", "argument --threads: expected an integer from 1 on, got '0'"),
         ("--threads 1.5", "argument --threads: expected an integer from 1 on, got '1.5'"),
         ("--seconds -1", "argument --seconds: expected a number from 0 on, got '-1'"),
@@ -112,6 +115,29 @@ def test_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "no CUDA device" in done.stdout
+
+
+def test_gpu_check_gives_a_build_without_a_gpu_its_time(tmp_path: Path) -> None:
+    """A stand-in for `timeout` writes down the limits that the stages get."""
+    limits = tmp_path / "limits"
+    (tmp_path / "timeout").write_text(f'#!/bin/sh\necho "$3 $*" >> {limits}\n')
+    (tmp_path / "python").write_text("#!/bin/sh\necho 1\n")  # also to the question whether there is a GPU
+    for name in ("timeout", "python"):
+        (tmp_path / name).chmod(0o755)
+
+    def run(*arguments: str) -> dict[str, int]:
+        limits.unlink(missing_ok=True)
+        environment_ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python")}
+        command = ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out", "--minutes", "7", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_)
+        assert done.returncode == 0, done.stdout
+        lines = [line.split(maxsplit=1) for line in limits.read_text().splitlines()]
+        return {"build" if "setup.py" in command else command: int(limit) for limit, command in lines}
+
+    on_a_gpu, dry = run(), run("--dry-run")
+    assert on_a_gpu.pop("build") <= 300
+    assert dry.pop("build") == 1200
+    assert max(on_a_gpu.values()) <= 7 * 60 and max(dry.values()) <= 150
 
 
 def test_shards_run_every_test_once(
