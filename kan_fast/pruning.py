@@ -147,7 +147,8 @@ def prune_kan(
             raise ValueError(f"input_names: expected {len(used[0])} names, got {len(given)}")
         report.used_inputs = [name for name, kept in zip(given, used[0].tolist()) if kept]
         report.unused_inputs = [name for name, kept in zip(given, used[0].tolist()) if not kept]
-        report.dead_nodes = {name: (~kept).nonzero()[:, 0].tolist() for name, kept in zip(list(layers)[1:], used[1:-1])}
+        dead = ((~kept).nonzero()[:, 0].tolist() for kept in used[1:-1])
+        report.dead_nodes = {f"layers.{place}": nodes for place, nodes in enumerate(dead, 1)}
     return report
 
 
@@ -256,6 +257,8 @@ class _Moments:
 def _attribution(model: nn.Module, layers: dict[str, KANLayer], moments: "_Moments", include_base: bool) -> dict[str, Tensor]:
     if not isinstance(model, KAN):
         raise TypeError(f"model: expected a KAN for method 'attribution', got {type(model).__name__}")
+    if len(layers) != len(model.layers):  # its edges have a score in each of its places
+        raise ValueError("model: expected every layer in one place for method 'attribution', got one in several")
     result: dict[str, Tensor] = {}
     node: Tensor | None = None
     for name, layer in reversed(layers.items()):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kan_fast import KAN
+from kan_fast import KAN, KANLayer
 from kan_fast.pruning import compact, edge_scores, node_scores, prune_kan
 from kan_fast.regularization import activation_regularization
 
@@ -135,6 +135,18 @@ def test_compact_computes_the_same(options, drop_inputs):
     torch.testing.assert_close(small(given), expected, rtol=0, atol=1e-13 * float(expected.detach().abs().max()))
     assert not small.layers[0].edge_mask.all()
     small(given).sum().backward()
+
+
+def test_layers_in_several_places():
+    """Places have nodes of their own; scores by attribution, which would need scores of places, are refused."""
+    once, twice = (KANLayer(3, 3, dtype=torch.float64) for _ in range(2))
+    once.edge_mask = torch.ones(3, 3, dtype=torch.bool)
+    once.edge_mask[:, 1] = False
+    model, x = KAN.from_layers([twice, once, twice]), torch.rand(20, 3, dtype=torch.float64)
+    assert prune_kan(model, 0.0).dead_nodes == {"layers.1": [], "layers.2": [1]}
+    torch.testing.assert_close(compact(model)(x), model(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="^model: expected every layer in one place for method 'attribution'"):
+        node_scores(model, x)
 
 
 def test_compact_of_an_unpruned_model_is_a_copy():

@@ -229,6 +229,17 @@ def test_there_and_back():
     assert SparseKANLayer.from_dense(whole).to_dense().edge_mask is None
 
 
+def test_sparsify_layers_in_several_places():
+    twice, once = pruned_layer(6, 6), pruned_layer(6, 6)
+    block = nn.Sequential(twice)
+    model, x = nn.ModuleDict({"a": twice, "b": once, "c": block, "d": block}), inputs()
+    want = twice(x)
+    assert sparsify(model, 1.0) == ["a", "b"]
+    assert isinstance(model["a"], SparseKANLayer) and isinstance(model["b"], SparseKANLayer)
+    assert model["a"] is model["c"][0] is model["d"][0]
+    torch.testing.assert_close(model["d"](x), want, rtol=1e-12, atol=1e-12)
+
+
 def test_sparsify_a_pruned_network():
     model = KAN([6, 8, 2], dtype=torch.float64)
     x = inputs(50)

@@ -243,19 +243,23 @@ class SparseKANLayer(KnotsStayWide):
 def sparsify(model: nn.Module, max_density: float = 0.25) -> list[str]:
     """Put SparseKANLayers, in place, where a KANLayer's edge_mask leaves at most that share of the edges.
 
-    model: any module that holds KANLayers, after prune_kan. Returns the names of the layers; the function stays the same.
+    model: any module that holds KANLayers, after prune_kan. Returns the names of the layers; the function stays the same, and
+    a layer that stands in several places, named by the first, is one layer in all of them again.
     Parameters are new: make the optimiser afterwards. layer.to_dense() goes back.
     """
     if not 0 <= max_density <= 1:
         raise ValueError(f"max_density: expected a number from 0 to 1, got {max_density}")
     names = []
-    for name, layer in list(model.named_modules()):
+    successors: dict[nn.Module, SparseKANLayer] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
         if not name or not isinstance(layer, KANLayer) or layer.edge_mask is None:
             continue
-        if float(layer.edge_mask.double().mean()) <= max_density:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, SparseKANLayer.from_dense(layer))
+        if layer not in successors and float(layer.edge_mask.double().mean()) <= max_density:
+            successors[layer] = SparseKANLayer.from_dense(layer)
             names.append(name)
+        if layer in successors:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, successors[layer])
     return names
 
 
