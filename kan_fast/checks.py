@@ -1,7 +1,12 @@
-"""What the three contractions demand of their arguments, in Python: for backends that do not check by themselves.
+"""What is demanded of arguments. Errors name the argument, what was expected and what came.
 
+check_problem holds the demands of the three contractions, in Python, for backends that do not check by themselves;
 csrc/ops.cpp makes the same demands of the native backend.
 """
+
+import math
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +15,34 @@ from kan_fast.activations import ACTIVATIONS
 from kan_fast.spline import OUTSIDE
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def expect(fits: bool, name: str, wanted: str, value: Any) -> None:
+    """Raise TypeError for an argument that is no `wanted` thing: `fits` says so."""
+    if not fits:
+        shown = repr(value) if value is None or isinstance(value, str | int | float) else type(value).__name__
+        raise TypeError(f"{name}: expected {wanted}, got {shown}")
+
+
+def check_int(name: str, value: Any, least: int) -> int:
+    """value as an int of at least so much."""
+    expect(hasattr(value, "__index__") and not isinstance(value, bool), name, "an int", value)
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name}: expected {least} or more, got {number}")
+    return number
+
+
+def check_number(name: str, value: Any, least: float = -math.inf) -> None:
+    """Raise TypeError for what float() does not take as a number, ValueError for NaN and numbers below `least`."""
+    expect(hasattr(value, "__float__"), name, "a number", value)
+    if not value >= least:
+        raise ValueError(f"{name}: expected {least:g} or more, got {value}")
+
+
+def check_iterable(name: str, value: Any, wanted: str) -> None:
+    """Raise TypeError for what a loop cannot go through."""
+    expect(hasattr(value, "__iter__") or hasattr(value, "__getitem__"), name, wanted, value)
 
 
 def check_problem(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kan_fast import edges, ops
 from kan_fast.backends import reference
+from kan_fast.checks import expect
 
 _aten = torch.ops.aten
 # Beyond this a protobuf, which ends at 2 GiB, keeps its weights in a second file.
@@ -43,6 +44,7 @@ def export_program(
     any size of dimension 0, the same for all inputs; else that of the example.
     The program computes every basis of a layer's input in full, (batch, in, G + k) numbers.
     """
+    expect(isinstance(model, nn.Module), "model", "a module", model)
     inputs = example if isinstance(example, tuple) else (example,)
     shapes = None
     if dynamic_batch:

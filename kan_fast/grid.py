@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kan_fast.checks import check_int, check_number, expect
 from kan_fast.chunks import chunks
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import laid_out_as, whole
 from kan_fast.spline import bases
-from kan_fast.traverse import Data, kan_layers, layer_inputs
+from kan_fast.traverse import Data, check_data, kan_layers, layer_inputs
 
 # Directions of the least-squares system weaker than this share of the strongest one keep the old function instead of
 # chasing the data. The old function's own representation is untouched by it: the ridge acts on the correction only.
@@ -33,6 +34,8 @@ def tune_grid_size(data_complexity: float, input_dim: int) -> int:
     max(5, min(20, int(2 * ln(data_complexity)))), two fewer (3 at least) for more than 10 inputs, three more (25 at most)
     for fewer than 3.
     """
+    check_number("data_complexity", data_complexity)
+    check_number("input_dim", input_dim)
     if not 0 < data_complexity < math.inf:
         raise ValueError(f"data_complexity: expected a finite number above 0, got {data_complexity}")
     if input_dim < 1:
@@ -109,6 +112,8 @@ def adaptive_grid_refinement(
     """
     if isinstance(refinement_factor, bool) or not isinstance(refinement_factor, int) or refinement_factor < 2:
         raise ValueError(f"refinement_factor: expected an integer of 2 or more, got {refinement_factor!r}")
+    check_data("loader", loader)
+    check_int("max_samples", max_samples, 1)
     _check_share("uniform_share", uniform_share, 0.0)
     _check_optimizer(optimizer, optimizer_state)
     inputs = layer_inputs(model, loader, max_samples, all_ranks=True)
@@ -150,9 +155,10 @@ def update_grid(
     optimizer, optimizer_state: as in adaptive_grid_refinement; moments go through the same refit as the coefficients.
     Layers are taken in order, each with the inputs that the already updated ones before it produce.
     """
+    check_data("loader_or_x", loader_or_x)
+    check_int("max_samples", max_samples, 1)
     _check_share("grid_eps", grid_eps, 1e-6)
-    if not margin >= 0:
-        raise ValueError(f"margin: expected 0 or more, got {margin}")
+    check_number("margin", margin, 0)
     _check_optimizer(optimizer, optimizer_state)
     changes = []
     for name, layer in kan_layers(model).items():
@@ -333,11 +339,13 @@ def set_knots_in_place(layer: KANLayer, grid: Tensor, spline_weight: Tensor) -> 
 
 
 def _check_share(name: str, value: float, least: float) -> None:
+    check_number(name, value)
     if not least <= value <= 1:
         raise ValueError(f"{name}: expected a number from {least:g} to 1, got {value}")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer | None, optimizer_state: str) -> None:
+    expect(optimizer is None or isinstance(optimizer, torch.optim.Optimizer), "optimizer", "an Optimizer or None", optimizer)
     if optimizer_state not in ("carry", "reset"):
         raise ValueError(f"optimizer_state: expected 'carry' or 'reset', got {optimizer_state!r}")
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer_state == "carry":

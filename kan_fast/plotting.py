@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_fast.checks import expect
 from kan_fast.history import History
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.pruning import _alive, edge_scores
@@ -131,6 +132,7 @@ def plot_layer(
 
 def plot_history(history: History, *, ax: Any = None) -> Any:
     """Train and validation loss against the epoch on a logarithmic axis, the best epoch marked. Returns the matplotlib Axes."""
+    expect(isinstance(history, History), "history", "a History, which train_kan returns", history)
     if ax is None:
         _, ax = _pyplot().subplots(figsize=(6, 3.6), layout="constrained")
     epochs = range(len(history.train_losses))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kan_fast.checks import check_iterable, check_number
 from kan_fast.chunks import chunks
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.ranks import sum_over_ranks
@@ -106,8 +107,11 @@ def prune_kan(
     """
     if branch not in ("both", "spline"):
         raise ValueError(f"branch: expected 'both' or 'spline', got {branch!r}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold: expected 0 or more, got {threshold}")
+    check_number("threshold", threshold, 0)
+    if node_threshold is not None:
+        check_number("node_threshold", node_threshold)
+    if input_names is not None:
+        check_iterable("input_names", input_names, "names")
     layers = kan_layers(model)
     scores = edge_scores(model, data, method, include_base=branch == "both")
     weak = {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kan_fast.checks import check_number, expect
 from kan_fast.chunks import chunks
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import sum_over_ranks
@@ -17,6 +18,8 @@ def advanced_regularization(model: nn.Module, l1_factor: float = 1e-4, smoothnes
 
     model: any module with KANLayers; c are an edge's spline coefficients. Masked edges count nothing.
     """
+    check_number("l1_factor", l1_factor)
+    check_number("smoothness_factor", smoothness_factor)
     total = []
     for layer in kan_layers(model).values():
         coefficients = layer.masked_weights()[0]
@@ -46,6 +49,9 @@ def activation_regularization(
 
     Source: arXiv 2404.19756, eq. (2.17) to (2.20).
     """
+    check_number("l1_factor", l1_factor)
+    check_number("entropy_factor", entropy_factor)
+    expect(isinstance(x, Tensor), "x", "a tensor", x)
     terms: list[Tensor] = []
 
     def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kan_fast.checkpoints import load_model_state, load_optimizer_state, model_state, write
+from kan_fast.checks import check_int, check_iterable, check_number, expect
 from kan_fast.grid import InputsNotFinite, update_grid
 from kan_fast.history import History
+from kan_fast.optimizers import make_optimizer, make_scheduler
 from kan_fast.ranks import rank, states_of_all_ranks, sum_over_ranks, world_size
 from kan_fast.regularization import activation_regularization
 
@@ -90,12 +92,27 @@ def train_kan(
     Raises FloatingPointError when a loss turns NaN or infinite, or the inputs of a layer whose grid is updated; it says where,
     and the model has its best weights back.
     """
-    if epochs < 0:
-        raise ValueError(f"epochs: expected 0 or more, got {epochs}")
+    expect(isinstance(model, nn.Module), "model", "a module", model)
+    check_iterable("train_loader", train_loader, "an iterable of batches (x, y)")
+    if val_loader is not None:
+        check_iterable("val_loader", val_loader, "None or an iterable of batches (x, y)")
+    check_int("epochs", epochs, 0)
+    check_int("grid_update_every", grid_update_every, 0)
+    for name, count in (("grid_update_until", grid_update_until), ("early_stopping", early_stopping)):
+        if count is not None:
+            check_int(name, count, 0)
+    check_number("activation_l1", activation_l1)
+    check_number("activation_entropy", activation_entropy)
+    if clip_norm is not None:
+        check_number("clip_norm", clip_norm)
+    for name, function in (("loss", loss), ("regularization", regularization), ("callback", callback)):
+        expect(function is None or callable(function), name, "a function or None", function)
+    expect(metrics is None or isinstance(metrics, Mapping), "metrics", "a dict of functions or None", metrics)
+    expect(autocast is None or isinstance(autocast, torch.dtype), "autocast", "a torch.dtype or None", autocast)
     if device is not None:
         model.to(device)
-    run = _Run(model, _make_optimizer(model, optimizer, lr, weight_decay), loss or nn.functional.mse_loss, autocast)
-    run.scheduler = _make_scheduler(run.optimizer, scheduler)
+    run = _Run(model, make_optimizer(model, optimizer, lr, weight_decay), loss or nn.functional.mse_loss, autocast)
+    run.scheduler = make_scheduler(run.optimizer, scheduler)
     run.clip_norm, run.regularization = clip_norm, regularization
     run.activation = (activation_l1, activation_entropy)
     run.grid_update_every, run.grid_update_until = grid_update_every, grid_update_until
@@ -297,6 +314,7 @@ class _Run:
         return self._placed(x), self._placed(y)
 
     def _placed(self, tensor: Tensor) -> Tensor:
+        expect(isinstance(tensor, Tensor), "loader", "batches (x, y) of tensors", tensor)
         return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> Any:
@@ -358,36 +376,6 @@ def _latest(blocks: list[Tensor]) -> list[Tensor]:
     while len(blocks) > 1 and sum(map(len, blocks[1:])) >= _GRID_ROWS:
         blocks = blocks[1:]
     return blocks
-
-
-def _make_optimizer(model: nn.Module, optimizer: Any, lr: float, weight_decay: float) -> Optimizer:
-    if isinstance(optimizer, Optimizer):
-        return optimizer
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    if optimizer == "lbfgs":
-        # The default tolerances end a float64 run at losses of 1e-6.
-        return torch.optim.LBFGS(
-            parameters, lr=lr, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
-        )
-    if callable(optimizer):
-        made = optimizer(parameters)
-        if isinstance(made, Optimizer):
-            return made
-    raise ValueError(f"optimizer: expected 'adamw', 'lbfgs', an Optimizer or a function that makes one, got {optimizer!r}")
-
-
-def _make_scheduler(optimizer: Optimizer, scheduler: Any) -> LRScheduler | None:
-    if scheduler is None or isinstance(scheduler, LRScheduler):
-        return scheduler
-    if scheduler == "plateau":
-        return ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
-    if callable(scheduler):
-        made = scheduler(optimizer)
-        if isinstance(made, LRScheduler):
-            return made
-    raise ValueError(f"scheduler: expected 'plateau', None, a scheduler or a function that makes one, got {scheduler!r}")
 
 
 def _progress_bar(progress: bool | None, done: int, epochs: int) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kan_fast.checks import check_iterable, expect
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.nn.layer import masked
 from kan_fast.ranks import rows_of_all_ranks, whole, world_size
@@ -15,6 +16,7 @@ Data = Tensor | Iterable[Any]
 
 def kan_layers(model: nn.Module) -> dict[str, KANLayer]:
     """Every KANLayer of a model by its name, in the order of registration; raises ValueError where there is none."""
+    expect(isinstance(model, nn.Module), "model", "a module that holds KANLayers", model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
     if not layers:
         raise ValueError(f"model: expected a module that holds KANLayers, got {type(model).__name__} without any")
@@ -29,11 +31,17 @@ def network_layers(model: KAN) -> list[KANLayer]:
     return cast("list[KANLayer]", list(model.layers))
 
 
+def check_data(name: str, data: Any) -> None:
+    """Raise TypeError for what `batches` cannot take, under the argument's own name."""
+    check_iterable(name, data, "a tensor, or an iterable of inputs or (input, ...) tuples")
+
+
 def batches(data: Data, model: nn.Module) -> Iterator[Tensor]:
     """Inputs batch by batch, on the device and in the dtype of the model's first layer.
 
     data: a tensor (N, in), or an iterable (a DataLoader, a list) of tensors or of tuples whose first member is the input.
     """
+    check_data("data", data)
     like = next(iter(kan_layers(model).values())).spline_weight
     for batch in [data] if isinstance(data, Tensor) else data:
         x = batch[0] if isinstance(batch, tuple | list) else batch

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kan_fast import chunks
+from kan_fast.checks import expect
 from kan_fast.nn.layer import KANLayer
 from kan_fast.operators import dispatched
 
@@ -62,6 +63,8 @@ class KANConv2d(nn.Module):
         **layer_kwargs: Any,
     ) -> None:
         super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+            expect(isinstance(value, int), name, "an int", value)
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups: expected a divisor of in_channels = {in_channels} and out_channels = {out_channels}, got {groups}"
@@ -84,6 +87,7 @@ class KANConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), or both without N"""
+        expect(isinstance(x, Tensor), "x", "a tensor", x)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(f"x: expected shape (N, {self.in_channels}, H, W) or without N, got {tuple(x.shape)}")
         if any(self._margins):

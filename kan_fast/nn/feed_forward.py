@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kan_fast.checks import check_int
 from kan_fast.nn.layer import KANLayer
 
 
@@ -28,6 +29,7 @@ class KANFeedForward(nn.Module):
         **layer_kwargs: Any,
     ) -> None:
         super().__init__()
+        d_model = check_int("d_model", d_model, 0)
         if hidden is None:
             hidden = max(1, round(4 * d_model / (grid_size + spline_order + 1)))
         layer_kwargs["grid_range"] = grid_range

@@ -1,7 +1,6 @@
 """KANLayer: kan_linear with its parameters, knots and mask."""
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from kan_fast import ops, spline
 from kan_fast.activations import ACTIVATIONS, activation
 from kan_fast.autocast import beneath_autocast
 from kan_fast.backends import NAMES, choose
-from kan_fast.checks import DTYPES
+from kan_fast.checks import DTYPES, check_int, expect
 from kan_fast.functional import BaseActivation, kan_linear
 from kan_fast.nn import init
 from kan_fast.nn.knots import KnotsStayWide, at_least_float32
@@ -59,8 +58,8 @@ class KANLayer(KnotsStayWide):
         super().__init__()
         self.in_features = _one_of("in_features", in_features, "input_dim", input_dim)
         self.out_features = _one_of("out_features", out_features, "output_dim", output_dim)
-        grid_size = _check_int("grid_size", grid_size, 1)
-        self.spline_order = _check_int("spline_order", spline_order, 0)
+        grid_size = check_int("grid_size", grid_size, 1)
+        self.spline_order = check_int("spline_order", spline_order, 0)
         self.grid_range = _check_range(grid_range)
         self.base_activation = _check_activation(base_activation)
         self.outside = _check_name("outside", outside, spline.OUTSIDE)
@@ -144,9 +143,10 @@ class KANLayer(KnotsStayWide):
         Differentiable. The sum over `in` is forward(x) without bias. Computed in float32 or wider, under autocast too; of
         the dtype of the weights.
         """
+        expect(isinstance(x, Tensor), "x", "a tensor", x)
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, in_features) with in_features = {self.in_features}, got {tuple(x.shape)}")
-        derivative = _check_int("derivative", derivative, 0)
+        derivative = check_int("derivative", derivative, 0)
         spline_weight, base_weight = self.masked_weights()
         dtype = at_least_float32(x.dtype)
         x = x.to(dtype)
@@ -170,7 +170,7 @@ class KANLayer(KnotsStayWide):
         i, j = i % self.in_features, j % self.out_features
 
         def function(x: Tensor, derivative: int = 0) -> Tensor:
-            derivative = _check_int("derivative", derivative, 0)
+            derivative = check_int("derivative", derivative, 0)
             spline_weight, base_weight = self.masked_weights()
             spline_weight = spline_weight[i : i + 1, :, j : j + 1]
             base_weight = None if base_weight is None else base_weight[i : i + 1, j : j + 1]
@@ -200,6 +200,7 @@ class KANLayer(KnotsStayWide):
         present grid size. The Parameter stays the same object, so
         optimisers keep it. Raises ValueError or TypeError.
         """
+        expect(isinstance(grid, Tensor), "grid", "a tensor", grid)
         spline.check_grid(grid, self.in_features, self.spline_order)
         num_bases = grid.shape[1] - self.spline_order - 1
         if spline_weight is None and num_bases != self.spline_weight.shape[1]:
@@ -301,16 +302,7 @@ def masked(spline_weight: Tensor, base_weight: Tensor | None, edge_mask: Tensor 
 def _one_of(name: str, value: int | None, alias: str, alias_value: int | None) -> int:
     if (value is None) == (alias_value is None):
         raise TypeError(f"{name}: expected it once, as {name} or {alias}, got {value} and {alias_value}")
-    return _check_int(name, alias_value if value is None else value, 0)
-
-
-def _check_int(name: str, value: Any, least: int) -> int:
-    if not hasattr(value, "__index__") or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    number = operator.index(value)
-    if number < least:
-        raise ValueError(f"{name}: expected {least} or more, got {number}")
-    return number
+    return check_int(name, alias_value if value is None else value, 0)
 
 
 def _check_range(grid_range: Any) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from kan_fast import stack
+from kan_fast.checks import check_iterable, check_number, expect
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.files import load_layers, save_layers
 from kan_fast.nn.layer import KANLayer
@@ -64,6 +65,9 @@ class KAN(nn.Module):
     @classmethod
     def from_layers(cls, layers: Sequence[KANLayer | SparseKANLayer]) -> "KAN":
         """The network of these very layers, each as wide as the one before it; raises ValueError otherwise."""
+        check_iterable("layers", layers, "layers")
+        for place, layer in enumerate(layers):
+            expect(isinstance(layer, KANLayer | SparseKANLayer), f"layers[{place}]", "a KANLayer or SparseKANLayer", layer)
         widths = [layer.in_features for layer in layers[:1]] + [layer.out_features for layer in layers]
         for place, layer in enumerate(layers):
             if layer.in_features != widths[place]:
@@ -90,6 +94,7 @@ class KAN(nn.Module):
 
     def regularization_loss(self, regularization_factor: float = 1e-4) -> Tensor:
         """regularization_factor * sum of |spline_weight| over all edges that are not masked: an autograd scalar."""
+        check_number("regularization_factor", regularization_factor)
         total = torch.stack([layer.masked_weights()[0].abs().sum() for layer in self._kan_layers()]).sum()
         return regularization_factor * total
 

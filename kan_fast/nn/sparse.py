@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kan_fast import spline
 from kan_fast.activations import activation
 from kan_fast.autocast import autocast_dtype
-from kan_fast.checks import DTYPES
+from kan_fast.checks import DTYPES, check_number, expect
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
 from kan_fast.nn import init
@@ -247,6 +247,8 @@ def sparsify(model: nn.Module, max_density: float = 0.25) -> list[str]:
     a layer that stands in several places, named by the first, is one layer in all of them again.
     Parameters are new: make the optimiser afterwards. layer.to_dense() goes back.
     """
+    expect(isinstance(model, nn.Module), "model", "a module", model)
+    check_number("max_density", max_density)
     if not 0 <= max_density <= 1:
         raise ValueError(f"max_density: expected a number from 0 to 1, got {max_density}")
     names = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_fast.checks import check_iterable
 from kan_fast.chunks import CHUNK_ELEMENTS
 from kan_fast.nn import KAN
 from kan_fast.pruning import _alive
@@ -222,6 +223,8 @@ def _spread(model: KAN, samples: int) -> Tensor:
 
 
 def _names(argument: str, names: Sequence[str] | None, letter: str, count: int) -> list[str]:
+    if names is not None:
+        check_iterable(argument, names, "names")
     result = [f"{letter}_{i}" for i in range(count)] if names is None else list(names)
     if len(result) != count:
         raise ValueError(f"{argument}: expected {count} names, got {len(result)}")

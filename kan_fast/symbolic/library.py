@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_fast.checks import check_iterable
+
 # What of (a, b) in c * f(a * x + b) + d matters beside c and d:
 # "none": neither (f = x); "shift": b, with a = 1 or -1 (powers, log: a scale comes out of f);
 # "scale": a (exp: a shift comes out of f); "wave": both, and b is a phase; "full": both, and -b / a is a place on the axis.
@@ -145,6 +147,7 @@ def resolve_library(library: Library | None) -> list[SymbolicFunction]:
         return list(known.values())
     if isinstance(library, dict):
         library = library.values()
+    check_iterable("library", library, "names and SymbolicFunctions")
     chosen = []
     for entry in library:
         if isinstance(entry, str):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kan_fast.checks import expect
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.layer import KANLayer
 
@@ -32,6 +33,8 @@ def from_edges(
 
     Raises ValueError for shapes that do not fit and for knots that decrease, TypeError for dtypes.
     """
+    expect(isinstance(coefficients, Tensor), "coefficients", "a tensor", coefficients)
+    expect(isinstance(grid, Tensor), "grid", "a tensor", grid)
     if coefficients.dim() != 3:
         raise ValueError(f"coefficients: expected shape (in, out, grid_size + spline_order), got {tuple(coefficients.shape)}")
     in_features, out_features, num_bases = coefficients.shape

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kan_fast.checks import expect
 from kan_fast.nn.interop.efficient_kan import from_efficient_kan
 from kan_fast.nn.interop.pykan import from_pykan
 from kan_fast.nn.layer import KANLayer
@@ -50,6 +51,7 @@ def replace_layers(model: nn.Module, *, linear: LinearChoice = False, backend: s
     Raises ValueError when they differ (a variant under the same name), when nothing was found, for modules with hooks or
     parametrizations, which would be lost, and for a linear weight that other modules share.
     """
+    expect(isinstance(model, nn.Module), "model", "a module", model)
     places: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
