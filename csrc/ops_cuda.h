@@ -23,7 +23,7 @@ struct Call {
 };
 
 void expect_device(const char* name, const Tensor& x, const Tensor& t) {
-  require(t.is_cuda() && t.get_device_index() == x.get_device_index(),
+  KAN_REQUIRE(t.is_cuda() && t.get_device_index() == x.get_device_index(),
           std::string(name) + " must be on the device of x, cuda:" + std::to_string(x.get_device_index()));
 }
 
@@ -57,7 +57,7 @@ Call prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& splin
 template <class P>
 void run(const Tensor& x, const P& p, size_t (*workspace)(const P&, const kan::cuda::Device&),
          int (*launch)(const P&, const kan::cuda::Device&, void*, void*)) {
-  require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  KAN_REQUIRE(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   const int32_t index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   const kan::cuda::Device& device = kan::cuda::device(index);
@@ -153,7 +153,7 @@ bool network_pays(const Tensor& x, const std::vector<Tensor>& layers, int64_t ac
 
 void expect_served(const Tensor& x, const NetworkCall& call) {
   const char* no = kan::cuda::why_not_network(call.network(), kan::cuda::device(x.get_device_index()));
-  if (no != nullptr) require(false, std::string("no CUDA kernel serves networks with ") + no);
+  KAN_REQUIRE(no == nullptr, std::string("no CUDA kernel serves networks with ") + no);
 }
 
 Tensor network_output(const Tensor& x, const std::vector<Tensor>& layers, int64_t activation, int64_t outside, bool bias) {
@@ -172,7 +172,7 @@ std::vector<Tensor> network_backward(const Tensor& x, const std::vector<Tensor>&
   expect_served(x, call);
   auto& last = call.layers.back().problem;
   expect_shape("g", g, {last.batch, last.out_features});
-  require(g.scalar_type() == x.scalar_type(), "g must have the dtype of spline_weight");
+  KAN_REQUIRE(g.scalar_type() == x.scalar_type(), "g must have the dtype of spline_weight");
   last.g = call.input("g", x, g);
   std::vector<Tensor> results = network_results(call.layers, need_x, need_weights, [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(x, sizes, x.scalar_type());

@@ -9,7 +9,7 @@ struct LayerTensors {
 
 int64_t network_depth(const std::vector<Tensor>& layers, int64_t activation, bool bias) {
   const size_t each = 2 + size_t(activation != kan::kNone) + size_t(bias), depth = layers.size() / each;
-  require(depth * each == layers.size() && depth >= 1 && depth <= size_t(kan::kMaxDepth),
+  KAN_REQUIRE(depth * each == layers.size() && depth >= 1 && depth <= size_t(kan::kMaxDepth),
           "layers must hold " + std::to_string(each) + " tensors for each of 1.." + std::to_string(kan::kMaxDepth) +
               " layers, got " + std::to_string(layers.size()));
   return int64_t(depth);
@@ -17,14 +17,14 @@ int64_t network_depth(const std::vector<Tensor>& layers, int64_t activation, boo
 
 bool network_is_double(const Tensor& x) {
   const bool wide = x.scalar_type() == ScalarType::Double;
-  require(wide || x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
+  KAN_REQUIRE(wide || x.scalar_type() == ScalarType::Float, "x must be float32 or float64");
   return wide;
 }
 
 // Calls body(tensors) for every layer in turn, once its shapes and dtypes are known to fit.
 template <class Body>
 void for_every_layer(const Tensor& x, const std::vector<Tensor>& layers, int64_t activation, int64_t outside, bool bias, Body body) {
-  require(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
+  KAN_REQUIRE(x.dim() == 2, "x must have shape (batch, in), got " + shape_of(x));
   network_is_double(x);
   check_codes(activation, outside, 0);
   const int64_t depth = network_depth(layers, activation, bias);
@@ -33,26 +33,26 @@ void for_every_layer(const Tensor& x, const std::vector<Tensor>& layers, int64_t
   for (int64_t l = 0; l < depth; ++l) {
     LayerTensors tensors{&*next++, &*next++, nullptr, nullptr, 0};
     const Tensor &spline = *tensors.spline, &grid = *tensors.grid;
-    require(spline.dim() == 3 && spline.size(0) == width && spline.scalar_type() == x.scalar_type(),
+    KAN_REQUIRE(spline.dim() == 3 && spline.size(0) == width && spline.scalar_type() == x.scalar_type(),
             "spline_weight must have the dtype of x and shape (" + std::to_string(width) +
                 ", grid_size + spline_order, out), got " + shape_of(spline));
-    require(grid.dim() == 2 && grid.size(0) == width,
+    KAN_REQUIRE(grid.dim() == 2 && grid.size(0) == width,
             "grid must have shape (" + std::to_string(width) + ", grid_size + 2 * spline_order + 1), got " + shape_of(grid));
     tensors.order = grid.size(1) - spline.size(1) - 1;
     const int64_t out = spline.size(2);
     check_order(tensors.order, grid);
-    require(width >= 1 && width <= kan::kMaxWidth && out >= 1 && out <= kan::kMaxWidth,
+    KAN_REQUIRE(width >= 1 && width <= kan::kMaxWidth && out >= 1 && out <= kan::kMaxWidth,
             "layers must have 1.." + std::to_string(kan::kMaxWidth) + " inputs and outputs, got " + std::to_string(width) + " and " +
                 std::to_string(out));
     if (activation != kan::kNone) {
       tensors.base = &*next++;
       expect_shape("base_weight", *tensors.base, {width, out});
-      require(tensors.base->scalar_type() == x.scalar_type(), "base_weight must have the dtype of spline_weight");
+      KAN_REQUIRE(tensors.base->scalar_type() == x.scalar_type(), "base_weight must have the dtype of spline_weight");
     }
     if (bias) {
       tensors.bias = &*next++;
       expect_shape("bias", *tensors.bias, {out});
-      require(tensors.bias->scalar_type() == x.scalar_type(), "bias must have the dtype of spline_weight");
+      KAN_REQUIRE(tensors.bias->scalar_type() == x.scalar_type(), "bias must have the dtype of spline_weight");
     }
     body(tensors);
     width = out;
@@ -111,7 +111,7 @@ NetworkCall<T> prepare_network(const Tensor& x, const std::vector<Tensor>& layer
 template <class T>
 Tensor run_network(const Tensor& x, const std::vector<Tensor>& layers, int64_t activation, int64_t outside, bool bias) {
   NetworkCall<T> call = prepare_network<T>(x, layers, activation, outside, bias);
-  Tensor y = fresh<T>({call.last().batch, call.last().out_features});
+  Tensor y = fresh(x.scalar_type(), {call.last().batch, call.last().out_features});
   call.last().y = static_cast<T*>(y.mutable_data_ptr());
   kan::cpu::network_output<T>(call.network(), runtime());
   return y;
@@ -149,9 +149,10 @@ std::vector<Tensor> network_gradients(const Tensor& x, const std::vector<Tensor>
                                       int64_t outside, bool bias, bool need_x, bool need_weights) {
   NetworkCall<T> call = prepare_network<T>(x, layers, activation, outside, bias);
   expect_shape("g", g, {call.last().batch, call.last().out_features});
-  require(g.scalar_type() == x.scalar_type(), "g must have the dtype of spline_weight");
+  KAN_REQUIRE(g.scalar_type() == x.scalar_type(), "g must have the dtype of spline_weight");
   call.last().g = call.input(g);
-  std::vector<Tensor> results = network_results(call.layers, need_x, need_weights, fresh<T>);
+  std::vector<Tensor> results = network_results(
+      call.layers, need_x, need_weights, [&](std::initializer_list<int64_t> sizes) { return fresh(x.scalar_type(), sizes); });
   if (!results.empty()) kan::cpu::network_backward<T>(call.network(), runtime());
   return results;
 }

@@ -1,5 +1,6 @@
 """Fixtures: every backend on every device of this machine, reproducible numbers, poisoned memory."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -86,8 +87,15 @@ def _seed() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors are full of NaN, so a result that nobody wrote shows."""
+    """Fresh tensors are full of NaN, so a result that nobody wrote shows.
+
+    Those that the native backend allocates for itself are full of the byte 0xfe: -1.7e38, or -5e303 in float64.
+    """
+    perturb = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    fill = -6  # glibc's M_PERTURB: new memory is filled with the value's complement
     torch.use_deterministic_algorithms(True)
+    perturb(fill, 1)
     assert torch.empty(3).isnan().all()
     yield
+    perturb(fill, 0)
     torch.use_deterministic_algorithms(False)
