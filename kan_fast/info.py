@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,25 @@ def _build_record() -> dict[str, str | None]:
     """What setup.py wrote down."""
     path = _PACKAGE / "_build_record.json"
     if not path.exists():
-        return {"built": "unknown", "reason": "neither `pip install` nor `make build` was run on this folder", "torch": None}
+        reason = "neither `pip install` nor `make build` was run on this folder"
+        if _has_library():
+            reason = f"the library is there, but {path.name}, which says how it was built, is not"
+        return {"built": "unknown", "reason": reason, "torch": None}
     record: dict[str, str | None] = json.loads(path.read_text())
     return record
+
+
+def _has_library() -> bool:
+    """Whether there is native code to be asked, built here or named by KAN_FAST_NATIVE_LIBRARY."""
+    return bool(os.environ.get("KAN_FAST_NATIVE_LIBRARY")) or (_PACKAGE / "_native.so").exists()
 
 
 def _native(build: dict[str, str | None]) -> dict[str, Any]:
     try:
         module = importlib.import_module("kan_fast._build_info")
     except ImportError as error:
-        return {"missing": build["reason"] if build["built"] in ("none", "unknown") else str(error)}
+        built = build["built"] not in ("none", "unknown") or _has_library()
+        return {"missing": str(error) if built else build["reason"]}
     try:
         facts: dict[str, Any] = module.info()
     except RuntimeError as error:  # KAN_FAST_ISA asks for what there is not
@@ -68,7 +78,7 @@ def _native(build: dict[str, str | None]) -> dict[str, Any]:
 def _reason_not(name: str, kind: str, build: dict[str, str | None]) -> str | None:
     if kind == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
-    if name == "native" and build["built"] in ("none", "unknown"):
+    if name == "native" and build["built"] in ("none", "unknown") and not _has_library():
         return f"it was not built: {build['reason']}"
     return backends.reason_not(name, torch.device(kind), torch.float32)
 

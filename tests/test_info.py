@@ -69,6 +69,20 @@ def test_source_folder_without_a_build_says_so(without_native, monkeypatch, tmp_
     assert "make build" in info.info()["native"]["missing"]
 
 
+def test_a_library_without_the_record_of_its_build_is_asked(without_native, monkeypatch, tmp_path):
+    if "native" not in available_backends("cpu"):
+        pytest.skip("the native code is not built")
+    (tmp_path / "_build_record.json").unlink()
+    (tmp_path / "_native.so").touch()  # the library that is loaded stays the real one
+    facts = info.info()
+    assert facts["backends"]["native"]["cpu"] is None
+    assert facts["build"]["reason"] == "the library is there, but _build_record.json, which says how it was built, is not"
+    assert "_build_info" in facts["native"]["missing"]
+    assert "not built" not in info.report()
+    monkeypatch.setattr(backends.get("native"), "_not_loaded", "it was built against another torch")
+    assert info.info()["backends"]["native"]["cpu"] == "it was built against another torch"
+
+
 def test_plain_pytorch_chosen_for_want_of_kernels_is_said_once():
     program = (
         "import torch, warnings\n"
