@@ -45,6 +45,12 @@ def check_iterable(name: str, value: Any, wanted: str) -> None:
     expect(hasattr(value, "__iter__") or hasattr(value, "__getitem__"), name, wanted, value)
 
 
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for sparse tensors and other layouts without strides."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got layout {tensor.layout}")
+
+
 def check_problem(
     x: Tensor,
     scale: Tensor | None,
@@ -127,6 +133,7 @@ def _check_dtypes(
     for name, tensor in tensors:
         if tensor is None:
             continue
+        check_layout(name, tensor)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
         if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):

@@ -8,6 +8,7 @@ from torch import Tensor
 from kan_fast import ops
 from kan_fast.autocast import autocast_dtype
 from kan_fast.backends import choose
+from kan_fast.checks import check_layout
 
 BaseActivation = str | Callable[[Tensor], Tensor] | None
 
@@ -89,7 +90,8 @@ def _with_bias(y: Tensor, bias: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., in) as a matrix (rows, in). Raises ValueError for a scalar."""
+    """x (..., in) as a matrix (rows, in). Raises ValueError for a scalar, TypeError for a sparse tensor."""
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., in_features), got a scalar")
+    check_layout("x", x)
     return x.flatten(0, -2) if x.dim() > 1 else x[None]

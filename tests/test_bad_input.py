@@ -165,6 +165,18 @@ def test_what_is_no_tensor(backend):
         KAN([3, 2, 1], backend=backend)([0.0, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(4, 3), (3,), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_layouts(backend, shape, grad):
+    x = torch.rand(shape)
+    layer, network = KANLayer(3, 2, backend=backend), KAN([3, 2, 1], backend=backend)
+    for kept in (x.to_sparse(), x.to_mkldnn()):
+        for model in (layer, network, KANLayer(3, 2, base_activation=None, backend=backend)):
+            with pytest.raises(TypeError, match=f"^x: expected a dense tensor .*, got layout {kept.layout}"):
+                model(kept.requires_grad_(grad) if kept.layout is torch.sparse_coo else kept)
+
+
 @pytest.mark.parametrize(
     ("operation", "change", "message"),
     [
