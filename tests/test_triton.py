@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def run_kernels(interpret, fewest):
     # Triton decides when it is imported whether it interprets: hence a process with that said in its environment.
-    files = ["tests/triton_kernels.py", "tests/triton_tuning.py"]
+    files = ["tests/triton_kernels.py", "tests/triton_tuning.py", "tests/triton_interpreter.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
