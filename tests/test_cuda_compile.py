@@ -119,4 +119,4 @@ def test_no_more_kernels_than_the_readme_says(tmp_path):
     said = re.search(r"There are (\d+) kernels for each architecture", (ROOT / "README.md").read_text())
     assert number == int(said[1])
     # Of the 53 MB that README.md speaks of, 47 are code of seven architectures.
-    assert size < 8e6
+    assert size < 9e6
