@@ -163,8 +163,7 @@ class KANLayer(KnotsStayWide):
         an edge that does not exist.
         """
         for name, index, size in (("i", i, self.in_features), ("j", j, self.out_features)):
-            if not hasattr(index, "__index__"):
-                raise TypeError(f"{name}: expected an int, got {index!r}")
+            expect(hasattr(index, "__index__"), name, "an int", index)
             if not -size <= index < size:
                 raise IndexError(f"{name}: expected an index of {size} features, got {index}")
         i, j = i % self.in_features, j % self.out_features

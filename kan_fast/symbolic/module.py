@@ -236,9 +236,10 @@ def r2_score(prediction: Tensor, target: Tensor) -> float:
 
     Targets are constants where they vary by rounding alone, a few ulp of each, and are met to as much.
     """
-    rounding = (4 * torch.finfo(target.dtype).eps * target.double()).square().sum()
-    residual = (prediction.double() - target.double()).square().sum()
-    total = (target.double() - target.double().mean(0)).square().sum()
+    exact = target.double()
+    rounding = (4 * torch.finfo(target.dtype).eps * exact).square().sum()
+    residual = (prediction.double() - exact).square().sum()
+    total = (exact - exact.mean(0)).square().sum()
     if total <= rounding:
         return 1.0 if residual <= 4 * rounding else -float("inf")
     return float(1 - residual / total)
