@@ -36,15 +36,6 @@ struct WarpKnots {
   }
 };
 
-// Their base activations, two to a word.
-template <Products P> KAN_DEVICE void quick_base(const WideArguments& a, const float (&x)[kQuickInputs], uint32_t (&words)[kQuickInputs / 2]) {
-  float value[kQuickInputs];
-  KAN_UNROLL_ALL
-  for (int m = 0; m < kQuickInputs; ++m) value[m] = x[m];
-  activate_all(a.activation, value);
-  pack_all<P>(value, words);
-}
-
 // Items of eight inputs, eight bases each from `first_base` on, to the pieces of a line of a tile: `start` is where its piece number 0 lies, the pieces' places differ as
 // their numbers do. False, and nothing is written, where one needs the general way: NaN, uneven knots, x beyond the range where that
 // is extended.

@@ -162,7 +162,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
       load_inputs(ahead[half], p, b, coming + 4 * half, step.end, vectors);
       if (step.has_base && step.chunk == 0) {
         uint32_t words[2];
-        base_features<P>(a, b, i, x, words);
+        base_features<P, true>(a, b, i, x, words);
         store_8_bytes(base + swizzled(row, step.group * 8) + 8 * half, words);
       }
       Kept<P> items[4];
@@ -234,7 +234,7 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
     const int number = turn.group(), first_base = turn.chunk() * kStepBases;
     if (turn.has_base && first_base == 0) {
       uint32_t words[4];
-      quick_base<P>(a, x, words);
+      base_features<P, false>(a, b0, 0, x, words);
       store_16_bytes(base + swizzled(place(), number * 8), words);
     }
     char* left = memory.left + stage * kLeftBytes;

@@ -118,8 +118,7 @@ KAN_DEVICE void make_base_lines(const WideArguments& a, const FeatureTile& tile,
         uint32_t words[4];
         ahead[m].widen(p.x_dtype, x);
         load(ahead[m], next < kEights ? b : b + 2 * kGroupDepth, i0 + next % kEights * kQuickInputs);
-        if (kQuick) quick_base<P>(a, x, words);
-        else base_features<P>(a, b, i, x, words);
+        base_features<P, !kQuick>(a, b, i, x, words);
         store_16_bytes(lines + swizzled(line, piece * 8), words);
       }
     b += 2 * kGroupDepth;

@@ -88,15 +88,16 @@ template <Products P, int kCount> KAN_DEVICE void pack_all(const float (&value)[
   for (int m = 0; m < kCount / 2; ++m) words[m] = pack<P>(value[2 * m], value[2 * m + 1]);
 }
 
-// Base activations, or their derivatives, of row b's inputs i and behind it, times scale, two to a word; finite outside the problem.
-template <Products P, int kCount>
+// Base activations, or their derivatives, of row b's inputs i and behind it, two to a word; finite outside the problem. kScaled: times
+// scale where there is one; else b and i are not read.
+template <Products P, bool kScaled, int kCount>
 KAN_DEVICE void base_features(const WideArguments& a, int64_t b, int64_t i, const float (&x)[kCount], uint32_t (&words)[kCount / 2]) {
   const Problem& p = a.p;
   float value[kCount];
   KAN_UNROLL_ALL
   for (int m = 0; m < kCount; ++m) value[m] = x[m];
   activate_all(a.activation, value);
-  if (p.scale != nullptr)
+  if (kScaled && p.scale != nullptr)
     for (int m = 0; m < kCount; ++m) value[m] *= load_point(p, b, i + m).scale;
   pack_all<P>(value, words);
 }
