@@ -5,6 +5,8 @@
 
 namespace kan::cuda {
 
+enum class Operation { output, input, weight };
+
 // Storage types of the narrow dtypes; arithmetic is float.
 struct BFloat16 {
   uint16_t bits;

@@ -11,6 +11,7 @@
 // weight 1.40, 2.64; their sparse form 2.28), the rest by counting instructions and bytes.
 #include "launch.h"
 #include "narrow.h"
+#include "split.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -60,16 +61,25 @@ const char* why_not_wide(const Problem& p) {
 const char* why_not_warpgroup(const Problem& p, const Device& device, Operation operation) {
   if (device.architecture != 90) return "GPUs of another compute capability than 9.0";
   if (!kBuiltSm90a) return "builds without code for 9.0a";
-  if (p.weight_dtype == kFloat32) return "float32";
-  if (operation == Operation::input && p.bases() >= 256) return "contract_input of 256 bases or more";  // a tile has 256 columns
+  if (p.weight_dtype == kFloat32) {
+    if (const char* no = why_not_split(p, operation)) return no;
+  }
+  // A tile's columns are an input's bases and its base branch.
+  if (operation == Operation::input && p.bases() >= 256) return "contract_input of 256 bases or more";
+  if (operation == Operation::input && p.weight_dtype == kFloat32 && p.bases() >= 128) return "contract_input of 128 bases or more in float32";
   return nullptr;
 }
+
+// Multiply-adds from which on making halves of float32 operands, five kernels, pays.
+constexpr double kSplitPays = 1e9;
 
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
-  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32)
-    return why_not_warpgroup(p, device, operation) == nullptr ? Family::wgmma : Family::dense;
+  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) {
+    const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
+    return pays && why_not_warpgroup(p, device, operation) == nullptr ? Family::wgmma : Family::dense;
+  }
   constexpr int64_t kNarrowTables = 72 * 1024;
   const bool narrow = why_not_narrow(p, device, operation) == nullptr && plan_narrow(p, device, operation).shared <= kNarrowTables;
   return narrow ? Family::narrow : Family::any;
@@ -88,6 +98,7 @@ Family choose(const Problem& p, const Device& device, Operation operation) {
   const Family family = Family(found);
   const char* no = family == Family::narrow ? why_not_narrow(p, device, operation) : why_not_wide(p);
   if (no == nullptr && is_warpgroup(family)) no = why_not_warpgroup(p, device, operation);
+  if (no == nullptr && family == Family::wgmma_sparse && p.weight_dtype == kFloat32) no = "float32";
   if (family != Family::any && no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
   return family;
 }
@@ -113,6 +124,8 @@ int columns_of_output(Family family, const Problem& p) {
 }
 // The weights' left operand is never sparse.
 int columns_of_weight(const Problem& p) { return columns_of_output(Family::dense, p); }
+// Products of 16-bit numbers that one of the problem's takes of warpgroups.
+double products_of_one(const Problem& p) { return p.weight_dtype == kFloat32 ? 3.0 : 1.0; }
 
 // The same for kernels that have a multiprocessor to themselves, and rounds of blocks so few that a last one half empty costs: as
 // many slices as make the whole fastest, at about 5 TFLOP/s a multiprocessor and 4 TB/s for the partial sums.
@@ -134,7 +147,7 @@ Slices slices_of_output(Family family, const Problem& p, const Device& device) {
   const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
   if (!is_warpgroup(family)) return cut(p.in_features, 32, tiles, bytes, 2, device, offset);
   const double depth = double(p.in_features) * ((p.bases() + 7) / 8 * 8 + 1);
-  return cut_rounds(p.in_features, 64, tiles, 2.0 * 128 * double(columns) * depth, bytes, device, offset);
+  return cut_rounds(p.in_features, 64, tiles, 2.0 * 128 * double(columns) * depth * products_of_one(p), bytes, device, offset);
 }
 
 Slices slices_of_weight(Family family, const Problem& p, const Device& device) {
@@ -144,7 +157,7 @@ Slices slices_of_weight(Family family, const Problem& p, const Device& device) {
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * 4;
   if (!is_warpgroup(family)) return cut(p.batch, 128, tiles, bytes, 2, device, offset);
   tiles += (p.in_features + 127) / 128 * ((p.out_features + columns - 1) / columns);
-  return cut_rounds(p.batch, 64, tiles, 2.0 * 128 * double(columns) * double(p.batch), bytes, device, offset);
+  return cut_rounds(p.batch, 64, tiles, 2.0 * 128 * double(columns) * double(p.batch) * products_of_one(p), bytes, device, offset);
 }
 
 Slices slices_any(const Problem& p, const Device& device) {
@@ -187,14 +200,24 @@ int output_warpgroup(const Problem& p, const WideArguments& a, float* parts, con
 }
 
 int input_warpgroup(const Problem& p, const WideArguments& a, void* stream) {
-  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, stream);
-  return launch_input_warpgroup<Products::float16>(a, stream);
+  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, nullptr, stream);
+  return launch_input_warpgroup<Products::float16>(a, nullptr, stream);
 }
 
 int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
   const int columns = columns_of_weight(p);
   if (products(p) == Products::bfloat16) return launch_weight_warpgroup<Products::bfloat16>(a, columns, parts, slices, stream);
   return launch_weight_warpgroup<Products::float16>(a, columns, parts, slices, stream);
+}
+
+int output_split(const WideArguments& a, void* memory, float* parts, const Slices& slices, void* stream) {
+  const Halves halves = place_halves(a.p, Operation::output, memory);
+  return launch_output_split(a, halves, parts, slices, stream);
+}
+
+int weight_split(const WideArguments& a, void* memory, float* parts, const Slices& slices, void* stream) {
+  const Halves halves = place_halves(a.p, Operation::weight, memory);
+  return launch_weight_split(a, halves, parts, slices, stream);
 }
 
 int input_wide(const Problem& p, const WideArguments& a, void* stream) {
@@ -209,20 +232,30 @@ int weight_wide(const Problem& p, const WideArguments& a, float* parts, const Sl
 #undef KAN_CALL
 }
 
+// Warpgroups multiply float32 in halves, which lie behind all else in the workspace.
+bool is_split(Family family, const Problem& p) { return family == Family::wgmma && p.weight_dtype == kFloat32; }
+
+// Bytes of the workspace of a family of warpgroups or wide kernels, without halves.
+size_t size_of_output(const Slices& slices, const Problem& p) { return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4); }
+size_t size_of_input(const Problem& p) { return size_of_described(p) + rounded(size_of_cubics(p)); }
+size_t size_of_weight(const Slices& slices, const Problem& p) {
+  return slices.offset + size_of_parts(slices, p.in_features * (p.bases() + 1) * p.out_features, compute_size(p));
+}
+
 }  // namespace
 
 size_t workspace_of_output(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::output);
   if (family == Family::narrow) return 0;
   if (family == Family::any) return size_of_described(p);
-  const Slices slices = slices_of_output(family, p, device);
-  return slices.offset + size_of_parts(slices, p.batch * p.out_features, 4);
+  return size_of_output(slices_of_output(family, p, device), p) + (is_split(family, p) ? size_of_halves(p, Operation::output) : 0);
 }
 
 size_t workspace_of_input(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::input);
   if (family == Family::narrow) return 0;
-  return size_of_described(p) + (family == Family::any ? 0 : rounded(size_of_cubics(p)));
+  if (family == Family::any) return size_of_described(p);
+  return size_of_input(p) + (is_split(family, p) ? size_of_halves(p, Operation::input) : 0);
 }
 
 size_t workspace_of_weight(const Problem& p, const Device& device) {
@@ -230,7 +263,7 @@ size_t workspace_of_weight(const Problem& p, const Device& device) {
   const int64_t numbers = p.in_features * (p.bases() + 1) * p.out_features;
   if (family == Family::narrow) return rounded(size_t(plan_narrow(p, device, Operation::weight).blocks * numbers) * 4);
   const Slices slices = family == Family::any ? slices_any(p, device) : slices_of_weight(family, p, device);
-  return slices.offset + size_of_parts(slices, numbers, compute_size(p));
+  return size_of_weight(slices, p) + (is_split(family, p) ? size_of_halves(p, Operation::weight) : 0);
 }
 
 int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
@@ -245,7 +278,8 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
                       : family == Family::wgmma_sparse ? output_warpgroup<true>
                       : family == Family::sparse       ? output_wide<true>
                                                        : output_wide<false>;
-  const int error = output(p, a, parts, slices, stream);
+  const int error = is_split(family, p) ? output_split(a, static_cast<char*>(workspace) + size_of_output(slices, p), parts, slices, stream)
+                                        : output(p, a, parts, slices, stream);
   if (error != 0 || parts == nullptr) return error;
   KAN_BY_TYPE(launch_add, parts, p.y, p.batch * p.out_features, slices.count, stream)
 }
@@ -256,6 +290,7 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
     return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
   if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, workspace, stream)
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
+  if (is_split(family, p)) return launch_input_split(a, place_halves(p, Operation::input, static_cast<char*>(workspace) + size_of_input(p)), stream);
   return is_warpgroup(family) ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);
 }
 
@@ -266,8 +301,10 @@ int launch_contract_weight(const Problem& p, const Device& device, void* workspa
   if (family == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
   const Slices slices = slices_of_weight(family, p, device);
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
+  const WideArguments a = make_wide(p, workspace, size_of_described(p));
   const auto weight = is_warpgroup(family) ? weight_warpgroup : weight_wide;
-  const int error = weight(p, make_wide(p, workspace, size_of_described(p)), parts, slices, stream);
+  const int error = is_split(family, p) ? weight_split(a, static_cast<char*>(workspace) + size_of_weight(slices, p), parts, slices, stream)
+                                        : weight(p, a, parts, slices, stream);
   if (error != 0 || parts == nullptr) return error;
   KAN_BY_TYPE(launch_add_slices, p, parts, slices.count, stream)
 }

@@ -4,8 +4,6 @@
 
 namespace kan::cuda {
 
-enum class Operation { output, input, weight };
-
 // Threads of a block at the most; rows that a lane takes at once; its outputs at the most.
 constexpr int kNarrowThreads = 256, kNarrowWarps = kNarrowThreads / 32, kNarrowRows = 2, kNarrowColumns = 8;
 

@@ -74,17 +74,18 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
 // c (64 x columns) += a b, float32 sums, a and b in shared memory by matrix descriptors: with the depth contiguous ("K-major"), or
 // by lines of rows or columns at one depth ("MN-major", imm-trans = 1). Warp w of the group has rows 16 w .. 16 w + 15 of c.
 // 9.7.15.5.1.1, "Register Fragments", with g = lane / 4, q = lane % 4: c[4 j + r] lies in row g + 8 (r / 2), column
-// 8 j + 2 q + r % 2. The numbers behind the descriptors: scale-d (the sums count), signs of a and b, imm-trans-a, imm-trans-b.
+// 8 j + 2 q + r % 2. The numbers behind the descriptors: scale-d (whether what the sums were counts), signs of a and b,
+// imm-trans-a, imm-trans-b.
 //
 // Sparse (9.7.15.6): a in registers, laid out as that of mma_bfloat16 (instructions.cuh), stored with half its columns, two of
 // every four; e has the metadata as mma_sparse_bfloat16 takes it, sparsity selector 0: lanes 0 and 1 of each quad supply it.
 #define KAN_WGMMA(name, type, columns, sums, a0, a1, a2, a3, b, e)                                                      \
   template <bool kLeftByLines, bool kRightByLines>                                                                      \
-  KAN_DEVICE void wgmma_##name(float (&c)[sums], uint64_t left, uint64_t right) {                                       \
-    KAN_ASM("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " KAN_SUMS_##sums                    \
-            ", " a0 ", " a1 ", 1, 1, 1, " a2 ", " a3 ";"                                                                \
+  KAN_DEVICE void wgmma_##name(float (&c)[sums], uint64_t left, uint64_t right, bool kept = true) {                     \
+    KAN_ASM("{ .reg .pred kept; setp.ne.b32 kept, " b ", 0; wgmma.mma_async.sync.aligned.m64n" columns                  \
+            "k16.f32." type "." type " " KAN_SUMS_##sums ", " a0 ", " a1 ", kept, 1, 1, " a2 ", " a3 "; }"              \
             : KAN_OPERANDS_##sums                                                                                       \
-            : "l"(left), "l"(right), "n"(int(kLeftByLines)), "n"(int(kRightByLines)));                                  \
+            : "l"(left), "l"(right), "n"(int(kLeftByLines)), "n"(int(kRightByLines)), "r"(int(kept)));                  \
   }                                                                                                                     \
   KAN_DEVICE void wgmma_sparse_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t descriptor, const uint32_t& metadata) { \
     KAN_ASM("wgmma.mma_async.sp.sync.aligned.m64n" columns "k32.f32." type "." type " " KAN_SUMS_##sums                 \

@@ -1,8 +1,8 @@
-// contract_input of wide layers on Hopper (sm_90a), 16-bit types: the product g W^T, whose epilogue weighs by phi^(n) and sums over
-// the bases. A block: 128 rows of the batch by as many inputs as have their bases and their base branch among 256 columns. Depth:
+// contract_input of wide layers on Hopper (sm_90a), 16-bit types and float32 in halves: the product g W^T, whose epilogue weighs by phi^(n) and sums over
+// the bases. A block: 128 rows of the batch by as many inputs as have their bases and their base branch among 256 columns (halves: 128). Depth:
 // the outputs, contiguous in both operands. Two warpgroups copy and multiply.
 #pragma once
-#include "warpgroup_tile.cuh"
+#include "warpgroup_split.cuh"
 
 namespace kan::cuda {
 
@@ -12,18 +12,34 @@ struct alignas(16) TileKnots {
   float scale;
 };
 
-constexpr int kInputColumns = 256, kGroupInputStage = kLeftBytes + kRightBytes<kInputColumns>;
+template <Products P> constexpr int kInputColumns = P == Products::float16x3 ? kSplitColumns : 256;
+template <Products P> struct InputSums {
+  static constexpr int kTogether = 0;
+  GroupSums<kInputColumns<P>> sums = {};
+
+  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void multiply(const char* left, const char* right, int) {
+    order_registers();
+    multiply_group<P, kLeftByLines, kRightByLines>(sums, left, right);
+    commit_products();
+  }
+  KAN_DEVICE void collect() {}
+};
+template <> struct InputSums<Products::float16x3> : SplitSums {};
+
+template <Products P> constexpr int kGroupInputStage = kLeftBytes + kRightBytes<kInputColumns<P>>;
 // After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
-constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage + kInputColumns / 2 * sizeof(TileKnots);
-static_assert(size_t(kGroupRows) * kInputColumns * sizeof(float) <= kRightStages * kGroupInputStage);
+template <Products P>
+constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage<P> + kInputColumns<P> / 2 * sizeof(TileKnots);
+template <Products P> constexpr bool kSumsFit = size_t(kGroupRows) * kInputColumns<P> * sizeof(float) <= kRightStages * kGroupInputStage<P>;
+static_assert(kSumsFit<Products::bfloat16> && kSumsFit<Products::float16x3>);
 
 // Of sum (row, column). Neither a warp's fragments, eight rows by eight columns, meet a bank twice when they are written two by two,
 // nor, but for rows 4 apart, 32 rows of a column when they are read.
-KAN_DEVICE int place_of_sum(int row, int column) {
-  return row * kInputColumns + column / 32 * 32 + (column % 32 ^ (row % 4 * 8 + row / 8 % 4 * 2));
+template <int kColumns> KAN_DEVICE int place_of_sum(int row, int column) {
+  return row * kColumns + column / 32 * 32 + (column % 32 ^ (row % 4 * 8 + row / 8 % 4 * 2));
 }
 
-KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns / (p.bases() + 1); }
+template <Products P> KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns<P> / (p.bases() + 1); }
 
 struct OutputStep {
   int64_t o, end;
@@ -34,8 +50,9 @@ struct OutputStep {
 
 // One thread's pieces of every step: 8 outputs of every 32nd row of g, and of every 32nd column. Columns: the bases of the tile's
 // inputs, then their base branch. Only `o` changes from step to step.
-template <class T> struct OperandCopies {
-  static constexpr int kNext = kMultipliers / 8, kRows = kGroupRows / kNext, kTileColumns = kInputColumns / kNext;
+template <Products P> struct OperandCopies {
+  using T = typename StorageOf<P>::Type;
+  static constexpr int kNext = kMultipliers / 8, kRows = kGroupRows / kNext, kTileColumns = kInputColumns<P> / kNext;
   const T *rows, *columns[kTileColumns];
   uint32_t missing = 0;  // bit m: row or, 8 bits higher, column m
   int place;
@@ -44,7 +61,7 @@ template <class T> struct OperandCopies {
     const int line = int(threadIdx.x) / 8, number = int(threadIdx.x) % 8 * 8;
     place = swizzled(line, number);
     rows = static_cast<const T*>(p.g) + (b0 + line) * p.out_features + number;
-    const int inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
+    const int inputs = inputs_of_tile<P>(p), of_spline = inputs * p.bases();
     const int64_t inside = p.in_features - i0 < inputs ? p.in_features - i0 : inputs;
     KAN_UNROLL_ALL
     for (int m = 0; m < kRows; ++m) missing |= uint32_t(b0 + line + m * kNext >= p.batch) << m;
@@ -116,14 +133,13 @@ template <class Sum> KAN_DEVICE float weigh_sums(const WideArguments& a, const T
   return total * knots.scale * (a.vanishes && !(x >= knots.even.first && x <= knots.even.last) ? 0.0f : 1.0f);
 }
 
-template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_warpgroup(WideArguments a) {
+template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_warpgroup(WideArguments a, const float* rows) {
 #if KAN_WARPGROUPS
-  using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
   char* stages = first_atom();
   float* values = reinterpret_cast<float*>(stages);
-  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kRightStages * kGroupInputStage);
-  const int thread = int(threadIdx.x), inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
+  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kRightStages * kGroupInputStage<P>);
+  const int thread = int(threadIdx.x), inputs = inputs_of_tile<P>(p), of_spline = inputs * p.bases();
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
 
   for (int64_t i0 = int64_t(blockIdx.y) * inputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * inputs) {
@@ -134,20 +150,19 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
       for (int m = 0; m < p.n; ++m) knots[j].scale *= even.inverse_h;
     }
     const int group = multiplier_group();
-    GroupSums<kInputColumns> sums = {};
-    const OperandCopies<T> copies(p, b0, i0);
-    multiply_steps<false>(
+    InputSums<P> sums;
+    const OperandCopies<P> copies(p, b0, i0);
+    multiply_steps<false, InputSums<P>::kTogether>(
         OutputStep{0, p.out_features},
         [&](const OutputStep& step, int stage) {
-          char* left = stages + stage * kGroupInputStage;
+          char* left = stages + stage * kGroupInputStage<P>;
           copies.copy(a, step, left, left + kLeftBytes);
         },
-        [&](bool, int, int stage) {
-          const char* left = stages + stage * kGroupInputStage;
-          order_registers();
-          multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
-          commit_products();
-        });
+        [&](bool, int, int stage, int number) {
+          const char* left = stages + stage * kGroupInputStage<P>;
+          sums.template multiply<false, false>(left + group * (kLeftBytes / 2), left + kLeftBytes, number);
+        },
+        [&] { sums.collect(); });
     // A thread's share of the epilogue: one row, every other four inputs. Their x comes while the sums are moved.
     constexpr int kAhead = 4, kNext = kMultipliers / kGroupRows * 4;
     const int64_t b = b0 + thread % kGroupRows;
@@ -157,11 +172,11 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
     KAN_UNROLL_ALL
     for (int m = 0; m < kAhead; ++m) load(ahead[m], thread / kGroupRows * 4 + m * kNext);
     meet(kTileBarrier, kMultipliers);  // both groups have read the stages
-    for_every_pair(sums, [&](int row, int column, float low, float high) {
-      *reinterpret_cast<Pair*>(values + place_of_sum(row, column)) = {low, high};
+    for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
+      *reinterpret_cast<Pair*>(values + place_of_sum<kInputColumns<P>>(row, column)) = {low, high};
     });
     meet(kTileBarrier, kMultipliers);
-    auto sum = [&](int column) { return values[place_of_sum(thread % kGroupRows, column)]; };
+    auto sum = [&](int column) { return values[place_of_sum<kInputColumns<P>>(thread % kGroupRows, column)]; };
     KAN_NO_UNROLL
     for (int j = thread / kGroupRows * 4; b < p.batch && j < count; j += kNext) {
       float x[4], total[4], factor[4];
@@ -196,6 +211,9 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
           for (int r = 0; r < 4; ++r) total[r] += r == m ? one : 0.0f, x[r] = r < 3 ? x[r + 1] : x[r];
         }
       }
+      if constexpr (P == Products::float16x3)
+        KAN_UNROLL_ALL
+        for (int m = 0; m < 4; ++m) total[m] *= inverse_of_scale(rows[b]);
       write_four(p, b, i0 + j, count - j < 4 ? count - j : 4, vectors, total);
     }
     meet(kTileBarrier, kMultipliers);  // the sums have been read
@@ -205,11 +223,11 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
 #endif
 }
 
-template <Products P> int launch_input_warpgroup(const WideArguments& a, void* stream) {
+template <Products P> int launch_input_warpgroup(const WideArguments& a, const float* rows, void* stream) {
   if (int error = launch_cubics(a, stream)) return error;
-  const int64_t inputs = inputs_of_tile(a.p);
+  const int64_t inputs = inputs_of_tile<P>(a.p);
   const Blocks blocks{(a.p.batch + kGroupRows - 1) / kGroupRows, (a.p.in_features + inputs - 1) / inputs};
-  return launch(input_warpgroup<P>, blocks, kMultipliers, kGroupInputShared, stream, a);
+  return launch(input_warpgroup<P>, blocks, kMultipliers, kGroupInputShared<P>, stream, a, rows);
 }
 
 }  // namespace kan::cuda

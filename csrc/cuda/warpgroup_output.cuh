@@ -253,7 +253,7 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
   auto copy = [&](const GroupStep& step, int stage) {
     copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
   };
-  auto multiply = [&](bool is_base, int left_stage, int stage) {
+  auto multiply = [&](bool is_base, int left_stage, int stage, int) {
     const char* right = memory.right + stage * kRightBytes<kColumns>;
     if (!kSparse || is_base) {
       const char* tile = is_base ? memory.base + base_stage * kLeftBytes : memory.left + left_stage * kLeftBytes;

@@ -48,20 +48,23 @@ constexpr uint64_t kSixteenInLine = 32 >> 4, kSixteenLines = 2 * kAtomBytes >> 4
 // compiled for 512 threads, however many registers the multipliers take later.
 template <int kColumns> using GroupSums = float[kColumns / 128][64];
 
-// A step's product, 64 deep. By lines: of that operand a line is one depth.
+// A step's product, 64 deep. By lines: of that operand a line is one depth. float16x3: 32 deep, the upper halves and then the lower
+// ones. kept: what the sums were counts.
 template <Products P, bool kLeftByLines, bool kRightByLines, int kParts>
-KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right) {
+KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right, bool kept = true) {
   const uint64_t a = describe_tile(left), b = describe_tile(right);
   // 128 columns further: two panels of lines, or 128 lines.
   constexpr uint64_t kPart = (kRightByLines ? 2 * kPanelBytes : 128 * 2 * kLineNumbers) >> 4;
+  constexpr bool kSplit = P == Products::float16x3;
+  constexpr int kLefts[] = {0, 1, 2, 3, 0, 1}, kRights[] = {kSplit ? 2 : 0, kSplit ? 3 : 1, kSplit ? 0 : 2, kSplit ? 1 : 3, 0, 1};
   KAN_UNROLL_ALL
-  for (int k = 0; k < kGroupDepth / 16; ++k)
+  for (int k = 0; k < (kSplit ? 6 : 4); ++k)
     KAN_UNROLL_ALL
     for (int part = 0; part < kParts; ++part) {
-      const uint64_t a_k = a + k * (kLeftByLines ? kSixteenLines : kSixteenInLine);
-      const uint64_t b_k = b + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
-      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k);
-      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k);
+      const uint64_t a_k = a + kLefts[k] * (kLeftByLines ? kSixteenLines : kSixteenInLine);
+      const uint64_t b_k = b + kRights[k] * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
+      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k, kept || k > 0);
+      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k, kept || k > 0);
     }
 }
 
@@ -127,9 +130,15 @@ template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int grou
   }
 }
 
-// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
-// product, with a fence before and a commit behind. Without makers only the multipliers meet.
-template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
+struct Nothing {
+  KAN_DEVICE void operator()() const {}
+};
+
+// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage, number) begins its
+// product, with a fence before and a commit behind. Without makers only the multipliers meet. kTogether: after so many steps, and after
+// the last one, collect() is called when their products are done.
+template <bool kMade, int kTogether = 0, class Step, class Copy, class Multiply, class Collect = Nothing>
+KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply, Collect collect = {}) {
   const int steps = coming.count();
   uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
   int copied = 0;
@@ -148,10 +157,15 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
     show_to_tensor_cores();
     if (kMade) meet(kMadeBarrier + left, kHandover);
     else meet(kTileBarrier, kMultipliers);
-    multiply(bool(kinds >> (kRightStages - 3) & 1u), left, right);
+    multiply(bool(kinds >> (kRightStages - 3) & 1u), left, right, s);
     // What the step before last used has been read by both groups.
     copy_next(next);
-    wait_for_products<1>();
+    if (kTogether > 0 && (s % kTogether == kTogether - 1 || s == steps - 1)) {
+      wait_for_products<0>();
+      collect();
+    } else {
+      wait_for_products<1>();
+    }
     if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before, kHandover);
     before = left;
     left = next_of(left, kLeftStages), right = next_of(right, kRightStages), next = next_of(next, kRightStages);

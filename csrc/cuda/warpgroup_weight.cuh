@@ -33,6 +33,11 @@ KAN_DEVICE FeatureTile feature_tile(const Problem& p, int64_t number) {
   return {false, int(number % chunks), int(number / chunks) * 16};
 }
 
+inline int64_t weight_tiles(const Problem& p) {
+  const int64_t chunks = (p.bases() + kStepBases - 1) / kStepBases, of_base = p.d_base != nullptr ? (p.in_features + kGroupRows - 1) / kGroupRows : 0;
+  return (p.in_features + 15) / 16 * chunks + of_base;
+}
+
 // A maker's thread: one line of a panel, that is 8 inputs of one row (or 64 of the base branch). What comes next is loaded before what
 // is there is used. Outside the batch g's rows are zero; the quick way then takes the slice's last row again.
 template <Products P>
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       multiply_steps<true>(
           first,
           [&](const BatchStep& step, int stage) { copy_gradients<kColumns, T>(a, step, o0, right + stage * kRightBytes<kColumns>); },
-          [&](bool, int left_stage, int stage) {
+          [&](bool, int left_stage, int stage, int) {
             order_registers();
             multiply_group<P, true, true>(sums, left + left_stage * kLeftBytes + group * kPanelBytes, right + stage * kRightBytes<kColumns>);
             commit_products();
@@ -196,9 +201,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
 template <Products P> int launch_weight_warpgroup(const WideArguments& a, int columns, float* parts, Slices slices, void* stream) {
   const Problem& p = a.p;
   if (int error = launch_cubics(a, stream)) return error;
-  const int64_t chunks = (p.bases() + kStepBases - 1) / kStepBases;
-  const int64_t base_tiles = p.d_base != nullptr ? (p.in_features + kGroupRows - 1) / kGroupRows : 0;
-  const Blocks blocks{(p.in_features + 15) / 16 * chunks + base_tiles, (p.out_features + columns - 1) / columns, slices.count};
+  const Blocks blocks{weight_tiles(p), (p.out_features + columns - 1) / columns, slices.count};
   void* spline = parts == nullptr ? p.d_spline : parts;
   void* base = parts == nullptr ? p.d_base : parts + slices.count * p.in_features * p.bases() * p.out_features;
   const bool wide = columns == 256, quick = a.quick.serves;

@@ -13,6 +13,7 @@ constexpr int kStepInputs = 4, kStepBases = 8, kStepDepth = kStepInputs * kStepB
 template <Products P> struct StorageOf { using Type = float; };
 template <> struct StorageOf<Products::bfloat16> { using Type = BFloat16; };
 template <> struct StorageOf<Products::float16> { using Type = Float16; };
+template <> struct StorageOf<Products::float16x3> { using Type = Float16; };
 
 // What even_window wants of an input's knots.
 struct Even {

@@ -23,6 +23,7 @@ struct Product {
   const uint32_t* left;  // 4, or null: then by a descriptor
   const uint32_t* metadata;
   uint64_t left_descriptor, descriptor;
+  bool kept = true;  // what the sums were
 };
 using Lefts = std::array<std::array<uint32_t, 5>, 32>;  // the left operand's registers, and its metadata
 using Finish = std::function<void(const Lefts& left, float* const* sums)>;
@@ -104,17 +105,18 @@ template <Kind K> float sparse_left(const Lefts& lanes, int m, int k) {
   return place == first ? stored_left<K>(lanes, m, 2 * group) : place == second ? stored_left<K>(lanes, m, 2 * group + 1) : 0.0f;
 }
 
-// The sums of a warp plus left(m, k) times the right operand.
-template <Kind K, int kDepth, class Left> void add_later(float* const* sums, const std::vector<float>& right, int columns, Left left) {
+// The sums of a warp, or zeros where they are not kept, plus left(m, k) times the right operand.
+template <Kind K, int kDepth, class Left>
+void add_later(float* const* sums, bool kept, const std::vector<float>& right, int columns, Left left) {
   for (int m = 0; m < 16; ++m) {
-    double row[kDepth];
+    double row[kDepth], terms[kDepth + 1];
     for (int k = 0; k < kDepth; ++k) row[k] = left(m, k);
     for (int n = 0; n < columns; ++n) {
       // CLayout_64xN: thread (4,8,4) : (2 columns, row, 16 rows), value (2,2,N/8) : (column, 8 rows, 8 columns).
       float& c = sums[m % 8 * 4 + n / 2 % 4][n % 2 + 2 * (m / 8) + 4 * (n / 8)];
-      double sum = c;
-      for (int k = 0; k < kDepth; ++k) sum += row[k] * right[size_t(n * kDepth + k)];
-      c = float(sum);
+      terms[kDepth] = kept ? c : 0;
+      for (int k = 0; k < kDepth; ++k) terms[k] = row[k] * right[size_t(n * kDepth + k)];
+      c = truncated_sum(terms, kDepth + 1);
     }
   }
 }
@@ -124,19 +126,20 @@ inline void expect_same(const std::vector<float>& now, const std::vector<float>&
 
 // Both operands from shared memory. A warp takes its 16 rows of the left one.
 template <Kind K, int kDepth, bool kLeftByLines, bool kRightByLines>
-void multiply_shared_later(const char* name, float* sums, int count, uint64_t left, uint64_t right) {
-  Product mine{name, sums, count, nullptr, nullptr, left, right};
+void multiply_shared_later(const char* name, float* sums, int count, uint64_t left, uint64_t right, bool kept) {
+  Product mine{name, sums, count, nullptr, nullptr, left, right, kept};
   with_warp(name, &mine, [](void* const* lanes) {
     std::array<Product, 32> products;
     for (int lane = 0; lane < 32; ++lane) products[lane] = *static_cast<const Product*>(lanes[lane]);
     const uint64_t left = products[0].left_descriptor, right = products[0].descriptor;
     const int columns = 2 * products[0].count, first = self->warp % 4 * 16;
+    const bool kept = products[0].kept;
     auto rows = [=] { return read_operand<K, kLeftByLines>(left, first, 16, kDepth); };
     auto weights = [=] { return read_operand<K, kRightByLines>(right, 0, columns, kDepth); };
     start_product(products, [=, early_rows = rows(), early = weights()](const Lefts&, float* const* sums) {
       expect_same(rows(), early_rows);
       expect_same(weights(), early);
-      add_later<K, kDepth>(sums, early, columns, [&](int m, int k) { return early_rows[size_t(m * kDepth + k)]; });
+      add_later<K, kDepth>(sums, kept, early, columns, [&](int m, int k) { return early_rows[size_t(m * kDepth + k)]; });
     });
   });
 }
@@ -153,7 +156,7 @@ void multiply_sparse_later(const char* name, float* sums, int count, const uint3
     auto weights = [=] { return read_operand<K, true>(right, 0, columns, kDepth); };
     start_product(products, [=, early = weights()](const Lefts& left, float* const* sums) {
       expect_same(weights(), early);
-      add_later<K, kDepth>(sums, early, columns, [&](int m, int k) { return sparse_left<K>(left, m, k); });
+      add_later<K, kDepth>(sums, true, early, columns, [&](int m, int k) { return sparse_left<K>(left, m, k); });
     });
   });
 }
@@ -197,8 +200,8 @@ inline void store_8_bytes(void* shared, const uint32_t (&words)[2]) {
 
 #define KAN_WGMMA(kind, depth)                                                                                          \
   template <bool kLeftByLines, bool kRightByLines, int kSums>                                                           \
-  void wgmma_##kind(float (&c)[kSums], uint64_t a, uint64_t b) {                                                        \
-    emulation::multiply_shared_later<emulation::Kind::kind, depth, kLeftByLines, kRightByLines>("wgmma_" #kind, c, kSums, a, b); \
+  void wgmma_##kind(float (&c)[kSums], uint64_t a, uint64_t b, bool kept = true) {                                      \
+    emulation::multiply_shared_later<emulation::Kind::kind, depth, kLeftByLines, kRightByLines>("wgmma_" #kind, c, kSums, a, b, kept); \
   }                                                                                                                     \
   template <int kSums>                                                                                                  \
   void wgmma_sparse_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b, const uint32_t& metadata) {           \
