@@ -92,7 +92,7 @@ template <class C> KAN_DEVICE C activate(const Activation<C>& a, C x) {
 
 // The same in place of each of several x. silu's chains of instructions mix; the others' code is there once, and the numbers move
 // along: registers have no index.
-template <int kCount> KAN_DEVICE void activate_all(const Activation<float>& a, float (&x)[kCount]) {
+template <class C, int kCount> KAN_DEVICE void activate_all(const Activation<C>& a, C (&x)[kCount]) {
   if (a.kind == kSilu && a.n == 0) {
     KAN_UNROLL_ALL
     for (int m = 0; m < kCount; ++m) x[m] = silu<0>(x[m]);
@@ -102,7 +102,7 @@ template <int kCount> KAN_DEVICE void activate_all(const Activation<float>& a, f
   } else {
     KAN_NO_UNROLL
     for (int m = 0; m < kCount; ++m) {
-      const float value = activate(a, x[0]);
+      const C value = activate(a, x[0]);
       KAN_UNROLL_ALL
       for (int r = 1; r < kCount; ++r) x[r - 1] = x[r];
       x[kCount - 1] = value;

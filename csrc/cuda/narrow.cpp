@@ -1,15 +1,16 @@
 // Host side of the kernels of narrow layers: whether they serve a problem, and where things lie in shared memory.
 #include "narrow.h"
 
+#include <math.h>
+
 namespace kan::cuda {
 
 namespace {
 
 // Bytes of shared memory that leave room for some blocks more.
 constexpr int64_t kRoomy = 56 * 1024;
-// Bytes of a warp's tile at the most where it takes more than one turn of its lanes, since fetching costs many instructions; and
-// warps of a multiprocessor that then still get one.
-constexpr int64_t kTile = 2048, kBusyWarps = 32;
+// Bytes of a warp's tile at the most where it takes more than one turn of its lanes.
+constexpr int64_t kTile = 2560;
 
 int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -19,9 +20,12 @@ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 1
 // 16 bytes beyond a multiple of 32, so that lanes in a column of a tile meet few banks twice.
 int64_t pitch_of(int64_t bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
 
+// 2^32 / n, rounded up.
+uint32_t per(int n) { return uint32_t(((uint64_t(1) << 32) - 1) / uint64_t(n) + 1); }
+
 Staged staged(const void* data, int64_t columns, int dtype, int64_t rows, int64_t& offset) {
   const int row = int(columns * size_of(dtype)), pitch = int(pitch_of(row));
-  const Staged m{static_cast<const char*>(data), row, pitch, int(offset), uint32_t(((uint64_t(1) << 32) - 1) / uint64_t(row) + 1), is_aligned(data)};
+  const Staged m{static_cast<const char*>(data), row, pitch, int(offset), per(row), is_aligned(data)};
   if (data != nullptr) offset = round_up(offset + rows * m.pitch);
   return m;
 }
@@ -35,20 +39,20 @@ int64_t stage_of(const Problem& p, Operation operation, int64_t rows, NarrowPlan
   return bytes;
 }
 
-// A warp walks by itself, over tiles of its own.
+// A warp walks by itself, over tiles of its own: as large as kTile lets them be, and of a size that gives every warp as many.
 void plan_walk(const Problem& p, const Device& device, Operation operation, int64_t number, NarrowPlan& plan) {
-  const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = (int64_t(1) << plan.side) * kNarrowRows;
+  const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = int64_t(kNarrowRows) << plan.side;
+  const int64_t warps = int64_t(narrow_residents(operation, plan.lane_columns)) * kNarrowWarps * device.multiprocessors;
+  const int64_t turns = (p.batch + rows * warps - 1) / (rows * warps), most = kTile / stage_of(p, operation, rows, plan);
+  const int64_t tiles = most > 1 ? (turns + most - 1) / most : turns;
+  plan.tile_rows = int((turns + tiles - 1) / tiles * rows);
+  plan.stage = int(stage_of(p, operation, plan.tile_rows, plan));
   plan.result_pitch = int(pitch_of(results * number) / number);
+  plan.per_result = per(int(results));
   plan.result = int(round_up(rows * plan.result_pitch * number));
   plan.aligned = is_aligned(operation == Operation::output ? p.y : p.dx);
-  auto size = [&](int64_t tile_rows) {
-    plan.tile_rows = int(tile_rows);
-    plan.stage = int(stage_of(p, operation, tile_rows, plan));
-    return plan.stage;
-  };
-  size(rows);
-  while (2 * plan.stage <= kTile && int64_t(2 * plan.tile_rows) * kBusyWarps * device.multiprocessors <= p.batch) size(2 * plan.tile_rows);
   plan.tiles = (p.batch + plan.tile_rows - 1) / plan.tile_rows;
+  plan.last_rows = int(p.batch - (plan.tiles - 1) * plan.tile_rows);
   plan.warps = kNarrowWarps;
   auto shared = [&] { return plan.buffers + int64_t(plan.warps) * (2 * plan.stage + plan.result); };
   // Half the warps where a block would leave too little to others.
@@ -84,6 +88,12 @@ void plan_teams(const Problem& p, int64_t number, NarrowPlan& plan) {
 
 }  // namespace
 
+void plan_pieces(const Problem& p, NarrowPlan& plan) {
+  plan.pieces = (p.outside == kZero ? p.knots() - 1 : p.grid_size) + 2;
+  plan.above = float(plan.pieces - 1);
+  plan.reach = p.outside == kLinear ? INFINITY : 1e30f;
+}
+
 NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operation) {
   NarrowPlan plan{};
   const bool is_double = p.weight_dtype == kFloat64, is_weight = operation == Operation::weight;
@@ -94,12 +104,14 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
   plan.group_bits = plan.groups / 2;  // of 1, 2, 4
   plan.side = 5 - plan.group_bits;
   const int columns = plan.groups * plan.lane_columns;
-  plan.pieces = (p.outside == kZero ? p.knots() - 1 : p.grid_size) + 2;
+  plan_pieces(p, plan);
   plan.edge_pitch = columns | 1;  // 16 bytes each: pieces in different banks
+  plan.base_pitch = plan.groups * base_of_group(plan.lane_columns);
 
   plan.has_scale = p.scale != nullptr;
   plan.has_base = is_weight ? p.activation != kNone : p.base_weight != nullptr;
   plan.is_silu = p.activation == kSilu && p.n == (operation == Operation::input ? 1 : 0);
+  plan.is_plain = !plan.has_scale && (plan.is_silu || !plan.has_base);
 
   int64_t offset = 0;
   auto reserve = [&](int64_t bytes) {
@@ -108,21 +120,38 @@ NarrowPlan plan_narrow(const Problem& p, const Device& device, Operation operati
     return int(begin);
   };
   const int64_t rows = inputs * plan.pieces;
-  plan.places = reserve(inputs * (is_double ? 64 : 32));
+  plan.places = reserve(inputs * (is_double ? 32 : 16));
   plan.starts = reserve(rows * number);
   plan.inverses = reserve(rows * number);
   plan.inverses_behind = int((plan.inverses - plan.starts) / number);
-  plan.base = reserve(p.base_weight ? inputs * columns * number : 0);
+  plan.base = reserve(p.base_weight ? inputs * plan.base_pitch * number : 0);
   plan.edges = reserve(is_weight ? 0 : rows * plan.edge_pitch * 4 * number);
-  // What only makes other tables lies where tiles will.
-  if (!is_weight) plan.buffers = int(offset);
-  plan.cubics = reserve(rows * kWindowPitch * 4 * number);
-  plan.firsts = reserve(rows * 4);
-  if (is_weight) plan.buffers = int(offset);
-  plan.knots = reserve(inputs * (p.knots() + (is_weight ? 0 : (p.bases() + 1) * outputs)) * number);
-  plan.described = reserve(inputs * int64_t(is_double ? sizeof(Described<double>) : sizeof(Described<float>)));
-  if (is_weight) plan_teams(p, number, plan);
-  else plan_walk(p, device, operation, number, plan);
+  auto reserve_scratch = [&] {
+    plan.knots = reserve(inputs * (p.knots() + (is_weight ? 0 : (p.bases() + 1) * outputs)) * number);
+    plan.described = reserve(inputs * int64_t(is_double ? sizeof(Described<double>) : sizeof(Described<float>)));
+  };
+  auto reserve_windows = [&] {
+    plan.cubics = reserve(rows * kWindowPitch * 4 * number);
+    plan.firsts = reserve(rows * 4);
+  };
+  // What only makes other tables lies where tiles will, if possible behind the first ones.
+  if (is_weight) {
+    reserve_windows();
+    plan.buffers = int(offset);
+    reserve_scratch();
+    plan_teams(p, number, plan);
+  } else {
+    plan.buffers = int(offset);
+    plan_walk(p, device, operation, number, plan);
+    auto reserve_behind = [&](int64_t bytes) {
+      offset = plan.buffers + bytes;
+      reserve_windows();
+      reserve_scratch();
+      return offset <= plan.shared;
+    };
+    plan.fetches_early = reserve_behind(int64_t(plan.warps) * plan.stage);
+    if (!plan.fetches_early) reserve_behind(0);
+  }
   if (plan.shared < offset) plan.shared = offset;
 
   // As many blocks as are at work at once.
@@ -138,6 +167,7 @@ const char* why_not_narrow(const Problem& p, const Device& device, Operation ope
   if (p.spline_order > kMaxCubicOrder) return "spline orders above 3";
   if (p.batch == 0 || p.in_features == 0 || p.out_features == 0) return "empty tensors";
   if (p.out_features > 4 * kNarrowColumns) return "more than 32 outputs";
+  if (p.batch >> 34 > 0) return "so many rows";  // an int counts their tiles
   constexpr int64_t kMany = int64_t(1) << 16;  // no offset of theirs exceeds an int
   if (p.in_features > kMany || p.in_features * p.knots() > kMany || plan_narrow(p, device, operation).shared > device.shared_memory)
     return "tables beyond the shared memory";

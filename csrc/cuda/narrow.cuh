@@ -4,6 +4,8 @@
 // and an edge 16 bytes and a few multiply-adds; order, derivative, even or uneven knots and what lies outside are all in the
 // tables. Tiles of rows are copied asynchronously, 16 bytes at a time, one tile ahead.
 #pragma once
+#include <type_traits>
+
 #include "describe.cuh"
 #include "narrow.h"
 
@@ -12,10 +14,7 @@ namespace kan::cuda {
 // Where x of one input falls. Even knots guess the piece, and sureness says how far from the next one a guess is to be believed;
 // the stored knots decide all others.
 template <class C> struct alignas(16) Place {
-  C slope, offset, sureness;  // x * slope + offset is the piece and a fraction in [-1/2, 1/2]
-  C inverse;                  // 1 / spacing
-  C low, high;                // x is held within them
-  C above;                    // the last piece
+  C slope, offset, sureness;  // x * slope + offset is the piece and a fraction in [-1/2, 1/2]; slope: 1 / spacing
   int top;                    // the last piece, below the one above, that is not empty
 };
 
@@ -32,16 +31,16 @@ template <class C> struct Tables {
   const C *starts, *base;
   const CubicOf<C>* edges;  // (pieces, plan.edge_pitch)
 
-  // Edges and base from output `column` on.
-  KAN_DEVICE Tables(const NarrowPlan& plan, char* shared, int column)
+  // Edges and base of the outputs of a group.
+  KAN_DEVICE Tables(const NarrowPlan& plan, char* shared, int group)
       : place(at_offset<Place<C>>(shared, plan.places)),
         starts(at_offset<C>(shared, plan.starts)),
-        base(at_offset<C>(shared, plan.base) + column),
-        edges(at_offset<CubicOf<C>>(shared, plan.edges) + column) {}
+        base(at_offset<C>(shared, plan.base) + group * base_of_group(plan.lane_columns)),
+        edges(at_offset<CubicOf<C>>(shared, plan.edges) + group * plan.lane_columns) {}
   KAN_DEVICE void advance(const NarrowPlan& plan) {
     ++place;
     starts += plan.pieces;
-    base += plan.groups * plan.lane_columns;
+    base += plan.base_pitch;
     edges += plan.pieces * plan.edge_pitch;
   }
 };
@@ -59,20 +58,39 @@ KAN_DEVICE double magnitude(double x) { return fabs(x); }
 KAN_DEVICE float within(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 KAN_DEVICE double within(double x, double low, double high) { return fmin(fmax(x, low), high); }
 
-template <class C>
-KAN_DEVICE Located<C> locate(const Problem& p, const NarrowPlan& plan, const Place<C>& place, const C* starts, C x) {
-  const C guess = within(x * place.slope + place.offset, 0, place.above);
-  Located<C> found;
-  const C off = guess - nearest(guess, found.piece);
-  C inverse = place.inverse;
-  if (!(magnitude(off) <= place.sureness)) {
-    const int above = plan.pieces - 1;
-    const bool beyond = p.outside == kZero ? x >= starts[above] : x > starts[above];
-    found.piece = x < starts[1] ? 0 : beyond ? above : find_span(starts, 1, place.top, x);
-    inverse = starts[plan.inverses_behind + found.piece];
+// Several x of one input. What the guess is not sure of for one of them is looked up for all: the same, by one branch.
+template <class C, int kCount>
+KAN_DEVICE void locate(const Problem& p, const NarrowPlan& plan, const Place<C>& place, const C* starts, const C (&x)[kCount],
+                       Located<C> (&found)[kCount]) {
+  C inverse[kCount];
+  bool sure = true;
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kCount; ++m) {
+    const C guess = within(x[m] * place.slope + place.offset, 0, C(plan.above));
+    const C off = guess - nearest(guess, found[m].piece);
+    sure &= magnitude(off) <= place.sureness;
+    inverse[m] = place.slope;
   }
-  found.u = (held(x, place.low, place.high) - starts[found.piece]) * inverse;
-  return found;
+  if (!sure) {
+    const int above = plan.pieces - 1;
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kCount; ++m) {
+      const bool beyond = p.outside == kZero ? x[m] >= starts[above] : x[m] > starts[above];
+      found[m].piece = x[m] < starts[1] ? 0 : beyond ? above : find_span(starts, 1, place.top, x[m]);
+      inverse[m] = starts[plan.inverses_behind + found[m].piece];
+    }
+  }
+  // What lies outside is 0 or a constant, which an infinite u would spoil.
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kCount; ++m) found[m].u = held((x[m] - starts[found[m].piece]) * inverse[m], -C(plan.reach), C(plan.reach));
+}
+
+template <class C>
+KAN_DEVICE Located<C> locate_one(const Problem& p, const NarrowPlan& plan, const Place<C>& place, const C* starts, C x) {
+  const C all[1] = {x};
+  Located<C> found[1];
+  locate(p, plan, place, starts, all, found);
+  return found[0];
 }
 
 // The cubic beyond a range that ends at u = 0 or 1 of a cubic for derivative order n.
@@ -123,12 +141,10 @@ KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const
     const Described<C> d = describe(p, t, is_uniform_by_warp(t, count, thread % 32));
     if (thread % 32 != 0) continue;
     described[i] = d;
-    const C endless = C(INFINITY);
     const C near = t[0] < 0 ? -t[0] : t[0], far = t[count - 1] < 0 ? -t[count - 1] : t[count - 1];
-    Place<C> place{0, 0, -1, 0, p.outside == kLinear ? -endless : d.first, p.outside == kLinear ? endless : d.last, C(pieces - 1),
-                   d.high - d.low + 1};
+    Place<C> place{0, 0, -1, d.high - d.low + 1};
     if (d.inverse_h > 0) {
-      place.slope = place.inverse = d.inverse_h;
+      place.slope = d.inverse_h;
       place.offset = C(0.5) - d.first * d.inverse_h;
       // Knots lie up to 4 roundings of the largest off the even ones, a guess up to as many of itself.
       place.sureness = C(0.5) - 16 * kEpsilon<C> * ((near > far ? near : far) * d.inverse_h + C(pieces));
@@ -176,91 +192,133 @@ KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const
   }
   C* base = at_offset<C>(shared, plan.base);
   for (int m = thread; m < inputs * columns && has_base; m += threads) {
-    const int i = m / columns, o = m - i * columns;
-    base[m] = o < outputs ? raw_base[i * outputs + o] : C(0);
+    const int i = m / columns, o = m - i * columns, group = o / plan.lane_columns;
+    base[i * plan.base_pitch + group * base_of_group(plan.lane_columns) + o - group * plan.lane_columns] = o < outputs ? raw_base[i * outputs + o] : C(0);
   }
   barrier();
 }
 
-// Rows first .. first + rows - 1 of a matrix into a stage, by `all` threads of which this is number `me`.
-KAN_DEVICE void stage_rows(const Staged& m, int64_t first, int rows, char* stage, int me, int all) {
-  if (m.data == nullptr) return;
-  const char* from = m.data + first * m.row;
+// call(T()) with the type of numbers of a dtype.
+template <class C, class Call> KAN_DEVICE void by_dtype(int dtype, Call call) {
+  if constexpr (sizeof(C) == 8) call(double());
+  else if (dtype == kFloat32) call(float());
+  else if (dtype == kBFloat16) call(BFloat16());
+  else call(Float16());
+}
+
+// kCount numbers, four at a time: they begin at a multiple of four if there are as many.
+template <class C, int kCount> KAN_DEVICE void load_numbers(const C* from, C (&to)[kCount]) {
+  KAN_UNROLL_ALL
+  for (int m = 0; m + 3 < kCount; m += 4) {
+    const CubicOf<C> four = *reinterpret_cast<const CubicOf<C>*>(from + m);
+    KAN_UNROLL_ALL
+    for (int k = 0; k < 4; ++k) to[m + k] = four.c[k];
+  }
+  KAN_UNROLL_ALL
+  for (int m = kCount / 4 * 4; m < kCount; ++m) to[m] = from[m];
+}
+
+// `rows` rows of a matrix, from `from` on, into a stage, by `all` threads of which this is number `me`.
+KAN_DEVICE void stage_rows(const Staged& m, const char* from, int rows, char* stage, int me, int all) {
   char* to = stage + m.offset;
   const int bytes = rows * m.row;
   auto place = [&](int at) { return at + int(high_half_of_product(uint32_t(at), m.per_row)) * (m.pitch - m.row); };
   int done = 0;
   if (m.aligned) {
-    KAN_NO_UNROLL
-    for (int at = me * 16; at + 16 <= bytes; at += all * 16) copy_16_bytes(to + place(at), from + at, false);
+    if (m.pitch == m.row) {
+      KAN_NO_UNROLL
+      for (int at = me * 16; at + 16 <= bytes; at += all * 16) copy_16_bytes(to + at, from + at, false);
+    } else {
+      KAN_NO_UNROLL
+      for (int at = me * 16; at + 16 <= bytes; at += all * 16) copy_16_bytes(to + place(at), from + at, false);
+    }
     done = bytes / 16 * 16;
   }
+  if (done == bytes) return;
   KAN_NO_UNROLL
   for (int at = done + me * 2; at < bytes; at += all * 2)
     *reinterpret_cast<uint16_t*>(to + place(at)) = *reinterpret_cast<const uint16_t*>(from + at);
 }
 
-// `rows` rows of results (rows, pitch) to a matrix of `columns` columns, 16 bytes at a time, by one warp.
-template <class C>
-KAN_DEVICE void write_rows(const C* results, int pitch, int columns, void* to, int dtype, int64_t first, int rows, bool aligned, int lane) {
-  struct alignas(16) Bytes {
-    uint32_t words[4];
-  };
-  struct alignas(16) Numbers {
-    C of[16 / sizeof(C)];
-  };
-  const int size = sizeof(C) == 8 ? 8 : dtype == kFloat32 ? 4 : 2, each = 16 / size, total = rows * columns;
-  if (aligned && size == int(sizeof(C)) && pitch == columns && total % each == 0) {
-    Numbers* target = reinterpret_cast<Numbers*>(static_cast<C*>(to) + first * columns);
-    KAN_NO_UNROLL
-    for (int m = lane; m < total / each; m += 32) target[m] = reinterpret_cast<const Numbers*>(results)[m];
-    return;
-  }
-  KAN_NO_UNROLL
-  for (int e = lane * each; e < total; e += 32 * each) {
-    const C* from = results + (pitch == columns ? e : e / columns * pitch + e % columns);
-    const int64_t at = first * columns + e;
-    if (!aligned || e + each > total) {
-      for (int m = 0; m < each && e + m < total; ++m) write<C>(to, at + m, dtype, from[m]);
-    } else if (size == int(sizeof(C))) {
-      *reinterpret_cast<Numbers*>(static_cast<C*>(to) + at) = *reinterpret_cast<const Numbers*>(from);
-    } else if constexpr (sizeof(C) == 4) {
-      Bytes bytes;
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 4; ++m)
-        bytes.words[m] = dtype == kBFloat16 ? pack_bfloat16(from[2 * m], from[2 * m + 1]) : pack_float16(from[2 * m], from[2 * m + 1]);
-      *reinterpret_cast<Bytes*>(static_cast<uint16_t*>(to) + at) = bytes;
-    }
+// Four numbers of type T.
+template <class T> struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
+  uint32_t words[sizeof(T)];
+};
+template <class T, class C> KAN_DEVICE Four<T> four_numbers(const C* from) {
+  if constexpr (std::is_same_v<T, C>) {
+    return *reinterpret_cast<const Four<T>*>(from);
+  } else {
+    const CubicOf<C> v = *reinterpret_cast<const CubicOf<C>*>(from);
+    if constexpr (std::is_same_v<T, BFloat16>) return {{pack_bfloat16(v.c[0], v.c[1]), pack_bfloat16(v.c[2], v.c[3])}};
+    else return {{pack_float16(v.c[0], v.c[1]), pack_float16(v.c[2], v.c[3])}};
   }
 }
 
-// Walks a warp over its tiles: body(first row, rows, stage, that row in the stage) on as many of them as a warp takes at once,
-// the next tile under way meanwhile. Nobody reads the results of one call any more when the next begins.
-template <class Body> KAN_DEVICE void for_every_tile(const NarrowPlan& plan, int64_t batch, char* stages, int warp, int lane, Body body) {
-  const int turn_rows = kNarrowRows << plan.side;
-  const int64_t step = int64_t(gridDim.x) * (plan.warps * plan.tile_rows);
-  auto rows_from = [&](int64_t row) { return batch - row < plan.tile_rows ? int(batch - row) : plan.tile_rows; };
-  auto fetch = [&](int64_t row, char* stage) {
-    if (row < batch) {
-      stage_rows(plan.x, row, rows_from(row), stage, lane, 32);
-      stage_rows(plan.scale, row, rows_from(row), stage, lane, 32);
-      stage_rows(plan.g, row, rows_from(row), stage, lane, 32);
+// A warp's results, `rows` rows (plan.result_pitch) of `columns` numbers, to element `begin` of a matrix and on.
+template <class C>
+KAN_DEVICE void write_rows(const C* results, const NarrowPlan& plan, int columns, void* to, int dtype, int64_t begin, int rows, int lane) {
+  const int gap = plan.result_pitch - columns, total = rows * columns, fours = plan.aligned ? total / 4 : 0;
+  auto place = [&](int e) { return e + int(high_half_of_product(uint32_t(e), plan.per_result)) * gap; };
+  by_dtype<C>(dtype, [&](auto type) {
+    using T = decltype(type);
+    Four<T>* target = reinterpret_cast<Four<T>*>(static_cast<T*>(to) + begin);
+    constexpr int kTogether = 3;  // under way at once
+    KAN_NO_UNROLL
+    for (int m = lane; m < fours; m += 32 * kTogether) {
+      Four<T> four[kTogether];
+      KAN_UNROLL_ALL
+      for (int k = 0; k < kTogether; ++k) four[k] = four_numbers<T>(results + place(4 * (m + 32 * k < fours ? m + 32 * k : m)));
+      KAN_UNROLL_ALL
+      for (int k = 0; k < kTogether; ++k)
+        if (m + 32 * k < fours) target[m + 32 * k] = four[k];
     }
+  });
+  KAN_NO_UNROLL
+  for (int e = 4 * fours + lane; e < total; e += 32) write<C>(to, begin + e, dtype, results[place(e)]);
+}
+
+// A warp's buffers: two stages, and its results.
+template <class C> struct Buffers {
+  char *stage, *next;
+  C* results;
+
+  // The first stages of all warps lie together: tables are made while tiles come into them.
+  KAN_DEVICE Buffers(const NarrowPlan& plan, char* shared, int warp)
+      : stage(shared + plan.buffers + warp * plan.stage),
+        next(shared + plan.buffers + plan.warps * plan.stage + warp * (plan.stage + plan.result)),
+        results(at_offset<C>(next, plan.stage)) {}
+};
+
+// Walks a warp over its tiles: fetch(tile, rows, stage) begins to copy one, the next one while body does its work, which is called
+// for as many rows as a warp takes at once: body(tile, first row within it, rows, stage). Nobody reads the results of one call any
+// more when the next begins. prepare() is what a block does before, and while the first tiles come if there is room for them.
+template <class C, class Fetch, class Prepare, class Body>
+KAN_DEVICE void for_every_tile(const NarrowPlan& plan, Buffers<C> buffers, int warp, Fetch fetch, Prepare prepare, Body body) {
+  const int tiles = int(plan.tiles), step = int(gridDim.x) * plan.warps;
+  const int turn_rows = kNarrowRows << plan.side;
+  auto rows_of = [&](int tile) { return tile == tiles - 1 ? plan.last_rows : plan.tile_rows; };
+  auto fetch_one = [&](int tile, char* stage) {
+    if (tile < tiles) fetch(tile, rows_of(tile), stage);
     commit_copies();
   };
-  int stage = 0;
-  int64_t row = (int64_t(blockIdx.x) * plan.warps + warp) * plan.tile_rows;
-  fetch(row, stages);
-  for (; row < batch; row += step, stage = plan.stage - stage) {
+  int tile = int(blockIdx.x) * plan.warps + warp;
+  if (plan.fetches_early) fetch_one(tile, buffers.stage);
+  prepare();
+  if (!plan.fetches_early) fetch_one(tile, buffers.stage);
+  KAN_NO_UNROLL
+  for (; tile < tiles; tile += step) {
     wait_for_copies<0>();
     warp_barrier();  // the tile is there, and nobody reads the one before
-    fetch(row + step, stages + plan.stage - stage);
-    const int rows = rows_from(row);
+    fetch_one(tile + step, buffers.next);
+    const int rows = rows_of(tile);
     KAN_NO_UNROLL
     for (int first = 0; first < rows; first += turn_rows) {
       if (first > 0) warp_barrier();
-      body(row + first, rows - first < turn_rows ? rows - first : turn_rows, stages + stage, first);
+      body(tile, first, rows - first < turn_rows ? rows - first : turn_rows, buffers.stage);
     }
+    char* const swap = buffers.stage;
+    buffers.stage = buffers.next;
+    buffers.next = swap;
   }
   wait_for_copies<0>();
 }

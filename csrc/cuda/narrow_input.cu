@@ -6,53 +6,91 @@ namespace kan::cuda {
 
 namespace {
 
+// dx of kNarrowRows rows of all inputs from kOut outputs of g. x, results: as in add_inputs() of narrow_output.cu, and the place
+// of a lane's first row. kPlain: x is of type X, and the base activation, if there is one, is silu.
+template <bool kPlain, class X, class C, int kOut>
+KAN_DEVICE void pull_inputs(const NarrowArguments<C>& a, Tables<C> tables, const char* x, int x_step, const C (&pulled)[kNarrowRows][kOut],
+                            C* results, int result_step, bool writes) {
+  const Problem& p = a.p;
+  const NarrowPlan& plan = a.plan;
+  KAN_NO_UNROLL
+  for (int i = 0; i < int(p.in_features); ++i, tables.advance(plan)) {
+    C here[kNarrowRows], value[kNarrowRows];
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r)
+      here[r] = kPlain ? C(number(reinterpret_cast<const X*>(x + r * x_step)[i])) : read<C>(x + r * x_step, i, p.x_dtype);
+    Located<C> at[kNarrowRows];
+    locate(p, plan, *tables.place, tables.starts, here, at);
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      const CubicOf<C>* edge = tables.edges + at[r].piece * plan.edge_pitch;
+      CubicOf<C> sum{};
+      KAN_UNROLL_ALL
+      for (int o = 0; o < kOut; ++o) sum += edge[o] * pulled[r][o];
+      value[r] = sum.at(at[r].u);
+    }
+    if (plan.has_base) {
+      C base[kOut];
+      load_numbers(tables.base, base);
+      if (kPlain) {
+        KAN_UNROLL_ALL
+        for (int r = 0; r < kNarrowRows; ++r) here[r] = silu<1>(here[r]);
+      } else {
+        activate_all(a.activation, here);
+      }
+      KAN_UNROLL_ALL
+      for (int r = 0; r < kNarrowRows; ++r) {
+        C weight = 0;
+        KAN_UNROLL_ALL
+        for (int o = 0; o < kOut; ++o) weight += base[o] * pulled[r][o];
+        value[r] += here[r] * weight;
+      }
+    }
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      for (int mask = 1 << plan.side; mask < 32; mask *= 2) value[r] += shuffle_xor(value[r], mask);
+      if (writes) results[r * result_step + i] = value[r];
+    }
+  }
+}
+
 template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, narrow_residents(Operation::input, kOut)) input_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
-  make_tables(p, plan, a.uniform, shared, true);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 1 << plan.side;
-  const int place = lane & (side - 1), column = (lane >> plan.side) * kOut;
+  const int place = lane & (side - 1), group = lane >> plan.side, column = group * kOut;
   const int inputs = int(p.in_features), outputs = int(p.out_features);
-  char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
-  C* results = at_offset<C>(buffers, 2 * plan.stage);
+  const bool full = plan.groups * kOut == outputs;
+  const Buffers<C> buffers(plan, shared, warp);
+  const Tables<C> tables(plan, shared, group);
 
-  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage, int first_staged) {
-    const char* xs[kNarrowRows];
+  auto fetch = [&](int tile, int rows, char* stage) {
+    stage_rows(plan.x, plan.x.of_tile(tile, plan.tile_rows), rows, stage, lane, 32);
+    stage_rows(plan.g, plan.g.of_tile(tile, plan.tile_rows), rows, stage, lane, 32);
+  };
+  auto prepare = [&] { make_tables(p, plan, a.uniform, shared, true); };
+  for_every_tile(plan, buffers, warp, fetch, prepare, [&](int tile, int first, int rows, char* stage) {
+    const int staged = first + place;
     C pulled[kNarrowRows][kOut];
-    KAN_UNROLL_ALL
-    for (int r = 0; r < kNarrowRows; ++r) {
-      const int row = first_staged + r * side + place;
-      xs[r] = stage + plan.x.offset + row * plan.x.pitch;
-      KAN_UNROLL_ALL
-      for (int o = 0; o < kOut; ++o)
-        pulled[r][o] = column + o < outputs ? read<C>(stage + plan.g.offset + row * plan.g.pitch, column + o, p.weight_dtype) : C(0);
-    }
-    Tables<C> tables(plan, shared, column);
-    KAN_NO_UNROLL
-    for (int i = 0; i < inputs; ++i, tables.advance(plan)) {
-      const Place<C> axis = *tables.place;
+    by_dtype<C>(p.weight_dtype, [&](auto type) {
       KAN_UNROLL_ALL
       for (int r = 0; r < kNarrowRows; ++r) {
-        const C x = read<C>(xs[r], i, p.x_dtype);
-        const Located<C> at = locate(p, plan, axis, tables.starts, x);
-        const CubicOf<C>* edge = tables.edges + at.piece * plan.edge_pitch;
-        CubicOf<C> sum{};
+        const auto* g = reinterpret_cast<const decltype(type)*>(stage + plan.g.offset + (r * side + staged) * plan.g.pitch) + column;
         KAN_UNROLL_ALL
-        for (int o = 0; o < kOut; ++o) sum += edge[o] * pulled[r][o];
-        C value = sum.at(at.u);
-        if (plan.has_base) {
-          C weight = 0;
-          KAN_UNROLL_ALL
-          for (int o = 0; o < kOut; ++o) weight += tables.base[o] * pulled[r][o];
-          value += (plan.is_silu ? silu<1>(x) : activate(a.activation, x)) * weight;
-        }
-        for (int mask = side; mask < 32; mask *= 2) value += shuffle_xor(value, mask);
-        if (column == 0) results[(r * side + place) * plan.result_pitch + i] = value;
+        for (int o = 0; o < kOut; ++o) pulled[r][o] = full || column + o < outputs ? C(number(g[o])) : C(0);
       }
+    });
+    const char* x = stage + plan.x.offset + staged * plan.x.pitch;
+    const int x_step = side * plan.x.pitch, result_step = side * plan.result_pitch;
+    C* to = buffers.results + place * plan.result_pitch;
+    if (plan.is_plain) {
+      by_dtype<C>(p.x_dtype, [&](auto type) { pull_inputs<true, decltype(type)>(a, tables, x, x_step, pulled, to, result_step, group == 0); });
+    } else {
+      pull_inputs<false, C>(a, tables, x, x_step, pulled, to, result_step, group == 0);
     }
     warp_barrier();
-    write_rows(results, plan.result_pitch, inputs, p.dx, p.x_dtype, first, rows, plan.aligned, lane);
+    write_rows(buffers.results, plan, inputs, p.dx, p.x_dtype, int64_t(tile) * (plan.tile_rows * inputs) + first * inputs, rows, lane);
   });
 }
 

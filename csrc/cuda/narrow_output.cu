@@ -5,60 +5,87 @@ namespace kan::cuda {
 
 namespace {
 
+// Adds what all inputs give to kNarrowRows rows and kOut outputs. x, scale: a lane's first row; its next ones lie *_step bytes
+// further. kPlain: x is of type X, there is no scale, and the base activation, if there is one, is silu.
+template <bool kPlain, class X, class C, int kOut>
+KAN_DEVICE void add_inputs(const NarrowArguments<C>& a, Tables<C> tables, const char* x, int x_step, const char* scale, int scale_step,
+                           C (&total)[kNarrowRows][kOut]) {
+  const Problem& p = a.p;
+  const NarrowPlan& plan = a.plan;
+  KAN_NO_UNROLL
+  for (int i = 0; i < int(p.in_features); ++i, tables.advance(plan)) {
+    C here[kNarrowRows], factor[kNarrowRows];
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      here[r] = kPlain ? C(number(reinterpret_cast<const X*>(x + r * x_step)[i])) : read<C>(x + r * x_step, i, p.x_dtype);
+      factor[r] = !kPlain && plan.has_scale ? read<C>(scale + r * scale_step, i, p.x_dtype) : C(1);
+    }
+    Located<C> at[kNarrowRows];
+    locate(p, plan, *tables.place, tables.starts, here, at);
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      const CubicOf<C>* edge = tables.edges + at[r].piece * plan.edge_pitch;
+      KAN_UNROLL_ALL
+      for (int o = 0; o < kOut; ++o) total[r][o] += kPlain ? edge[o].at(at[r].u) : edge[o].at(at[r].u) * factor[r];
+    }
+    if (!plan.has_base) continue;
+    C base[kOut];
+    load_numbers(tables.base, base);
+    if (kPlain) {
+      KAN_UNROLL_ALL
+      for (int r = 0; r < kNarrowRows; ++r) here[r] = silu<0>(here[r]);
+    } else {
+      activate_all(a.activation, here);
+    }
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kNarrowRows; ++r) {
+      const C activation = here[r] * factor[r];
+      KAN_UNROLL_ALL
+      for (int o = 0; o < kOut; ++o) total[r][o] += activation * base[o];
+    }
+  }
+}
+
 template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, narrow_residents(Operation::output, kOut)) output_narrow(KAN_ARGUMENT NarrowArguments<C> a) {
   const Problem& p = a.p;
   const NarrowPlan& plan = a.plan;
   char* shared = shared_memory<char>();
-  make_tables(p, plan, a.uniform, shared, true);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = 1 << plan.side;
-  const int place = lane & (side - 1), column = (lane >> plan.side) * kOut;
-  const int inputs = int(p.in_features), outputs = int(p.out_features);
-  char* buffers = shared + plan.buffers + warp * (2 * plan.stage + plan.result);
-  C* results = at_offset<C>(buffers, 2 * plan.stage);
+  const int place = lane & (side - 1), group = lane >> plan.side, column = group * kOut, outputs = int(p.out_features);
+  const bool full = plan.groups * kOut == outputs;
+  const Buffers<C> buffers(plan, shared, warp);
+  const Tables<C> tables(plan, shared, group);
 
-  for_every_tile(plan, p.batch, buffers, warp, lane, [&](int64_t first, int rows, char* stage, int first_staged) {
-    const char *xs[kNarrowRows], *scales[kNarrowRows];
-    KAN_UNROLL_ALL
-    for (int r = 0; r < kNarrowRows; ++r) {
-      const int row = first_staged + r * side + place;
-      xs[r] = stage + plan.x.offset + row * plan.x.pitch;
-      scales[r] = stage + plan.scale.offset + row * plan.scale.pitch;
-    }
+  auto fetch = [&](int tile, int rows, char* stage) {
+    stage_rows(plan.x, plan.x.of_tile(tile, plan.tile_rows), rows, stage, lane, 32);
+    if (plan.has_scale) stage_rows(plan.scale, plan.scale.of_tile(tile, plan.tile_rows), rows, stage, lane, 32);
+  };
+  auto prepare = [&] { make_tables(p, plan, a.uniform, shared, true); };
+  for_every_tile(plan, buffers, warp, fetch, prepare, [&](int tile, int first, int rows, char* stage) {
+    const int staged = first + place;
+    const char *x = stage + plan.x.offset + staged * plan.x.pitch, *scale = stage + plan.scale.offset + staged * plan.scale.pitch;
+    const int x_step = side * plan.x.pitch, scale_step = side * plan.scale.pitch;
     C total[kNarrowRows][kOut] = {};
-    Tables<C> tables(plan, shared, column);
-    KAN_NO_UNROLL
-    for (int i = 0; i < inputs; ++i, tables.advance(plan)) {
-      const Place<C> axis = *tables.place;
-      KAN_UNROLL_ALL
-      for (int r = 0; r < kNarrowRows; ++r) {
-        const C x = read<C>(xs[r], i, p.x_dtype);
-        const C scale = plan.has_scale ? read<C>(scales[r], i, p.x_dtype) : C(1);
-        const Located<C> at = locate(p, plan, axis, tables.starts, x);
-        const CubicOf<C>* edge = tables.edges + at.piece * plan.edge_pitch;
-        KAN_UNROLL_ALL
-        for (int o = 0; o < kOut; ++o) total[r][o] += edge[o].at(at.u) * scale;
-        if (plan.has_base) {
-          const C activation = (plan.is_silu ? silu<0>(x) : activate(a.activation, x)) * scale;
-          KAN_UNROLL_ALL
-          for (int o = 0; o < kOut; ++o) total[r][o] += activation * tables.base[o];
-        }
-      }
+    if (plan.is_plain) {
+      by_dtype<C>(p.x_dtype, [&](auto type) { add_inputs<true, decltype(type)>(a, tables, x, x_step, scale, scale_step, total); });
+    } else {
+      add_inputs<false, C>(a, tables, x, x_step, scale, scale_step, total);
     }
     KAN_UNROLL_ALL
     for (int r = 0; r < kNarrowRows; ++r) {
-      C* row = results + (r * side + place) * plan.result_pitch + column;
-      if (kOut % 4 == 0 && plan.groups * kOut == outputs) {
+      C* row = buffers.results + (r * side + place) * plan.result_pitch + column;
+      if (kOut % 4 == 0 && full) {
         KAN_UNROLL_ALL
         for (int o = 0; o + 3 < kOut; o += 4)
           *reinterpret_cast<CubicOf<C>*>(row + o) = {{total[r][o], total[r][o + 1], total[r][o + 2], total[r][o + 3]}};
       } else {
         KAN_UNROLL_ALL
         for (int o = 0; o < kOut; ++o)
-          if (column + o < outputs) row[o] = total[r][o];
+          if (full || column + o < outputs) row[o] = total[r][o];
       }
     }
     warp_barrier();
-    write_rows(results, plan.result_pitch, outputs, p.y, p.weight_dtype, first, rows, plan.aligned, lane);
+    write_rows(buffers.results, plan, outputs, p.y, p.weight_dtype, int64_t(tile) * (plan.tile_rows * outputs) + first * outputs, rows, lane);
   });
 }
 

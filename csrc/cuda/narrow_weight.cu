@@ -21,9 +21,9 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, n
   auto rows_from = [&](int64_t row) { return p.batch - row < plan.tile_rows ? int(p.batch - row) : plan.tile_rows; };
   auto fetch = [&](int64_t row, char* stage) {
     if (row < p.batch) {
-      stage_rows(plan.x, row, rows_from(row), stage, thread, threads);
-      stage_rows(plan.scale, row, rows_from(row), stage, thread, threads);
-      stage_rows(plan.g, row, rows_from(row), stage, thread, threads);
+      stage_rows(plan.x, plan.x.data + row * plan.x.row, rows_from(row), stage, thread, threads);
+      if (plan.has_scale) stage_rows(plan.scale, plan.scale.data + row * plan.scale.row, rows_from(row), stage, thread, threads);
+      stage_rows(plan.g, plan.g.data + row * plan.g.row, rows_from(row), stage, thread, threads);
     }
     commit_copies();
   };
@@ -58,14 +58,14 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, n
           KAN_UNROLL_ALL
           for (int o = 0; o < kOut; ++o)
             g[o] = column + o < outputs ? read<C>(stage + plan.g.offset + row * plan.g.pitch, column + o, p.weight_dtype) * scale : C(0);
-          const Located<C> at = locate(p, plan, axis, starts, x);
+          const Located<C> at = locate_one(p, plan, axis, starts, x);
           // Within even knots windows are alike: their cubics come with the kernel's arguments and not from 80 bytes of a table.
           const bool inner = at.piece > 0 && at.piece < pieces - 1;
           const int from = inner ? at.piece + first_window : firsts[at.piece];
           C w[kMaxCubicOrder + 1];
           if (inner && axis.slope > 0) {
             C factor = 1;
-            for (int n = 0; n < p.n; ++n) factor *= axis.inverse;
+            for (int n = 0; n < p.n; ++n) factor *= axis.slope;
             KAN_UNROLL_ALL
             for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = a.uniform[q].at(at.u) * factor;
           } else {

@@ -19,7 +19,7 @@ struct Met {
 KAN_DEVICE Met meet(const NetworkLayerPlan& layer, char* shared, int i, float x) {
   const NarrowPlan& plan = layer.tables;
   const float* starts = at_offset<float>(shared, plan.starts) + i * plan.pieces;
-  const Located<float> at = locate(layer.p, plan, at_offset<Place<float>>(shared, plan.places)[i], starts, x);
+  const Located<float> at = locate_one(layer.p, plan, at_offset<Place<float>>(shared, plan.places)[i], starts, x);
   return {at, i * plan.pieces + at.piece, starts[plan.inverses_behind + at.piece]};
 }
 
@@ -33,7 +33,7 @@ KAN_DEVICE void through_layer(const NetworkArguments& a, const NetworkLayerPlan&
     const float here = x[i * kNetworkPitch];
     const Met met = meet(layer, shared, i, here);
     const Cubic* edges = at_offset<Cubic>(shared, plan.edges) + met.row * plan.edge_pitch;
-    const float* base = at_offset<float>(shared, plan.base) + i * outputs;
+    const float* base = at_offset<float>(shared, plan.base) + i * plan.base_pitch;
     const float activation = has_base ? activate(a.value, here) : 0.0f;
     for (int o = 0; o < outputs; ++o) {
       float value = edges[o].at(met.at.u);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kNetworkThreads, kResident)
         const float x = columns[(layer.inputs + i) * kNetworkPitch];
         const Met met = meet(layer, shared, i, x);
         const Cubic* edges = at_offset<Cubic>(shared, plan.edges) + met.row * plan.edge_pitch;
-        const float* base = at_offset<float>(shared, plan.base) + i * outputs;
+        const float* base = at_offset<float>(shared, plan.base) + i * plan.base_pitch;
         Cubic sum{};
         float weight = 0;
         for (int o = 0; o < outputs; ++o) {
