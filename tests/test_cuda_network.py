@@ -126,7 +126,7 @@ PLANTED = {
     "sums of rows that do not exist": ("cuda/network.cu", r"exists \? (window\[q\]\.at\(met\.at\.u\)) : 0\.0f", r"\1"),
     "gradients of rows that do not exist": ("cuda/network.cu", r"exists \? value : 0\.0f", "value"),
     "slope by the place alone": ("cuda/network.cu", r" \* met\.inverse", ""),
-    "base of another input": ("cuda/network.cu", r"plan\.base\) \+ i \* plan\.base_pitch;\n        Cubic", "plan.base);\n        Cubic"),
+    "base of another input": ("cuda/network.cu", r"\+ i \* plan\.base_pitch;\n        Cubic", ";\n        Cubic"),
     "one block's sums": ("cuda/network.cu", r"b < a\.blocks; b \+= 32", "b < 1; b += 32"),
 }
 

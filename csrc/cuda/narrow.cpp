@@ -42,14 +42,16 @@ int64_t stage_of(const Problem& p, Operation operation, int64_t rows, NarrowPlan
 // A warp walks by itself, over tiles of its own: as large as kTile lets them be, and of a size that gives every warp as many.
 void plan_walk(const Problem& p, const Device& device, Operation operation, int64_t number, NarrowPlan& plan) {
   const int64_t results = operation == Operation::output ? p.out_features : p.in_features, rows = int64_t(kNarrowRows) << plan.side;
-  const int64_t warps = int64_t(narrow_residents(operation, plan.lane_columns)) * kNarrowWarps * device.multiprocessors;
-  const int64_t turns = (p.batch + rows * warps - 1) / (rows * warps), most = kTile / stage_of(p, operation, rows, plan);
-  const int64_t tiles = most > 1 ? (turns + most - 1) / most : turns;
-  plan.tile_rows = int((turns + tiles - 1) / tiles * rows);
-  plan.stage = int(stage_of(p, operation, plan.tile_rows, plan));
   plan.result_pitch = int(pitch_of(results * number) / number);
   plan.per_result = per(int(results));
   plan.result = int(round_up(rows * plan.result_pitch * number));
+  const int64_t residents = narrow_residents(operation, plan.lane_columns), warps = residents * kNarrowWarps * device.multiprocessors;
+  const int64_t room = (at_most(kRoomy, device.shared_memory / residents - 1024) - plan.buffers) / kNarrowWarps - plan.result;
+  const int64_t turns = (p.batch + rows * warps - 1) / (rows * warps);
+  const int64_t most = at_most(kTile, room / 2) / stage_of(p, operation, rows, plan);
+  const int64_t tiles = most > 1 ? (turns + most - 1) / most : turns;
+  plan.tile_rows = int((turns + tiles - 1) / tiles * rows);
+  plan.stage = int(stage_of(p, operation, plan.tile_rows, plan));
   plan.aligned = is_aligned(operation == Operation::output ? p.y : p.dx);
   plan.tiles = (p.batch + plan.tile_rows - 1) / plan.tile_rows;
   plan.last_rows = int(p.batch - (plan.tiles - 1) * plan.tile_rows);

@@ -113,9 +113,14 @@ template <class C> KAN_DEVICE bool is_uniform_by_warp(const C* t, int count, int
   return even.h > even.tolerance && off == 0;
 }
 
+// make_cubics() of uneven knots, straight to shared memory: long, and a call of its own keeps its registers from the kernel.
+template <class C> KAN_DEVICE_CALL void make_uneven_cubics(const C* t, int count, int order, int j, int n, CubicOf<C>* w) {
+  make_cubics(t, count, order, j, n, w);
+}
+
 // All tables of a block. Piece m - 1 of an input is its interval low + m, as Described counts them. uniform: make_uniform_cubics.
 template <class C>
-KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const CubicOf<C>* uniform, char* shared, bool with_edges) {
+KAN_DEVICE void make_tables(const Problem& p, const NarrowPlan& plan, const CubicOf<C>* uniform, char* shared, bool with_edges) {
   const int thread = threadIdx.x, threads = plan.warps * 32, inputs = int(p.in_features), outputs = int(p.out_features);
   const int count = p.knots(), pieces = plan.pieces;
   // All numbers are asked for at once, and turned into tables from shared memory: a block waits for global memory only once.
@@ -159,21 +164,21 @@ KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const
     const bool below = piece == 0, above = piece == pieces - 1;
     const int j = below ? interval(t, d, d.first) : above ? interval(t, d, d.last) : d.low + piece - 1;
     const C width = t[j + 1] - t[j];
-    CubicOf<C> w[kMaxCubicOrder + 1];
+    CubicOf<C>* w = cubics + m * kWindowPitch;
     if (d.inverse_h > 0) {
       C factor = 1;
       for (int n = 0; n < p.n; ++n) factor *= d.inverse_h;
       KAN_UNROLL_WINDOW
       for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = uniform[q] * factor;
     } else {
-      make_cubics(t, count, p.spline_order, j, p.n, w);
+      make_uneven_cubics(t, count, p.spline_order, j, p.n, w);
     }
     starts[m] = below ? d.first : above ? d.last : t[j];
     inverses[m] = d.inverse_h > 0 ? d.inverse_h : width > 0 ? reciprocal(width) : C(0);
     firsts[m] = j - p.spline_order;
+    if (!below && !above) continue;
     KAN_UNROLL_WINDOW
-    for (int q = 0; q <= kMaxCubicOrder; ++q)
-      cubics[m * kWindowPitch + q] = below || above ? beyond(w[q], p.outside, p.n, C(above)) : w[q];
+    for (int q = 0; q <= kMaxCubicOrder; ++q) w[q] = beyond(w[q], p.outside, p.n, C(above));
   }
   barrier();
   if (!with_edges) return;
@@ -193,7 +198,8 @@ KAN_DEVICE_CALL void make_tables(const Problem& p, const NarrowPlan& plan, const
   C* base = at_offset<C>(shared, plan.base);
   for (int m = thread; m < inputs * columns && has_base; m += threads) {
     const int i = m / columns, o = m - i * columns, group = o / plan.lane_columns;
-    base[i * plan.base_pitch + group * base_of_group(plan.lane_columns) + o - group * plan.lane_columns] = o < outputs ? raw_base[i * outputs + o] : C(0);
+    const int at = i * plan.base_pitch + group * base_of_group(plan.lane_columns) + o - group * plan.lane_columns;
+    base[at] = o < outputs ? raw_base[i * outputs + o] : C(0);
   }
   barrier();
 }

@@ -85,7 +85,9 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, n
     const int x_step = side * plan.x.pitch, result_step = side * plan.result_pitch;
     C* to = buffers.results + place * plan.result_pitch;
     if (plan.is_plain) {
-      by_dtype<C>(p.x_dtype, [&](auto type) { pull_inputs<true, decltype(type)>(a, tables, x, x_step, pulled, to, result_step, group == 0); });
+      by_dtype<C>(p.x_dtype, [&](auto type) {
+        pull_inputs<true, decltype(type)>(a, tables, x, x_step, pulled, to, result_step, group == 0);
+      });
     } else {
       pull_inputs<false, C>(a, tables, x, x_step, pulled, to, result_step, group == 0);
     }

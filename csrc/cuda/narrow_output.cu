@@ -63,7 +63,8 @@ template <class C, int kOut> __global__ void __launch_bounds__(kNarrowThreads, n
   auto prepare = [&] { make_tables(p, plan, a.uniform, shared, true); };
   for_every_tile(plan, buffers, warp, fetch, prepare, [&](int tile, int first, int rows, char* stage) {
     const int staged = first + place;
-    const char *x = stage + plan.x.offset + staged * plan.x.pitch, *scale = stage + plan.scale.offset + staged * plan.scale.pitch;
+    const char* x = stage + plan.x.offset + staged * plan.x.pitch;
+    const char* scale = stage + plan.scale.offset + staged * plan.scale.pitch;
     const int x_step = side * plan.x.pitch, scale_step = side * plan.scale.pitch;
     C total[kNarrowRows][kOut] = {};
     if (plan.is_plain) {
