@@ -3,11 +3,12 @@
 # sanitizers, benchmarks, profile. Each stage reports and the next still runs. Needs no network: it uses the torch, ninja,
 # pybind11, setuptools and pytest of the Python it is given.
 #
-#   benchmarks/gpu_check.sh [OUT_DIR] [--minutes N] [--dry-run]
+#   benchmarks/gpu_check.sh [OUT_DIR] [--minutes N] [--only STAGE,STAGE...] [--dry-run]
 #
 # OUT_DIR    logs, rows (rows.jsonl), pictures, summary.txt; default benchmarks/results/local
 # --minutes  total budget (default 8); what does not fit is left out and named, so the stages stand in order of worth;
 #            a build without a GPU is not counted
+# --only     these stages alone (a name as the summary has it), of what is built already unless build is one of them
 # --dry-run  without a GPU: all that can be run is run, the rest is named
 # PYTHON     the interpreter (default: .venv/bin/python if there is one, else python3)
 # PEER_PATHS checkouts of rivals that are not on PyPI, separated by colons; what is not there is listed as absent
@@ -16,12 +17,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=benchmarks/results/local minutes=8 dry=0
+out=benchmarks/results/local minutes=8 dry=0 only=''
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:?--minutes: expected a number}; shift 2 ;;
+    --only) only=${2:?--only: expected names of stages}; shift 2 ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,15p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,16p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "unknown option $1; see --help" >&2; exit 2 ;;
     *) out=$1; shift ;;
   esac
@@ -49,6 +51,7 @@ refused=''   # the same for tools that end with 0 all the same
 stage() {
   local name=$1 limit=$2 start=$SECONDS code pattern
   shift 2
+  wanted "$name" || return 1
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$limit" -lt 5 ]; then say "LEFT OUT  $name: the $minutes minutes are spent"; return 1; fi
   timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null
@@ -71,7 +74,8 @@ stage() {
   esac
   return $code
 }
-missing() { say "LEFT OUT  $1: $2"; }
+wanted() { [ -z "$only" ] || case ",$only," in *",$1,"*) ;; *) return 1 ;; esac; }
+missing() { [ -n "$only" ] || say "LEFT OUT  $1: $2"; }
 have() { command -v "$1" > /dev/null 2>&1; }
 module() { "$PYTHON" -c "import $1" > /dev/null 2>&1; }
 
@@ -133,7 +137,7 @@ for name in probe rates; do
   stage "compile-$name" 120 sh -c "'$nvcc' -std=c++20 -O2 $targets -o '$out/$name' benchmarks/gpu/$name.cu" || continue
   if [ $gpu = 0 ]; then missing $name "no GPU; it was compiled only"; continue; fi
   stage $name 60 "$out/$name"
-  show $name
+  wanted $name && show $name
 done
 [ -f "$out/rates.log" ] && grep '^{"what"' "$out/rates.log" >> "$rows"
 
@@ -142,7 +146,7 @@ if ! module pytest; then
   missing gpu-tests "pytest is not installed"
 elif [ $gpu = 1 ]; then
   stage gpu-tests 240 "$PYTHON" -m benchmarks.gpu.run_tests --out "$out"
-  show gpu-tests 24
+  wanted gpu-tests && show gpu-tests 24
 else
   stage gpu-tests-collect 60 "$PYTHON" -m benchmarks.gpu.run_tests --collect && show gpu-tests-collect 1
   missing gpu-tests "no GPU; they were collected only"

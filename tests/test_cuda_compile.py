@@ -19,13 +19,14 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 SAMPLE = [
     ("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80"),
     ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"), ("warpgroup_output_bfloat16", "90a"),
-    ("warpgroup_backward_float16", "90a"),
+    ("warpgroup_backward_float16", "90a"), ("warpgroup_split", "90a"),
     ("narrow_output", "90a"), ("narrow_input", "80"), ("narrow_weight", "120"), ("network", "90a"),
 ]  # fmt: skip
 
 
 # What ptxas says of products of warpgroups that it makes wait for each other, at the level of an information only.
 SERIALIZED = "wgmma.mma_async instructions are serialized"
+WAITS = "warpgroup.wait is injected"
 
 
 def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
@@ -37,6 +38,7 @@ def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
     ).stderr
     assert "warning" not in said
     assert SERIALIZED not in said
+    assert WAITS not in said
     facts = {}
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     for match in re.finditer(pattern, said, re.S):
@@ -48,7 +50,9 @@ def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
 
 def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
-    if "_warpgroup" in kernel:  # empty but on Hopper
+    if "_split" in kernel and "split_rows" not in kernel:  # empty but on Hopper, as the next ones
+        return r"HGMMA.64x128x16.F32 " if architecture == "90a" else None
+    if "_warpgroup" in kernel:
         shape = "HGMMA.SP.64x128x32" if re.search(r"output_warpgroupILNS0_8ProductsE\dELb1E", kernel) else "HGMMA.64x128x16"
         return rf"{shape}.F32{'.BF16' if 'ProductsE0E' in kernel else ''} " if architecture == "90a" else None
     if "_wide" not in kernel:
@@ -72,8 +76,10 @@ def check(source, architecture, folder):
             assert re.search(wanted, code[kernel]), kernel
             assert "LDGSTS" in code[kernel]  # asynchronous copies
         if wanted is not None and "HGMMA" in wanted:
-            # One step's product stays under way while the next one's is begun.
-            assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code[kernel])) == 1, kernel
+            # One step's product, of one commit or of two, stays under way while the next one's is begun.
+            # Of float32 two steps are begun before either is waited for.
+            commits, waits = (0, 2) if "_split" in kernel else (1 if "input" in kernel else 2, 1)
+            assert len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, 0x{commits}", code[kernel])) == waits, kernel
             assert "FENCE.VIEW.ASYNC" in code[kernel]
     if source.startswith("narrow"):
         kernels = [kernel for kernel in facts if "_narrowI" in kernel]
@@ -102,7 +108,7 @@ def test_serialized_products_would_be_seen(tmp_path):
     """A sum that is touched between two products."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     kernel = tmp_path / "csrc/cuda/warpgroup_output.cuh"
-    product = "multiply_group<P, false, true>(sums, tile + group * (kLeftBytes / 2), right);"
+    product = "multiply_and_copy<P, false, true>(sums, tile + group * (kLeftBytes / 2), right, copy_now);"
     assert product in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(product, f"{product} sums[0][0] += 1.0f; {product}"))
     with pytest.raises(AssertionError, match="serialized"):

@@ -18,6 +18,7 @@ pytestmark = [
 PRODUCTS = [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")]
 CASES = [(kernel, *product) for kernel in ("any", "dense", "sparse") for product in PRODUCTS]
 CASES += [(kernel, *product) for kernel in ("wgmma", "wgmma_sparse") for product in PRODUCTS[2:]]
+CASES += [("wgmma", *PRODUCTS[0])]
 CASES += [("narrow", torch.float32, "highest"), *(("narrow", *product) for product in PRODUCTS[2:])]
 
 # shape, grid_size, kind, outside
@@ -46,7 +47,12 @@ def test_each_kernel(monkeypatch, kernel, dtype, precision):
         problem = make_problem(place, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=torch.float32)
         for operation in OPERATIONS:
             for n in (0, 1)[: 1 if dtype == torch.float16 else 2]:  # contract_input differentiates once more: beyond float16
+                halves = kernel == "wgmma" and dtype == torch.float32
+                if halves and operation != "contract_input" and (n or outside == "linear"):
+                    continue  # not served: split.h
                 assert_wide_close(place, problem, operation, n, precision, with_scale=n == 1)
+        if kernel == "wgmma" and dtype == torch.float32 and outside == "linear":
+            continue
         for operation in OPERATIONS if kernel == "narrow" else ("contract_output",):
             run, args = getattr(get("native"), operation), problem.args(operation, 0)
             first = as_tuple(run(*args))

@@ -5,8 +5,8 @@ import ctypes
 import pytest
 import torch
 from conftest import Place
-from samples import every_activation, every_outside, make_problem
-from test_cuda_emulation import CPU, OUTPUTS, assert_outputs_close, assert_wide_close
+from samples import assert_close_to_truth, every_activation, every_outside, make_problem
+from test_cuda_emulation import CPU, OUTPUTS, as_tuple, assert_outputs_close, assert_wide_close
 
 from kan_fast import backends
 from tests.cuda_emulation.backend import Backend, Fault
@@ -116,6 +116,101 @@ def test_eight_inputs_at_a_time(place, use, dtype, outside):
             assert y[9].isnan().all()
 
 
+# Float32 in halves, csrc/cuda/split.h. Shapes: tails in every direction; several tiles, slices, steps, chunks of bases.
+SINGLE = [
+    ((130, 5, 33), 5, 3, "uniform", "zero"),
+    ((70, 40, 136), 5, 3, "uniform", "clamp"),
+    ((300, 35, 128), 5, 3, "uneven", "clamp"),
+    ((40, 136, 264), 9, 2, "uniform", "zero"),
+    ((257, 1, 1), 4, 3, "uniform", "zero"),
+    ((65, 72, 8), 3, 1, "uniform", "zero"),
+    ((1, 9, 130), 20, 2, "uneven", "zero"),
+    ((33, 70, 24), 12, 0, "repeated", "clamp"),
+    ((1, 1, 1), 1, 3, "uniform", "zero"),
+]
+
+
+@pytest.mark.parametrize(("shape", "grid_size", "k", "kind", "outside"), SINGLE)
+def test_float32(place, use, shape, grid_size, k, kind, outside):
+    """As close to the truth as float32 anywhere, however tensor cores cut off their sums."""
+    use("wgmma")
+    for activation, x_dtype in (("silu", torch.float32), ("tanh", torch.bfloat16), ("none", torch.float32)):
+        problem = make_problem(place, torch.float32, shape, grid_size, k, kind, activation, outside, x_dtype)
+        for operation in ("contract_output", "contract_input", "contract_weight"):
+            assert_close_to_truth(place, problem, operation, 0, with_scale=False)
+
+
+@every_outside
+@every_activation
+def test_gradient_by_x_of_every_kind_in_float32(place, use, outside, activation):
+    use("wgmma")
+    for k in range(4):
+        for n in range(k + 1):
+            kind = "uneven" if n % 2 else "uniform"
+            problem = make_problem(place, torch.float32, (37, 16, 40), 6, k, kind, activation, outside)
+            assert_close_to_truth(place, problem, "contract_input", n, with_scale=False)
+
+
+def far(problem):
+    problem.x[7], problem.x[:, 3] = problem.x[7] * 1e6, -1e9
+
+
+def unlike_rows(problem):
+    problem.g.mul_(torch.logspace(-12, 3, len(problem.g))[:, None])
+
+
+def unlike_outputs(problem):
+    scale = torch.logspace(-12, 6, problem.g.shape[1])
+    for weight in (problem.spline_weight, problem.base_weight):
+        weight.mul_(scale)
+    problem.g.div_(scale)
+
+
+def without_weights(problem):
+    for weight in (problem.spline_weight, problem.base_weight):
+        weight[..., ::2] = 0
+
+
+@pytest.mark.parametrize(("change", "of_y"), [(far, 0), (unlike_rows, 0), (unlike_outputs, -1), (without_weights, 0)])
+def test_scales_of_float32(place, use, change, of_y):
+    """Each row of y (or each output's column, where those are of different sizes) and of dx, each output's gradients: within
+    twice the error of the reference in float32, and half a unit more, 2^-22, for operands of 22 bits."""
+    use("wgmma")
+    problem = make_problem(place, torch.float32, (150, 64, 72))
+    change(problem)
+    for operation, index in (("contract_output", of_y), ("contract_input", 0), ("contract_weight", -1)):
+        args = problem.args(operation, 0, False)
+        doubled = [value.double() if isinstance(value, torch.Tensor) else value for value in args]
+        exact, plain, ours = (
+            as_tuple(getattr(backends.get(name), operation)(*given))
+            for name, given in (("reference", doubled), ("reference", args), ("emulated", args))
+        )
+        for want, reference, mine in zip(exact, plain, ours, strict=True):
+            size, off, allowed = (
+                value.double().movedim(index, 0).flatten(1).norm(dim=1) for value in (want, mine - want, reference - want)
+            )
+            assert (off <= 2 * allowed + 2.0**-22 * size).all(), (off / size).max()
+
+
+def test_nan_in_float32(place, use):
+    use("wgmma")
+    problem = make_problem(place, torch.float32, (40, 24, 33), outside="clamp")
+    problem.x[7, 3], problem.x[4, 1], problem.x[5, 2] = 1e30, torch.nan, torch.inf
+    y = backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
+    assert not y[[row for row in range(40) if row not in (4, 5)]].isnan().any()
+    assert y[4].isnan().all()
+    dx = backends.get("emulated").contract_input(*problem.args("contract_input", 1, False))
+    assert torch.equal(dx.isnan().nonzero(), torch.tensor([[4, 1]]))
+
+
+def test_same_bits_in_float32(place, use):
+    use("wgmma")
+    problem = make_problem(place, torch.float32, (300, 40, 136))
+    for operation in ("contract_output", "contract_input", "contract_weight"):
+        run, args = getattr(backends.get("emulated"), operation), problem.args(operation, 0, False)
+        assert all(map(torch.equal, as_tuple(run(*args)), as_tuple(run(*args))))
+
+
 @every_kernel
 def test_nan_stays_in_its_row(place, use, kernel):
     use(kernel)
@@ -160,8 +255,19 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
         problem = make_problem(place, **{"dtype": torch.bfloat16, **change})
         getattr(backends.get("emulated"), operation)(*problem.args(operation, 0, False))
 
-    with pytest.raises(Fault, match=f"{kernel}: it does not serve float32"):
-        run(dtype=torch.float32)
+    single = {"dtype": torch.float32}
+    if kernel == "wgmma":
+        with pytest.raises(Fault, match="wgmma: it does not serve linear extensions in float32"):
+            run(**single, outside="linear")
+        with pytest.raises(Fault, match="wgmma: it does not serve contract_input of 128 bases or more in float32"):
+            run("contract_input", **single, grid_size=125)
+        for n, scaled, why in ((1, False, "derivatives of bases"), (0, True, "scaled inputs")):
+            problem = make_problem(place, **single)
+            with pytest.raises(Fault, match=f"wgmma: it does not serve {why} in float32"):
+                backends.get("emulated").contract_output(*problem.args("contract_output", n, scaled))
+    else:
+        with pytest.raises(Fault, match="wgmma_sparse: it does not serve float32"):
+            run(**single)
     with pytest.raises(Fault, match=f"{kernel}: it does not serve spline orders above 3"):
         run(k=4)
     with pytest.raises(Fault, match=f"{kernel}: it does not serve contract_input of 256 bases or more"):
@@ -175,7 +281,7 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
 OUTPUT, TILE, QUICK = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh", "cuda/quick.cuh"
 PLANTED = {
-    "wait": (TILE, r"wait_for_products<1>", "wait_for_products<2>", "shared memory is written while a product reads it"),
+    "wait": (TILE, r"wait_for_products<2>", "wait_for_products<4>", "shared memory is written while a product reads it"),
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
     "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),

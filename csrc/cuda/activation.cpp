@@ -24,6 +24,7 @@ Quick make_quick(const Problem& p, bool continuous) {
   const int middle = middle_interval(p.knots()), order = p.spline_order;
   Quick q;
   q.serves = continuous && p.n == 0 && p.scale == nullptr && p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  q.mirrored = order == 3;
   // Beyond the last knots: the next interval, which has no basis.
   q.lowest = float(-1 - middle), q.highest = float(p.knots() - 1 - middle);
   if (p.outside == kClamp) q.lowest = float(order - middle) - 0.5f, q.highest = float(order + p.grid_size - middle) - 0.5f;

@@ -49,6 +49,11 @@ KAN_DEVICE unsigned thread_now() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
   return r;
 }
+// A pointer, computed here and now: it is kept in a register, not computed anew wherever it is used.
+template <class T> KAN_DEVICE T* pointer_now(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
 KAN_DEVICE void barrier() { __syncthreads(); }
 KAN_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T> KAN_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -107,6 +112,12 @@ KAN_DEVICE uint32_t pack_bfloat16(float low, float high) {
 KAN_DEVICE uint32_t pack_float16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+// The same, cut off towards 0.
+KAN_DEVICE uint32_t pack_float16_cut(float low, float high) {
+  uint32_t r;
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 // Rounded to the 11 bits that tensor cores read of a float32 number.

@@ -4,11 +4,12 @@
 //   narrow  few inputs and outputs: float32, bfloat16, float16, orders up to 3, by tables in shared memory (narrow.cuh)
 //   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
-//   wgmma, wgmma_sparse  the two for bfloat16 and float16 by warpgroups: compute capability 9.0 alone
+//   wgmma, wgmma_sparse  the two for bfloat16 and float16 by warpgroups: compute capability 9.0 alone. wgmma: float32 too, where
+//                        split.h serves it
 //
 // KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. Warpgroups are chosen by measurement (H200,
-// bfloat16, 16384 x 1024 x 1024, G = 5, before makers took eight items at a time: output 0.96 ms, dense 1.89; input 0.91, 1.39;
-// weight 1.40, 2.64; their sparse form 2.28), the rest by counting instructions and bytes.
+// 16384 x 1024 x 1024, G = 5: bfloat16 output 0.51 ms, dense 1.89; input 0.71, 1.39; weight 0.67, 2.64; their sparse form 2.28; float32
+// in halves output 2.4, dense 6.3; input 2.3, 6.3; weight 2.8, 6.8), the rest by counting instructions and bytes.
 #include "launch.h"
 #include "narrow.h"
 #include "split.h"
@@ -70,8 +71,9 @@ const char* why_not_warpgroup(const Problem& p, const Device& device, Operation 
   return nullptr;
 }
 
-// Multiply-adds from which on making halves of float32 operands, five kernels, pays.
-constexpr double kSplitPays = 1e9;
+// Multiply-adds from which on making halves of float32 operands, up to six kernels, pays: on an H200 contract_output takes 0.087 ms in
+// place of 0.130 at 4096 x 256 x 256 (2.4e9), 0.078 in place of 0.051 at 1024 x 256 x 256.
+constexpr double kSplitPays = 2e9;
 
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
@@ -200,8 +202,8 @@ int output_warpgroup(const Problem& p, const WideArguments& a, float* parts, con
 }
 
 int input_warpgroup(const Problem& p, const WideArguments& a, void* stream) {
-  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, nullptr, stream);
-  return launch_input_warpgroup<Products::float16>(a, nullptr, stream);
+  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, stream);
+  return launch_input_warpgroup<Products::float16>(a, stream);
 }
 
 int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {

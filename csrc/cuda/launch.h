@@ -4,9 +4,8 @@
 
 namespace kan::cuda {
 
-// How a wide kernel multiplies. tf32x3: float32 numbers as sums of two tf32 ones, three products for true float32. float16x3: the
-// same with float16, see split.h.
-enum class Products { bfloat16, float16, tf32, tf32x3, float16x3 };
+// How a wide kernel multiplies. tf32x3: float32 numbers as sums of two tf32 ones, three products for true float32.
+enum class Products { bfloat16, float16, tf32, tf32x3 };
 
 // How a long sum is cut: `count` slices of `rows` (of the batch, or inputs), whose sums lie `offset` bytes into the workspace.
 struct Slices {
@@ -25,8 +24,7 @@ template <Products P, bool kSparse> int launch_output_wide(const WideArguments&,
 // The same by warpgroups, 16-bit types only.
 template <Products P, bool kSparse> int launch_output_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
-// rows: of float16x3 alone, what g's rows were multiplied with.
-template <Products P> int launch_input_warpgroup(const WideArguments&, const float* rows, void* stream);
+template <Products P> int launch_input_warpgroup(const WideArguments&, void* stream);
 template <Products P> int launch_weight_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
 template <Products P> int launch_input_wide(const WideArguments&, void* stream);

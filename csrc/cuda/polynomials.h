@@ -83,6 +83,7 @@ template <class C> inline void make_uniform_cubics(const Problem& p, CubicOf<C>*
 // How quick.cuh evaluates a spline on even knots; a place is counted as even_interval (wide.cuh) does.
 struct Quick {
   bool serves;            // plain values, eight inputs at a time
+  bool mirrored;          // the window's weights q and 3 - q at v and -v are the same
   float lowest, highest;  // where a place is kept
   uint32_t first;         // 8 times the bits of kToNearest + the interval whose window begins with basis 0
   uint32_t least, span;   // served: windows that begin with basis least / 8, below 0 or not, and as many further as span / 8

@@ -37,6 +37,12 @@ template <int kRegisters> KAN_DEVICE void set_registers() {
   if constexpr (kRegisters < 128) KAN_ASM("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+KAN_DEVICE void load_16_bytes(uint32_t (&words)[4], const void* shared) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
 // To shared memory, from where tensor cores will read it: to the address with the bits `turned` inverted.
 KAN_DEVICE void store_16_bytes(void* shared, const uint32_t (&words)[4], uint32_t turned = 0) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared) ^ turned), "r"(words[0]), "r"(words[1]), "r"(words[2]),

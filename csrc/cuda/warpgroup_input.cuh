@@ -1,8 +1,8 @@
-// contract_input of wide layers on Hopper (sm_90a), 16-bit types and float32 in halves: the product g W^T, whose epilogue weighs by phi^(n) and sums over
-// the bases. A block: 128 rows of the batch by as many inputs as have their bases and their base branch among 256 columns (halves: 128). Depth:
+// contract_input of wide layers on Hopper (sm_90a), 16-bit types: the product g W^T, whose epilogue weighs by phi^(n) and sums over
+// the bases. A block: 128 rows of the batch by as many inputs as have their bases and their base branch among 256 columns. Depth:
 // the outputs, contiguous in both operands. Two warpgroups copy and multiply.
 #pragma once
-#include "warpgroup_split.cuh"
+#include "warpgroup_tile.cuh"
 
 namespace kan::cuda {
 
@@ -12,26 +12,10 @@ struct alignas(16) TileKnots {
   float scale;
 };
 
-template <Products P> constexpr int kInputColumns = P == Products::float16x3 ? kSplitColumns : 256;
-template <Products P> struct InputSums {
-  static constexpr int kTogether = 0;
-  GroupSums<kInputColumns<P>> sums = {};
-
-  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void multiply(const char* left, const char* right, int) {
-    order_registers();
-    multiply_group<P, kLeftByLines, kRightByLines>(sums, left, right);
-    commit_products();
-  }
-  KAN_DEVICE void collect() {}
-};
-template <> struct InputSums<Products::float16x3> : SplitSums {};
-
-template <Products P> constexpr int kGroupInputStage = kLeftBytes + kRightBytes<kInputColumns<P>>;
+constexpr int kInputColumns = 256, kGroupInputStage = kLeftBytes + kRightBytes<kInputColumns>;
 // After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
-template <Products P>
-constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage<P> + kInputColumns<P> / 2 * sizeof(TileKnots);
-template <Products P> constexpr bool kSumsFit = size_t(kGroupRows) * kInputColumns<P> * sizeof(float) <= kRightStages * kGroupInputStage<P>;
-static_assert(kSumsFit<Products::bfloat16> && kSumsFit<Products::float16x3>);
+constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage + kInputColumns / 2 * sizeof(TileKnots);
+static_assert(size_t(kGroupRows) * kInputColumns * sizeof(float) <= kRightStages * kGroupInputStage);
 
 // Of sum (row, column). Neither a warp's fragments, eight rows by eight columns, meet a bank twice when they are written two by two,
 // nor, but for rows 4 apart, 32 rows of a column when they are read.
@@ -39,7 +23,7 @@ template <int kColumns> KAN_DEVICE int place_of_sum(int row, int column) {
   return row * kColumns + column / 32 * 32 + (column % 32 ^ (row % 4 * 8 + row / 8 % 4 * 2));
 }
 
-template <Products P> KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns<P> / (p.bases() + 1); }
+KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns / (p.bases() + 1); }
 
 struct OutputStep {
   int64_t o, end;
@@ -50,9 +34,8 @@ struct OutputStep {
 
 // One thread's pieces of every step: 8 outputs of every 32nd row of g, and of every 32nd column. Columns: the bases of the tile's
 // inputs, then their base branch. Only `o` changes from step to step.
-template <Products P> struct OperandCopies {
-  using T = typename StorageOf<P>::Type;
-  static constexpr int kNext = kMultipliers / 8, kRows = kGroupRows / kNext, kTileColumns = kInputColumns<P> / kNext;
+template <class T> struct OperandCopies {
+  static constexpr int kNext = kMultipliers / 8, kRows = kGroupRows / kNext, kTileColumns = kInputColumns / kNext;
   const T *rows, *columns[kTileColumns];
   uint32_t missing = 0;  // bit m: row or, 8 bits higher, column m
   int place;
@@ -61,7 +44,7 @@ template <Products P> struct OperandCopies {
     const int line = int(threadIdx.x) / 8, number = int(threadIdx.x) % 8 * 8;
     place = swizzled(line, number);
     rows = static_cast<const T*>(p.g) + (b0 + line) * p.out_features + number;
-    const int inputs = inputs_of_tile<P>(p), of_spline = inputs * p.bases();
+    const int inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
     const int64_t inside = p.in_features - i0 < inputs ? p.in_features - i0 : inputs;
     KAN_UNROLL_ALL
     for (int m = 0; m < kRows; ++m) missing |= uint32_t(b0 + line + m * kNext >= p.batch) << m;
@@ -133,13 +116,50 @@ template <class Sum> KAN_DEVICE float weigh_sums(const WideArguments& a, const T
   return total * knots.scale * (a.vanishes && !(x >= knots.even.first && x <= knots.even.last) ? 0.0f : 1.0f);
 }
 
-template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_warpgroup(WideArguments a, const float* rows) {
+// dx of inputs i .. i + 3, of which `count` exist, from the sums of their bases, `spline` and on, and of their base branch, `base` and on.
+// x moves along where an input needs the general way: registers have no index.
+template <class Sum>
+KAN_DEVICE void weigh_four(const WideArguments& a, const TileKnots* knots, int64_t i, int count, int spline, int base, float (&x)[4], Sum sum,
+                           float (&total)[4]) {
+  const Problem& p = a.p;
+  float factor[4];
+  KAN_UNROLL_ALL
+  for (int m = 0; m < 4; ++m) total[m] = 0, factor[m] = x[m];
+  if (p.base_weight != nullptr) {
+    activate_all(a.activation, factor);
+    KAN_UNROLL_ALL
+    for (int m = 0; m < 4; ++m) total[m] = m < count ? factor[m] * sum(base + m) : 0.0f;
+  }
+  bool even = a.continuous && 4 <= count && !(p.outside == kLinear && p.n == 0);
+  KAN_UNROLL_ALL
+  for (int m = 0; m < 4; ++m) even = even && knots[m].even.inverse_h > 0;
+  if (even) {
+    KAN_UNROLL_ALL
+    for (int m = 0; m < 4; ++m) total[m] += weigh_sums(a, knots[m], x[m], [&](int f) { return sum(spline + m * p.bases() + f); });
+  } else {
+    KAN_NO_UNROLL
+    for (int m = 0; m < 4 && m < count; ++m) {
+      const Item item = evaluate(a, i + m, x[0], 1.0f);
+      float one = 0;
+      KAN_UNROLL_ALL
+      for (int q = 0; q < 4; ++q) {
+        const int f = item.first + q;
+        if (f >= 0 && f < p.bases()) one += item.w[q] * sum(spline + m * p.bases() + f);
+      }
+      KAN_UNROLL_ALL
+      for (int r = 0; r < 4; ++r) total[r] += r == m ? one : 0.0f, x[r] = r < 3 ? x[r + 1] : x[r];
+    }
+  }
+}
+
+template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_warpgroup(WideArguments a) {
 #if KAN_WARPGROUPS
+  using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
   char* stages = first_atom();
   float* values = reinterpret_cast<float*>(stages);
-  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kRightStages * kGroupInputStage<P>);
-  const int thread = int(threadIdx.x), inputs = inputs_of_tile<P>(p), of_spline = inputs * p.bases();
+  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kRightStages * kGroupInputStage);
+  const int thread = int(threadIdx.x), inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
 
   for (int64_t i0 = int64_t(blockIdx.y) * inputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * inputs) {
@@ -150,19 +170,20 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
       for (int m = 0; m < p.n; ++m) knots[j].scale *= even.inverse_h;
     }
     const int group = multiplier_group();
-    InputSums<P> sums;
-    const OperandCopies<P> copies(p, b0, i0);
-    multiply_steps<false, InputSums<P>::kTogether>(
+    GroupSums<kInputColumns> sums = {};
+    const OperandCopies<T> copies(p, b0, i0);
+    multiply_steps<false>(
         OutputStep{0, p.out_features},
         [&](const OutputStep& step, int stage) {
-          char* left = stages + stage * kGroupInputStage<P>;
+          char* left = stages + stage * kGroupInputStage;
           copies.copy(a, step, left, left + kLeftBytes);
         },
-        [&](bool, int, int stage, int number) {
-          const char* left = stages + stage * kGroupInputStage<P>;
-          sums.template multiply<false, false>(left + group * (kLeftBytes / 2), left + kLeftBytes, number);
-        },
-        [&] { sums.collect(); });
+        [&](bool, int, int stage) {
+          const char* left = stages + stage * kGroupInputStage;
+          order_registers();
+          multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
+          commit_products();
+        });
     // A thread's share of the epilogue: one row, every other four inputs. Their x comes while the sums are moved.
     constexpr int kAhead = 4, kNext = kMultipliers / kGroupRows * 4;
     const int64_t b = b0 + thread % kGroupRows;
@@ -172,48 +193,19 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
     KAN_UNROLL_ALL
     for (int m = 0; m < kAhead; ++m) load(ahead[m], thread / kGroupRows * 4 + m * kNext);
     meet(kTileBarrier, kMultipliers);  // both groups have read the stages
-    for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
-      *reinterpret_cast<Pair*>(values + place_of_sum<kInputColumns<P>>(row, column)) = {low, high};
+    for_every_pair(sums, [&](int row, int column, float low, float high) {
+      *reinterpret_cast<Pair*>(values + place_of_sum<kInputColumns>(row, column)) = {low, high};
     });
     meet(kTileBarrier, kMultipliers);
-    auto sum = [&](int column) { return values[place_of_sum<kInputColumns<P>>(thread % kGroupRows, column)]; };
+    auto sum = [&](int column) { return values[place_of_sum<kInputColumns>(thread % kGroupRows, column)]; };
     KAN_NO_UNROLL
     for (int j = thread / kGroupRows * 4; b < p.batch && j < count; j += kNext) {
-      float x[4], total[4], factor[4];
+      float x[4], total[4];
       ahead[0].widen(p.x_dtype, x);
       KAN_UNROLL_ALL
       for (int m = 1; m < kAhead; ++m) ahead[m - 1] = ahead[m];
       load(ahead[kAhead - 1], j + kAhead * kNext);
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 4; ++m) total[m] = 0, factor[m] = x[m];
-      if (p.base_weight != nullptr) {
-        activate_all(a.activation, factor);
-        KAN_UNROLL_ALL
-        for (int m = 0; m < 4; ++m) total[m] = j + m < count ? factor[m] * sum(of_spline + j + m) : 0.0f;
-      }
-      bool even = a.continuous && j + 4 <= count && !(p.outside == kLinear && p.n == 0);
-      KAN_UNROLL_ALL
-      for (int m = 0; m < 4; ++m) even = even && knots[j + m].even.inverse_h > 0;
-      if (even) {
-        KAN_UNROLL_ALL
-        for (int m = 0; m < 4; ++m) total[m] += weigh_sums(a, knots[j + m], x[m], [&](int f) { return sum((j + m) * p.bases() + f); });
-      } else {
-        KAN_NO_UNROLL
-        for (int m = 0; m < 4 && j + m < count; ++m) {
-          const Item item = evaluate(a, i0 + j + m, x[0], 1.0f);
-          float one = 0;
-          KAN_UNROLL_ALL
-          for (int q = 0; q < 4; ++q) {
-            const int f = item.first + q;
-            if (f >= 0 && f < p.bases()) one += item.w[q] * sum((j + m) * p.bases() + f);
-          }
-          KAN_UNROLL_ALL
-          for (int r = 0; r < 4; ++r) total[r] += r == m ? one : 0.0f, x[r] = r < 3 ? x[r + 1] : x[r];
-        }
-      }
-      if constexpr (P == Products::float16x3)
-        KAN_UNROLL_ALL
-        for (int m = 0; m < 4; ++m) total[m] *= inverse_of_scale(rows[b]);
+      weigh_four(a, knots + j, i0 + j, count - j, j * p.bases(), of_spline + j, x, sum, total);
       write_four(p, b, i0 + j, count - j < 4 ? count - j : 4, vectors, total);
     }
     meet(kTileBarrier, kMultipliers);  // the sums have been read
@@ -223,11 +215,11 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
 #endif
 }
 
-template <Products P> int launch_input_warpgroup(const WideArguments& a, const float* rows, void* stream) {
+template <Products P> int launch_input_warpgroup(const WideArguments& a, void* stream) {
   if (int error = launch_cubics(a, stream)) return error;
-  const int64_t inputs = inputs_of_tile<P>(a.p);
+  const int64_t inputs = inputs_of_tile(a.p);
   const Blocks blocks{(a.p.batch + kGroupRows - 1) / kGroupRows, (a.p.in_features + inputs - 1) / inputs};
-  return launch(input_warpgroup<P>, blocks, kMultipliers, kGroupInputShared<P>, stream, a, rows);
+  return launch(input_warpgroup<P>, blocks, kMultipliers, kGroupInputShared, stream, a);
 }
 
 }  // namespace kan::cuda

@@ -34,28 +34,36 @@ KAN_DEVICE void multiply_sparse(float (&c)[kSums], const uint32_t (&left)[4], ui
 // The steps of a slice, in order: of every 64 inputs the groups of 8 with all chunks of 8 bases, then the base branch.
 struct GroupStep {
   int block, end;  // first of the 64 inputs; end of the slice
-  int chunks, group = 0, chunk = 0;
+  int chunks, chunk = 0;
+  int at, left;  // first of the 8 inputs; steps of the block's splines that are left, this one included
   bool has_base;
 
   KAN_DEVICE GroupStep(int64_t begin, int64_t end, int chunks, bool has_base)
-      : block(int(begin)), end(int(end)), chunks(chunks), has_base(has_base) {}
+      : block(int(begin)), end(int(end)), chunks(chunks), has_base(has_base) {
+    start();
+  }
   KAN_DEVICE int count() const {
     const int inputs = end - block;
     return (inputs + kGroupInputs - 1) / kGroupInputs * chunks + (has_base ? (inputs + kGroupDepth - 1) / kGroupDepth : 0);
   }
   KAN_DEVICE bool more() const { return block < end; }
-  KAN_DEVICE bool is_base() const { return group == kGroupInputs; }
-  KAN_DEVICE int input() const { return block + group * kGroupInputs; }
+  KAN_DEVICE bool is_base() const { return left == 0; }
+  KAN_DEVICE int input() const { return at; }
+  KAN_DEVICE int group() const { return (at - block) / kGroupInputs; }
   KAN_DEVICE void advance() {
-    if (!is_base()) {
-      if (++chunk < chunks) return;
-      chunk = 0;
-      if (++group < kGroupInputs && input() < end) return;
-      group = kGroupInputs;
-      if (has_base) return;
+    const bool last = ++chunk == chunks;
+    chunk = last ? 0 : chunk;
+    at += last ? kGroupInputs : 0;
+    if (--left < int(!has_base)) {
+      block += kGroupDepth;
+      start();
     }
-    group = 0;
-    block += kGroupDepth;
+  }
+
+ private:
+  KAN_DEVICE void start() {
+    const int inputs = end - block < kGroupDepth ? end - block : kGroupDepth;
+    at = block, chunk = 0, left = (inputs + kGroupInputs - 1) / kGroupInputs * chunks;
   }
 };
 
@@ -72,38 +80,36 @@ template <int kColumns> struct GroupMemory {
   }
 };
 
-// One thread's pieces of the steps' weights: 8 columns of every kRows-th row of a step, all of one basis, of every input or every
-// other one. Pointers run along: a multiplication less for every piece.
+// One thread's pieces of the steps' weights, two rows of a step, of one basis or of the base branch.
 template <bool kSparse, int kColumns, class T> struct WeightCopies {
-  static constexpr int kPieces = kColumns / 8, kRows = kMultipliers / kPieces, kCount = kGroupDepth / kRows;
-  const T *spline, *base;  // this thread's first row of the step at hand, of either kind
+  static constexpr int kInputs = PanelPieces::kNext / kStepBases;  // from row to row
+  PanelPieces pieces;
+  int64_t spline;  // where the first row of the step at hand begins, of the splines' weights: it runs along
+  int64_t column;
   int64_t of_input, to_inputs;  // from an input's weights to the next one's; from the last chunk to the next inputs' first one
-  int place, row, basis, left;
+  int basis, left;
+  bool whole;
 
-  KAN_DEVICE WeightCopies(const Problem& p, const GroupStep& first, int64_t o0) {
-    const int column = int(threadIdx.x) % kPieces * 8;
-    row = int(threadIdx.x) / kPieces;
-    basis = basis_of_place<kSparse, true>(row % kStepBases);
-    left = columns_left(p, o0 + column);
-    place = column / kLineNumbers * kPanelBytes + swizzled(row, column % kLineNumbers);
-    const int64_t o = o0 + column;
-    spline = static_cast<const T*>(p.spline_weight) + (int64_t(first.block + row / kStepBases) * p.bases() + basis) * p.out_features + o;
-    base = static_cast<const T*>(p.base_weight) + int64_t(first.block + row) * p.out_features + o;
+  KAN_DEVICE WeightCopies(const Problem& p, const GroupStep& first, int64_t o0) : whole(p.out_features - o0 >= kColumns) {
+    basis = basis_of_place<kSparse, true>(pieces.row % kStepBases);
+    column = o0 + pieces.column;
+    left = columns_left(p, column);
+    spline = (int64_t(first.block + pieces.row / kStepBases) * p.bases() + basis) * p.out_features + column;
     of_input = p.bases() * p.out_features;
     to_inputs = kGroupInputs * of_input - (first.chunks - 1) * kStepBases * p.out_features;
   }
   // Of the step at hand, which is `step`; then to the next one.
   KAN_DEVICE void copy(const WideArguments& a, const GroupStep& step, char* stage) {
     const Problem& p = a.p;
-    T* to = reinterpret_cast<T*>(stage + place);
     if (step.is_base()) {
-      copy_rows<kCount>(to, kRows * kLineNumbers, base, kRows * p.out_features, left, step.block + row, kRows, step.end, a.aligned);
-      base += kGroupDepth * p.out_features;
+      const int i = step.block + pieces.row;
+      const T* from = static_cast<const T*>(p.base_weight) + i * p.out_features + column;
+      pieces.copy<kColumns>(stage, from, from + PanelPieces::kNext * p.out_features, i < step.end, i + PanelPieces::kNext < step.end, left,
+                            whole, a.aligned);
     } else {
-      constexpr int kInputs = kRows / kStepBases;  // from row to row
-      const bool exists = step.chunk * kStepBases + basis < p.bases();
-      copy_rows<kCount>(to, kRows * kLineNumbers, spline, kInputs * of_input, left, step.input() + row / kStepBases, kInputs,
-                        exists ? step.end : 0, a.aligned);
+      const int i = step.input() + pieces.row / kStepBases, end = step.chunk * kStepBases + basis < p.bases() ? step.end : 0;
+      const T* from = static_cast<const T*>(p.spline_weight) + spline;
+      pieces.copy<kColumns>(stage, from, from + kInputs * of_input, i < end, i + kInputs < end, left, whole, a.aligned);
       spline += step.chunk + 1 < step.chunks ? kStepBases * p.out_features : to_inputs;
     }
   }
@@ -150,7 +156,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
     char* left = memory.left + stage * kLeftBytes;
     const bool expected = coming == step.input();
     // This maker's next one, in groups from here: every other step, and the base branch has one as well.
-    int skipped = !step.has_base || step.group < 6 ? 2 : step.group == 6 ? 3 : 1;
+    int skipped = !step.has_base || step.group() < 6 ? 2 : step.group() == 6 ? 3 : 1;
     if (step.chunks > 1) skipped = step.chunk + 2 < step.chunks ? 0 : 1;
     coming = step.input() + skipped * kGroupInputs;
     KAN_UNROLL_ALL
@@ -163,7 +169,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
       if (step.has_base && step.chunk == 0) {
         uint32_t words[2];
         base_features<P, true>(a, b, i, x, words);
-        store_8_bytes(base + swizzled(row, step.group * 8) + 8 * half, words);
+        store_8_bytes(base + swizzled(row, step.group() * 8) + 8 * half, words);
       }
       Kept<P> items[4];
       make_items<P, kSparse>(a, b, i, step.end, x, items);
@@ -173,94 +179,85 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
   });
 }
 
-// One of the steps that a maker's group makes, every other one, where all inputs come in whole groups of 8.
-struct Turn {
-  int left, number;  // groups from this block of 64 inputs to the end; of the block's steps, the last of which is the base branch's
-  int chunks;
-  bool has_base;
-
-  KAN_DEVICE Turn(const GroupStep& first, int maker)
-      : left((first.end - first.block) / kGroupInputs), number(maker), chunks(first.chunks), has_base(first.has_base) {
-    settle();
-  }
-  KAN_DEVICE int groups() const { return left < kGroupInputs ? left : kGroupInputs; }
-  KAN_DEVICE int group() const { return chunks == 1 ? number : int(unsigned(number) / unsigned(chunks)); }
-  KAN_DEVICE int chunk() const { return number - group() * chunks; }
-  KAN_DEVICE bool is_base() const { return number == groups() * chunks; }
-  KAN_DEVICE bool more() const { return left > 0; }
-  KAN_DEVICE void advance() {
-    number += 2;
-    settle();
-  }
-
- private:
-  KAN_DEVICE void settle() {
-    const int steps = groups() * chunks + int(has_base);
-    if (number >= steps) number -= steps, left -= kGroupInputs;
-  }
-};
-
-// The same where the quick way serves most items, of rows from b0 on. Below the batch its last row is made again, for sums that
-// nobody writes.
-template <Products P, int kColumns>
+// The same where the quick way serves most items, of rows from b0 on, and all inputs come in whole groups of 8. Below the batch its last
+// row is made again, for sums that nobody writes. kUsual: order 3, not more than eight bases, a base branch of silu, x of the weights' type;
+// then nothing is asked again in every step.
+template <Products P, bool kUsual, int kColumns>
 KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t b0) {
   const Problem& p = a.p;
+  const int chunks = kUsual ? 1 : first.chunks, x_dtype = kUsual ? kStoredAs<P> : p.x_dtype;
+  const bool has_base = kUsual || first.has_base;
+  // Registers are few: what the usual way does not need in every step is computed where it is used.
   auto place = [] { return int(thread_now()) % kGroupRows; };
   auto row = [&] { return b0 + place() < p.batch ? b0 + place() : p.batch - 1; };
-  auto input = [&](const Turn& turn) { return first.end - (turn.left - turn.group()) * kGroupInputs; };
   const void* x_row = rows_from(p, p.x, row());
-  Stored<kQuickInputs> ahead = {};
-  WarpKnots knots{knots_of_warp(memory.knots), {}};
-  Turn now(first, int(thread_now()) / kGroupRows % 2), coming = now;
-  auto load = [&] {
-    while (coming.is_base()) coming.advance();
-    if (coming.more()) ahead.load_whole(x_row, p.x_dtype, input(coming));
-  };
-  load();
-  knots.load(a, first.end - coming.left * kGroupInputs);
-  make_own_steps(first.count(), [&](int stage) {
-    const Turn turn = now;
-    now.advance();
-    char* base = memory.base + (first.end - first.block - turn.left * kGroupInputs) / kGroupDepth % kBaseStages * kLeftBytes;
-    if (turn.is_base()) return fill_base(base, place(), turn.groups());
-    float x[kQuickInputs];
-    ahead.widen(p.x_dtype, x);
-    if (turn.number < 2) {
-      knots.arrive();
-      knots.load(a, first.end - turn.left * kGroupInputs + kGroupDepth);
-    }
-    coming.advance();
-    load();
-    const int number = turn.group(), first_base = turn.chunk() * kStepBases;
-    if (turn.has_base && first_base == 0) {
+  char* left = pointer_now(memory.left + swizzled(place(), 0));
+  WarpKnots knots(knots_of_warp(memory.knots));
+  OwnSteps own;
+  int number = own.first();  // of the block's steps
+  Stored<kQuickInputs> ahead;
+  auto load = [&](int i) { ahead.load_whole(x_row, x_dtype, i < first.end - kQuickInputs ? i : first.end - kQuickInputs); };
+  auto first_input = [&](int number) { return chunks == 1 ? number * kGroupInputs : 0; };  // of a block's first or second step
+  load(first.block + first_input(number));
+  knots.load(a, first.block);
+  KAN_NO_UNROLL
+  for (int block = first.block; block < first.end; block += kGroupDepth) {
+    knots.arrive();
+    knots.load(a, block + kGroupDepth);
+    const int inputs = first.end - block < kGroupDepth ? first.end - block : kGroupDepth, steps = inputs / kGroupInputs * chunks;
+    char* base = left + (memory.base - memory.left) + ((block - first.block) & kGroupDepth) * (kLeftBytes / kGroupDepth);
+    int input = 0, chunk = chunks == 1 ? 0 : number;  // of the step at hand, where inputs have several
+    KAN_NO_UNROLL
+    for (; number < steps; number += 2) {
+      float x[kQuickInputs];
+      ahead.widen(x_dtype, x);
+      const int at = chunks == 1 ? number * kGroupInputs : input, first_base = chunk * kStepBases;
+      if (chunks > 1 && (chunk += 2) >= chunks) chunk -= chunks, input += kGroupInputs;
+      // Of the next block both groups make their first step, where the base branch's is not in between.
+      const int after = number + 2 - steps;
+      load(block + (after >= 0 ? kGroupDepth + first_input(after ^ int(has_base)) : chunks == 1 ? at + 2 * kGroupInputs : input));
+      QuickWindows<P> windows;
       uint32_t words[4];
-      base_features<P, false>(a, b0, 0, x, words);
-      store_16_bytes(base + swizzled(place(), number * 8), words);
+      if (kUsual) {
+        windows.template evaluate<true>(a, knots, at, x, 0);
+        silu_features<P>(x, words);  // in one piece with what is above: their instructions mix
+      } else {
+        if (has_base && first_base == 0) base_features<P, false>(a, b0, 0, x, words);
+        windows.template evaluate<false>(a, knots, at, x, first_base);
+      }
+      own.begin();  // not before: until here nothing is written
+      if (has_base && first_base == 0) store_16_bytes(base, words, at * 2);
+      char* start = left + own.stage * kLeftBytes;
+      if (!windows.write(a, first_base, start))
+        write_general_windows<P>(a, row(), block + at, first_base, start - swizzled(place(), 0), place());
+      own.end();
     }
-    char* left = memory.left + stage * kLeftBytes;
-    if (!write_quick_windows<P>(a, knots.here + number * kGroupInputs, x, first_base, left + swizzled(place(), 0)))
-      write_general_windows<P>(a, row(), input(turn), first_base, left, place());
-  });
+    if (has_base && number == steps) {
+      own.begin();
+      fill_base(base - swizzled(place(), 0), place(), inputs / kGroupInputs);
+      own.end();
+      number += 2;
+    }
+    number -= steps + int(has_base);
+  }
 }
 
 template <Products P, bool kSparse, int kColumns>
 KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t o0, GroupSums<kColumns>& sums) {
   using T = typename StorageOf<P>::Type;
   WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
-  const int group = multiplier_group();
+  const uint64_t lefts = describe_tile(memory.left + multiplier_group() * (kLeftBytes / 2)), rights = describe_tile(memory.right);
   int base_stage = 0;
   uint32_t left[2][4], metadata[2];  // of the sparse form: in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
     copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
   };
-  auto multiply = [&](bool is_base, int left_stage, int stage, int) {
-    const char* right = memory.right + stage * kRightBytes<kColumns>;
+  auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now) {
     if (!kSparse || is_base) {
-      const char* tile = is_base ? memory.base + base_stage * kLeftBytes : memory.left + left_stage * kLeftBytes;
       if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
-      order_registers();
-      multiply_group<P, false, true>(sums, tile + group * (kLeftBytes / 2), right);
-      commit_products();
+      // The base branch's stages follow the splines'.
+      const int tile = is_base ? kLeftStages + base_stage : left_stage;
+      multiply_and_copy<P, false, true>(sums, further(lefts, tile * kLeftBytes), further(rights, stage * kRightBytes<kColumns>), copy_now);
     } else if constexpr (kSparse) {
       // The other group multiplies while this one waits.
       wait_for_products<0>();
@@ -272,13 +269,16 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
         load_matrices(left[k], rows + ((2 * k + lane / 16) ^ lane / 2 % 4) * 16);
         metadata[k] = *reinterpret_cast<const uint32_t*>(bits + k * (kMetadataBytes / 2));
       }
-      order_registers();
       KAN_UNROLL_ALL
-      for (int part = 0; part < kColumns / 128; ++part)
+      for (int k = 0; k < 2; ++k) {
+        order_registers();
         KAN_UNROLL_ALL
-        for (int k = 0; k < 2; ++k)
-          multiply_sparse<P>(sums[part], left[k], describe_tile(right + part * 2 * kPanelBytes) + 2 * k * kSixteenLines, metadata[k]);
-      commit_products();
+        for (int part = 0; part < kColumns / 128; ++part)
+          multiply_sparse<P>(sums[part], left[k], further(rights, stage * kRightBytes<kColumns> + part * 2 * kPanelBytes) + 2 * k * kSixteenLines,
+                             metadata[k]);
+        commit_products();
+        if (k == 0) copy_now();
+      }
     }
     if (is_base) base_stage = 1 - base_stage;
   };
@@ -309,7 +309,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (thread >= kMultipliers) {
     set_registers<kMakersRegisters<kColumns>>();
     for_every_tile<kColumns>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
-      if constexpr (kQuick) make_left_quickly<P>(a, memory, first, b0);
+      if constexpr (kQuick) {
+        const bool usual = a.quick.mirrored && first.chunks == 1 && first.has_base && a.activation.kind == kSilu && a.p.x_dtype == kStoredAs<P>;
+        if (usual) make_left_quickly<P, true>(a, memory, first, b0);
+        else make_left_quickly<P, false>(a, memory, first, b0);
+      }
       else make_left<P, kSparse>(a, memory, first, b0);
     });
   } else {

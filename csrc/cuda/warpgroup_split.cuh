@@ -9,23 +9,78 @@ namespace kan::cuda {
 constexpr int kSplitInputs = kSplitDepth / kStepBases;  // of a step
 // A tile is 128 columns wide: a thread's sums twice are as many registers as those of 256 are once.
 constexpr int kSplitColumns = 128, kSplitMultipliersRegisters = kMultipliersRegisters<256>, kSplitMakersRegisters = kMakersRegisters<256>;
-constexpr size_t kSplitShared = kAtomBytes + kRightStages * kRightBytes<kSplitColumns> + kLeftStages * kLeftBytes;
+
+// A ring of stages, which have both operands of a step, the left one first; makers copy the right one. One stage is multiplied, each
+// group of makers has one; the others are in hand for whoever is late.
+constexpr int kRing = 6, kRingStageBytes = kLeftBytes + kRightBytes<kSplitColumns>, kRingBytes = kRing * kRingStageBytes;
+constexpr int kRingMade = 1, kRingRead = kRingMade + kRing, kRingTile = kRingRead + kRing, kRingEverybody = kRingTile + 1;
+constexpr size_t kSplitShared = kAtomBytes + kRingBytes + kKnotsBytes;
+
+KAN_DEVICE int next_in_ring(int stage, int by) { return stage + by < kRing ? stage + by : stage + by - kRing; }
+// Which of the makers' two groups.
+KAN_DEVICE int makers_group() { return OwnSteps::first(); }
+
+// A makers' group's loop: of `steps` steps the two groups take turns. make(stage) begins the copies of the right operand and writes the
+// left one.
+template <class Make> KAN_DEVICE void make_ring(int steps, Make make) {
+  int s = makers_group(), stage = s;
+  KAN_NO_UNROLL
+  for (; s < steps; s += 2) {
+    if (s >= kRing) meet(kRingRead + stage, kHandover);
+    make(stage);
+    wait_for_copies<0>();
+    show_to_tensor_cores();
+    arrive(kRingMade + stage, kHandover);
+    stage = next_in_ring(stage, 2);
+  }
+}
 
 // Tensor cores cut sums off in place of rounding them: what is lost always makes them smaller, and adds up (of 768 products one after
-// the other 1.4e-5 of the sum on an H200). So they sum up so many steps, and what comes out is added to the sums proper.
-constexpr int kSplitTogether = 2;
+// the other 1.4e-5 of the sum on an H200). So they sum up two steps, and what comes out is added to the sums proper; four steps are no
+// faster, and twice as far off.
 struct SplitSums {
-  static constexpr int kTogether = kSplitTogether;
   GroupSums<kSplitColumns> sums = {}, part;
 
-  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void multiply(const char* left, const char* right, int step) {
+  // left, right: 64 lines or pieces deep, upper halves first. Three products of 32.
+  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void multiply(const char* left, const char* right, bool kept) {
+    const uint64_t a = describe_tile(left), b = describe_tile(right);
+    constexpr int kLefts[] = {0, 1, 2, 3, 0, 1}, kRights[] = {2, 3, 0, 1, 0, 1};
     order_registers();
-    multiply_group<Products::float16x3, kLeftByLines, kRightByLines>(part, left, right, step % kSplitTogether != 0);
+    KAN_UNROLL_ALL
+    for (int k = 0; k < 6; ++k)
+      wgmma_float16<kLeftByLines, kRightByLines>(part[0], a + kLefts[k] * (kLeftByLines ? kSixteenLines : kSixteenInLine),
+                                                 b + kRights[k] * (kRightByLines ? kSixteenLines : kSixteenInLine), kept || k > 0);
     commit_products();
   }
   KAN_DEVICE void collect() {
     KAN_UNROLL_ALL
     for (int m = 0; m < 64; ++m) sums[0][m] += part[0][m];
+  }
+
+  // The multipliers' loop, two steps at a time: where registers of products under way meet those of another path, nvcc waits for them.
+  // left(stage): where the rows of this warpgroup begin.
+  template <bool kLeftByLines, bool kRightByLines, class Left> KAN_DEVICE void add_ring(int steps, const char* stages, Left left) {
+    int stage = 0;
+    auto begin = [&](int at, bool kept) {
+      meet(kRingMade + at, kHandover);
+      multiply<kLeftByLines, kRightByLines>(left(at), stages + at * kRingStageBytes + kLeftBytes, kept);
+    };
+    int s = 0;
+    KAN_NO_UNROLL
+    for (; s + 1 < steps; s += 2) {
+      const int second = next_in_ring(stage, 1);
+      begin(stage, false);
+      begin(second, true);
+      wait_for_products<0>();
+      if (s + kRing < steps) arrive(kRingRead + stage, kHandover);
+      if (s + 1 + kRing < steps) arrive(kRingRead + second, kHandover);
+      collect();
+      stage = next_in_ring(stage, 2);
+    }
+    if (s == steps) return;
+    begin(stage, false);
+    wait_for_products<0>();
+    collect();
   }
 };
 
@@ -61,6 +116,14 @@ KAN_DEVICE void write_split(const Item& item, float scale, int first_base, char*
   }
 }
 
+// Inputs i .. i + 3 of row b, one by one. Their x is read again: whoever tried a quicker way before needs not keep it. upper(m), lower(m):
+// where the halves of input i + m go.
+template <class Upper, class Lower>
+KAN_DEVICE void write_general_split(const WideArguments& a, int64_t b, int i, float scale, int first_base, Upper upper, Lower lower) {
+  KAN_NO_UNROLL
+  for (int m = 0; m < kSplitInputs; ++m) write_split(item_at(a, b, i + m, load_point(a.p, b, i + m)), scale, first_base, upper(m), lower(m));
+}
+
 // Base activations of four inputs, times scale(m).
 template <class Scale> KAN_DEVICE void write_split_base(const WideArguments& a, float (&x)[4], Scale scale, char* upper, char* lower) {
   activate_all(a.activation, x);
@@ -72,27 +135,79 @@ template <class Scale> KAN_DEVICE void write_split_base(const WideArguments& a, 
   store_8_bytes(lower, halves[1]);
 }
 
-// One thread's pieces of a step's right operand: 8 columns of every kRows-th of 64 lines, 32 of upper halves and 32 of lower ones.
-struct LineCopies {
-  static constexpr int kPieces = kSplitColumns / 8, kRows = kMultipliers / kPieces;
-  int place, left;
+// A makers' group begins the copies of a step's right operand, 32 lines of upper halves and 32 of lower ones: a thread 8 columns of
+// every eighth line. row: of halves, that of its first line; the next ones are `distance` numbers further each, and
+// have the numbers `index`, then `next` further and so on: from `end` on they are zeros.
+struct HalvesCopies {
+  int line, place, left;
+  int64_t column;
 
-  KAN_DEVICE static int line() { return int(threadIdx.x) / kPieces; }
-  // Of a row of halves, where this thread's columns begin.
-  KAN_DEVICE static int64_t column(int64_t o0) { return split_place(o0 + int(threadIdx.x) % kPieces * 8); }
-  KAN_DEVICE LineCopies(int64_t pitch, int64_t o0) {
-    const int in_tile = int(threadIdx.x) % kPieces * 8;
-    place = in_tile / kLineNumbers * kPanelBytes + swizzled(line(), in_tile % kLineNumbers);
-    left = column(o0) < pitch ? 8 : 0;
+  KAN_DEVICE HalvesCopies(int64_t pitch, int64_t o0) {
+    constexpr int kPieces = kSplitColumns / 8;
+    static_assert(kMakers / 2 / kPieces == 8);
+    const int thread = int(thread_now()) % (kMakers / 2), in_tile = thread % kPieces * 8;
+    line = thread / kPieces;
+    place = in_tile / kLineNumbers * kPanelBytes + swizzled(line, in_tile % kLineNumbers);
+    column = split_place(o0 + in_tile);
+    left = column < pitch ? 8 : 0;
   }
-  // from: at those columns of the first row; the next ones are `distance` numbers apart, and number `index`, then `next` further and so
-  // on: those from `end` on are zeros.
-  KAN_DEVICE void copy(char* stage, const Float16* from, int64_t distance, int index, int next, int end) const {
-    constexpr int kCount = kSplitDepth / kRows, kStep = kRows * kLineNumbers;
-    Float16* to = reinterpret_cast<Float16*>(stage + place);
-    copy_rows<kCount>(to, kStep, from, distance, left, index, next, end, true);
-    copy_rows<kCount>(to + kCount * kStep, kStep, from + kSplitDepth, distance, left, index, next, end, true);
+  KAN_DEVICE void copy(char* right, const Float16* row, int64_t distance, int index, int next, int end) const {
+    constexpr int kCount = kSplitDepth / 8;
+    Float16* to = reinterpret_cast<Float16*>(right + place);
+    copy_rows<kCount>(to, 8 * kLineNumbers, row + column, distance, left, index, next, end, true);
+    copy_rows<kCount>(to + kSplitDepth * kLineNumbers, 8 * kLineNumbers, row + column + kSplitDepth, distance, left, index, next, end, true);
+    commit_copies();
   }
 };
+
+// The quick way, as quick.cuh's for 16-bit types: of four inputs. Upper halves are cut off, so that the lower one of the window's second
+// weight, whose sign fills the zeros, is not below 0 either.
+KAN_DEVICE bool write_quick_split(const WideArguments& a, const WarpKnots& knots, int at, const float (&x)[kSplitInputs], float scale, int first_base,
+                                  char* upper, char* lower) {
+  uint32_t words[kSplitInputs][2][2], shift[kSplitInputs];
+  const uint32_t first = a.quick.first + 8 * uint32_t(first_base);
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kSplitInputs; m += 2) {
+    QuickKnots two[2];
+    knots.read(at + m, two);
+    KAN_UNROLL_ALL
+    for (int r = m; r < m + 2; ++r) {
+      const float place = held(x[r] * two[r - m].inverse_h + two[r - m].offset, a.quick.lowest, a.quick.highest), whole = place + kToNearest;
+      shift[r] = as_bits(whole) * 8 - first;
+      const float v = place - (whole - kToNearest);
+      float w[4];
+      KAN_UNROLL_ALL
+      for (int q = 0; q < 4; ++q) {
+        const float* c = a.centred[q].c;
+        w[q] = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
+      }
+      KAN_UNROLL_ALL
+      for (int half = 0; half < 2; ++half) cut_pair(w[2 * half] * scale, w[2 * half + 1] * scale, words[r][0][half], words[r][1][half]);
+    }
+  }
+  // NaN is farther than all.
+  uint32_t farthest = 0;
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kSplitInputs; ++m) {
+    const uint32_t from_least = shift[m] + 8 * uint32_t(first_base) - a.quick.least;
+    farthest = farthest > from_least ? farthest : from_least;
+  }
+  if (farthest > a.quick.span) return false;
+  constexpr uint32_t kWindow = 0x76543210u;
+  const uint32_t zeros = a.quick.zeros;
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kSplitInputs; ++m) {
+    auto shifted = [&](int by) { return zeros ^ (shift_word_left(kWindow ^ zeros, by) | shift_word_right(kWindow ^ zeros, -by)); };
+    const uint32_t chosen[2] = {shifted(int(shift[m])), shifted(int(shift[m]) - 32)};
+    KAN_UNROLL_ALL
+    for (int half = 0; half < 2; ++half) {
+      uint32_t bases[4];
+      KAN_UNROLL_ALL
+      for (int n = 0; n < 4; ++n) bases[n] = permute_bytes(words[m][half][0], words[m][half][1], chosen[n / 2] >> (16 * (n % 2)));
+      store_16_bytes(half == 0 ? upper : lower, bases, m * 16);
+    }
+  }
+  return true;
+}
 
 }  // namespace kan::cuda

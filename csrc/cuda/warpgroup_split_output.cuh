@@ -1,11 +1,12 @@
 // contract_output of wide float32 layers on Hopper (sm_90a): warpgroup_output.cuh with operands in halves. A step is four inputs with
-// eight bases each, or, behind all those of a slice, the base branch of 32 inputs.
+// eight bases each, or the base branch of 32 inputs.
 #pragma once
 #include "warpgroup_split.cuh"
 
 namespace kan::cuda {
 
-// The steps of a slice of inputs, in order.
+// The steps of a slice of inputs, in order: four of them with eight bases each, one chunk of bases after the other; behind all of them
+// the base branch.
 struct SplitStep {
   int begin, end, chunks, input, chunk = 0;
   bool has_base, is_of_base = false;
@@ -16,7 +17,6 @@ struct SplitStep {
     const int inputs = end - begin;
     return (inputs + kSplitInputs - 1) / kSplitInputs * chunks + (has_base ? (inputs + kSplitDepth - 1) / kSplitDepth : 0);
   }
-  KAN_DEVICE bool is_base() const { return is_of_base; }
   KAN_DEVICE void advance() {
     if (is_of_base) {
       input += kSplitDepth;
@@ -28,22 +28,56 @@ struct SplitStep {
   }
 };
 
-// A maker's thread has one row.
-KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const SplitStep& first, int64_t b0, char* left) {
+// body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's is read.
+template <class Body> KAN_DEVICE void for_every_split_tile(const Problem& p, int64_t slices, int64_t inputs_per_slice, Body body) {
+  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
+  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
+    for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
+      const int64_t begin = slice * inputs_per_slice;
+      const int64_t end = begin + inputs_per_slice < p.in_features ? begin + inputs_per_slice : p.in_features;
+      body(SplitStep(begin, end, chunks, p.base_weight != nullptr), o0, slice);
+      meet(kRingTile, kGroupThreads);
+    }
+}
+
+// The copies of a step's weights.
+KAN_DEVICE void copy_split_weights(const Problem& p, const Halves& h, const HalvesCopies& copies, int input, int first_base, bool is_base, int end,
+                                   char* right) {
+  const int64_t pitch = split_pitch(p.out_features);
+  const int line = copies.line, basis = first_base + line;
+  if (is_base) copies.copy(right, h.base + int64_t(input + line) * pitch, 8 * pitch, input + line, 8, end);
+  else copies.copy(right, h.spline + (int64_t(input) * p.bases() + basis) * pitch, p.bases() * pitch, input, 1, basis < p.bases() ? end : 0);
+}
+
+// A maker's thread has one row. The quick way has the last row again below the batch, for sums that nobody writes.
+template <bool kQuick>
+KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const SplitStep& first, int64_t b0, int64_t o0, char* stages, char* memory) {
   const Problem& p = a.p;
   auto line = [] { return int(thread_now()) % kGroupRows; };
+  auto row = [&] { return !kQuick || b0 + line() < p.batch ? b0 + line() : p.batch - 1; };
   const bool vectors = inputs_in_vectors(p, 4);
+  const HalvesCopies copies(split_pitch(p.out_features), o0);
+  auto scale_of_row = [&] { return h.rows[b0 + line() < p.batch ? b0 + line() : p.batch - 1]; };
+  const float kept = kQuick ? scale_of_row() : 0.0f;  // the general way has no register left for it
   SplitStep now = first;
-  if (int(thread_now()) / kGroupRows % 2 == 1) now.advance();
+  if (makers_group() == 1) now.advance();
   Stored<4> ahead;
-  auto load = [&](int i) { load_inputs(ahead, p, b0 + line(), i, first.end, vectors); };
+  auto load = [&](int i) {
+    if (!kQuick) load_inputs(ahead, p, row(), i, first.end, vectors);
+    else if (i < first.end) ahead.load_whole(rows_from(p, p.x, row()), p.x_dtype, i);
+  };
   load(now.input);
-  make_own_steps(first.count(), [&](int stage) {
-    auto piece = [&](int number) { return left + stage * kLeftBytes + swizzled_piece(line(), number); };
+  WarpKnots knots(knots_of_warp(memory));
+  int known = first.begin;  // inputs whose knots are here end there
+  if (kQuick) knots.load(a, known);
+  make_ring(first.count(), [&](int stage) {
+    char* left = stages + stage * kRingStageBytes;
+    auto piece = [&](int number) { return left + swizzled_piece(line(), number); };
     const int input = now.input, first_base = now.chunk * kStepBases;
     const bool is_base = now.is_of_base;
-    const float scale = h.rows[b0 + line() < p.batch ? b0 + line() : p.batch - 1];
+    const float scale = kQuick ? kept : scale_of_row();
     now.advance(), now.advance();
+    copy_split_weights(p, h, copies, input, first_base, is_base, first.end, left + kLeftBytes);
     float x[4];
     if (is_base) {
       KAN_NO_UNROLL
@@ -56,65 +90,39 @@ KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const S
     }
     ahead.widen(p.x_dtype, x);
     load(now.input);
-    for_four_windows(a, b0 + line(), input, first.end, x,
-                     [&](int m, const Item& item) { write_split(item, scale, first_base, piece(m), piece(m + 4)); });
+    if constexpr (kQuick) {
+      if (input >= known) {
+        knots.arrive();
+        known += WarpKnots::kInputs;
+        knots.load(a, known);
+      }
+      if (write_quick_split(a, knots, (input - first.begin) % WarpKnots::kInputs, x, scale, first_base, piece(0), piece(4))) return;
+      write_general_split(a, row(), input, scale, first_base, piece, [&](int m) { return piece(m + 4); });
+    } else {
+      for_four_windows(a, row(), input, first.end, x,
+                       [&](int m, const Item& item) { write_split(item, scale, first_base, piece(m), piece(m + 4)); });
+    }
   });
 }
 
-KAN_DEVICE void multiply_split_left(const WideArguments& a, const Halves& h, const SplitStep& first, int64_t o0, char* right, const char* left,
-                                    SplitSums& sums) {
-  using Copies = LineCopies;
-  const Problem& p = a.p;
-  const int64_t pitch = split_pitch(p.out_features), of_input = p.bases() * pitch;
-  const Copies copies(pitch, o0);
-  const int group = multiplier_group(), basis = Copies::line() % kStepBases;
-  constexpr int kInputs = Copies::kRows / kStepBases;  // from a thread's row to its next one
-  // The first row of the step at hand.
-  const Float16* spline = h.spline + (first.begin + Copies::line() / kStepBases) * of_input + basis * pitch + Copies::column(o0);
-  const Float16* base = h.base + (first.begin + Copies::line()) * pitch + Copies::column(o0);
-  multiply_steps<true, kSplitTogether>(
-      first,
-      [&](const SplitStep& step, int stage) {
-        char* to = right + stage * kRightBytes<kSplitColumns>;
-        if (step.is_of_base) {
-          copies.copy(to, base, Copies::kRows * pitch, step.input + Copies::line(), Copies::kRows, step.end);
-          base += kSplitDepth * pitch;
-        } else {
-          const bool exists = step.chunk * kStepBases + basis < p.bases();
-          copies.copy(to, spline, kInputs * of_input, step.input + Copies::line() / kStepBases, kInputs, exists ? step.end : 0);
-          spline += step.chunk + 1 < step.chunks ? kStepBases * pitch : kSplitInputs * of_input - (step.chunks - 1) * kStepBases * pitch;
-        }
-      },
-      [&](bool, int left_stage, int stage, int number) {
-        sums.multiply<false, true>(left + left_stage * kLeftBytes + group * (kLeftBytes / 2), right + stage * kRightBytes<kSplitColumns>, number);
-      },
-      [&] { sums.collect(); });
-}
-
+template <bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1) output_split(WideArguments a, Halves h, float* parts, int64_t slices, int64_t inputs_per_slice) {
 #if KAN_WARPGROUPS
   const Problem& p = a.p;
-  char* right = first_atom();
-  char* left = right + kRightStages * kRightBytes<kSplitColumns>;
+  char* stages = first_atom();
+  char* knots = stages + kRingBytes;
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
-  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
-  auto for_every_tile = [&](auto body) {
-    for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
-      for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
-        const int64_t begin = slice * inputs_per_slice;
-        const int64_t end = begin + inputs_per_slice < p.in_features ? begin + inputs_per_slice : p.in_features;
-        body(SplitStep(begin, end, chunks, p.base_weight != nullptr), o0, slice);
-        meet(kTileBarrier, kGroupThreads);  // nobody makes or copies what belongs to the next tile while this one's is read
-      }
-  };
   if (int(threadIdx.x) >= kMultipliers) {
     set_registers<kSplitMakersRegisters>();
-    for_every_tile([&](const SplitStep& first, int64_t, int64_t) { make_split_left(a, h, first, b0, left); });
+    for_every_split_tile(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t) {
+      make_split_left<kQuick>(a, h, first, b0, o0, stages, knots);
+    });
   } else {
     set_registers<kSplitMultipliersRegisters>();
-    for_every_tile([&](const SplitStep& first, int64_t o0, int64_t slice) {
+    for_every_split_tile(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
+      const int group = multiplier_group();
       SplitSums sums;
-      multiply_split_left(a, h, first, o0, right, left, sums);
+      sums.add_ring<false, true>(first.count(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         const int64_t b = b0 + row, o = o0 + column;
         if (b >= p.batch || o >= p.out_features) return;

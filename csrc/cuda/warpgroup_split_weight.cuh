@@ -4,96 +4,120 @@
 #include "warpgroup_split.cuh"
 #include "warpgroup_weight.cuh"
 
+#include <type_traits>
+
 namespace kan::cuda {
 
-struct SplitBatchStep {
-  int64_t b, end;
-  KAN_DEVICE int count() const { return int((end - b + kSplitDepth - 1) / kSplitDepth); }
-  KAN_DEVICE static bool is_base() { return false; }
-  KAN_DEVICE void advance() { b += kSplitDepth; }
+// The rows of a slice.
+struct Rows {
+  int64_t begin, end;
+  KAN_DEVICE int steps() const { return int((end - begin + kSplitDepth - 1) / kSplitDepth); }
 };
 
+// body(rows, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's is read.
+template <class Body> KAN_DEVICE void for_every_part(const Problem& p, int64_t slices, int64_t rows_per_slice, Body body) {
+  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
+    for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
+      const int64_t begin = slice * rows_per_slice;
+      body(Rows{begin, begin + rows_per_slice < p.batch ? begin + rows_per_slice : p.batch}, o0, slice);
+      meet(kRingTile, kGroupThreads);
+    }
+}
+
 // A maker's thread has four inputs of one row, half a line of a panel (or 32 inputs of the base branch): its lane says which row.
-KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const FeatureTile& tile, const SplitBatchStep& first, char* left) {
+template <bool kQuick, bool kBase>
+KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const FeatureTile& tile, const Rows& rows, int64_t o0, char* stages,
+                                 char* memory) {
   const Problem& p = a.p;
+  const int64_t pitch = split_pitch(p.out_features);
+  const HalvesCopies copies(pitch, o0);
   auto line = [] { return int(thread_now()) % kSplitDepth; };
   auto quarter = [] { return int(thread_now()) / kSplitDepth % 4; };  // half a panel
   auto place = [&](int stage, int lower, int piece) {
-    return left + stage * kLeftBytes + quarter() / 2 * kPanelBytes + swizzled_piece(line() + lower * kSplitDepth, quarter() % 2 * 4 + piece);
+    return stages + stage * kRingStageBytes + quarter() / 2 * kPanelBytes + swizzled_piece(line() + lower * kSplitDepth, quarter() % 2 * 4 + piece);
   };
-  const bool vectors = inputs_in_vectors(p, 4);
-  int64_t b = first.b + line() + int(thread_now()) / (kMakers / 2) % 2 * kSplitDepth;
+  const bool vectors = kQuick || inputs_in_vectors(p, 4);
+  int64_t b = rows.begin + makers_group() * kSplitDepth;  // the first row of the step at hand
+  auto copy = [&](int stage) {
+    const int there = rows.end - b < kSplitDepth ? int(rows.end - b) : kSplitDepth;
+    copies.copy(stages + stage * kRingStageBytes + kLeftBytes, h.g + (b + copies.line) * pitch, 8 * pitch, copies.line, 8, there);
+  };
   Stored<4> ahead;
-  auto load = [&](int64_t row, int i) { load_inputs(ahead, p, row < first.end ? row : p.batch, i, p.in_features, vectors); };
-  if (tile.is_base) {
+  auto load = [&](int64_t first, int i) {
+    const int64_t row = first + line();
+    if (!kQuick) load_inputs(ahead, p, row < rows.end ? row : p.batch, i, p.in_features, vectors);
+    else ahead.load_whole(rows_from(p, p.x, row < rows.end ? row : rows.end - 1), p.x_dtype, i < p.in_features ? i : 0);
+  };
+  if constexpr (kBase) {
     const int i0 = tile.input + quarter() * kSplitDepth;
     load(b, i0);
-    make_own_steps(first.count(), [&](int stage) {
+    make_ring(rows.steps(), [&](int stage) {
+      copy(stage);
       KAN_NO_UNROLL
       for (int m = 0; m < kSplitDepth / 4; ++m) {
         const bool last = m + 1 == kSplitDepth / 4;
+        const int i = i0 + 4 * m;
         float x[4];
         ahead.widen(p.x_dtype, x);
-        load(last ? b + 2 * kSplitDepth : b, last ? i0 : i0 + 4 * m + 4);
-        const int i = i0 + 4 * m;
+        load(last ? b + 2 * kSplitDepth : b, last ? i0 : i + 4);
         write_split_base(a, x, [&](int n) { return i + n < int(p.in_features) ? h.inputs[i + n] : 1.0f; }, place(stage, 0, m / 2) + m % 2 * 8,
                          place(stage, 1, m / 2) + m % 2 * 8);
       }
       b += 2 * kSplitDepth;
     });
-    return;
-  }
-  const int i = tile.input + quarter() * kSplitInputs;
-  load(b, i);
-  make_own_steps(first.count(), [&](int stage) {
-    float x[4];
-    ahead.widen(p.x_dtype, x);
-    load(b + 2 * kSplitDepth, i);
-    for_four_windows(a, b < first.end ? b : p.batch, i, p.in_features, x, [&](int m, const Item& item) {
-      write_split(item, kSplitTop, tile.chunk * kStepBases, place(stage, 0, m), place(stage, 1, m));
+  } else {
+    const int i = tile.input + quarter() * kSplitInputs;
+    WarpKnots knots(knots_of_warp(memory));
+    if (kQuick) {
+      knots.load(a, tile.input);
+      knots.arrive();
+    }
+    load(b, i);
+    make_ring(rows.steps(), [&](int stage) {
+      copy(stage);
+      float x[4];
+      ahead.widen(p.x_dtype, x);
+      b += 2 * kSplitDepth;
+      load(b, i);
+      const int first_base = tile.chunk * kStepBases;
+      auto upper = [&](int m) { return place(stage, 0, m); };
+      auto lower = [&](int m) { return place(stage, 1, m); };
+      if constexpr (kQuick) {
+        if (write_quick_split(a, knots, quarter() * kSplitInputs, x, kSplitTop, first_base, upper(0), lower(0))) return;
+        write_general_split(a, b - 2 * kSplitDepth + line(), i, kSplitTop, first_base, upper, lower);
+      } else {
+        const int64_t here = b - 2 * kSplitDepth + line();
+        for_four_windows(a, here < rows.end ? here : p.batch, i, p.in_features, x,
+                         [&](int m, const Item& item) { write_split(item, kSplitTop, first_base, upper(m), lower(m)); });
+      }
     });
-    b += 2 * kSplitDepth;
-  });
+  }
 }
 
+template <bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     weight_split(WideArguments a, Halves h, float* spline, float* base, int64_t slices, int64_t rows_per_slice) {
 #if KAN_WARPGROUPS
   const Problem& p = a.p;
-  char* right = first_atom();
-  char* left = right + kRightStages * kRightBytes<kSplitColumns>;
-  const FeatureTile tile = feature_tile(p, blockIdx.x);
-  const int64_t pitch = split_pitch(p.out_features);
-  auto for_every_tile = [&](auto body) {
-    for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
-      for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
-        const int64_t begin = slice * rows_per_slice;
-        body(SplitBatchStep{begin, begin + rows_per_slice < p.batch ? begin + rows_per_slice : p.batch}, o0, slice);
-        meet(kTileBarrier, kGroupThreads);  // nobody makes or copies what belongs to the next tile while this one's is read
-      }
-  };
+  char* stages = first_atom();
+  char* knots = stages + kRingBytes;
   if (int(threadIdx.x) >= kMultipliers) {
     set_registers<kSplitMakersRegisters>();
-    for_every_tile([&](const SplitBatchStep& first, int64_t, int64_t) { make_split_lines(a, h, tile, first, left); });
+    const FeatureTile tile = feature_tile(p, blockIdx.x);
+    auto make = [&](auto is_base) {
+      for_every_part(p, slices, rows_per_slice, [&](const Rows& rows, int64_t o0, int64_t) {
+        make_split_lines<kQuick, decltype(is_base)::value>(a, h, tile, rows, o0, stages, knots);
+      });
+    };
+    if (tile.is_base) make(std::true_type{});
+    else make(std::false_type{});
   } else {
     set_registers<kSplitMultipliersRegisters>();
-    for_every_tile([&](const SplitBatchStep& first, int64_t o0, int64_t slice) {
+    const FeatureTile tile = feature_tile(p, blockIdx.x);
+    for_every_part(p, slices, rows_per_slice, [&](const Rows& rows, int64_t o0, int64_t slice) {
       const int group = multiplier_group();
-      using Copies = LineCopies;
-      const Copies copies(pitch, o0);
-      const Float16* from = h.g + (first.b + Copies::line()) * pitch + Copies::column(o0);  // the first row of the step at hand
       SplitSums sums;
-      multiply_steps<true, kSplitTogether>(
-          first,
-          [&](const SplitBatchStep& step, int stage) {
-            const int there = step.end - step.b < kSplitDepth ? int(step.end - step.b) : kSplitDepth;
-            copies.copy(right + stage * kRightBytes<kSplitColumns>, from, Copies::kRows * pitch, Copies::line(), Copies::kRows, there);
-            from += kSplitDepth * pitch;
-          },
-          [&](bool, int left_stage, int stage, int number) {
-            sums.multiply<true, true>(left + left_stage * kLeftBytes + group * kPanelBytes, right + stage * kRightBytes<kSplitColumns>, number);
-          },
-          [&] { sums.collect(); });
+      sums.add_ring<true, true>(rows.steps(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
       for_every_pair(sums.sums, [&](int feature, int column, float low, float high) {
         const int64_t i = tile.input + (tile.is_base ? feature : feature / kStepBases), o = o0 + column;
         const int f = tile.chunk * kStepBases + feature % kStepBases;

@@ -41,6 +41,8 @@ KAN_DEVICE uint64_t describe_tile(const char* tile) {
   constexpr uint64_t kLeading = kPanelBytes, kStride = kAtomBytes, kSwizzle128 = 1;
   return (shared_address(tile) & 0x3ffff) >> 4 | kLeading >> 4 << 16 | kStride >> 4 << 32 | kSwizzle128 << 62;
 }
+// To the descriptor of what is so many bytes further.
+KAN_DEVICE uint64_t further(uint64_t descriptor, int bytes) { return descriptor + uint32_t(bytes >> 4); }
 // To the descriptor of what is 16 deeper: two pieces of every line, or two atoms.
 constexpr uint64_t kSixteenInLine = 32 >> 4, kSixteenLines = 2 * kAtomBytes >> 4;
 
@@ -48,24 +50,37 @@ constexpr uint64_t kSixteenInLine = 32 >> 4, kSixteenLines = 2 * kAtomBytes >> 4
 // compiled for 512 threads, however many registers the multipliers take later.
 template <int kColumns> using GroupSums = float[kColumns / 128][64];
 
-// A step's product, 64 deep. By lines: of that operand a line is one depth. float16x3: 32 deep, the upper halves and then the lower
-// ones. kept: what the sums were counts.
-template <Products P, bool kLeftByLines, bool kRightByLines, int kParts>
-KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right, bool kept = true) {
-  const uint64_t a = describe_tile(left), b = describe_tile(right);
+// A step's product, of depths kFirst .. kLast - 1 of kGroupDepth / 16. By lines: of that operand a line is one depth.
+template <Products P, bool kLeftByLines, bool kRightByLines, int kFirst = 0, int kLast = kGroupDepth / 16, int kParts>
+KAN_DEVICE void multiply_group(float (&sums)[kParts][64], uint64_t left, uint64_t right) {
   // 128 columns further: two panels of lines, or 128 lines.
   constexpr uint64_t kPart = (kRightByLines ? 2 * kPanelBytes : 128 * 2 * kLineNumbers) >> 4;
-  constexpr bool kSplit = P == Products::float16x3;
-  constexpr int kLefts[] = {0, 1, 2, 3, 0, 1}, kRights[] = {kSplit ? 2 : 0, kSplit ? 3 : 1, kSplit ? 0 : 2, kSplit ? 1 : 3, 0, 1};
   KAN_UNROLL_ALL
-  for (int k = 0; k < (kSplit ? 6 : 4); ++k)
+  for (int k = kFirst; k < kLast; ++k)
     KAN_UNROLL_ALL
     for (int part = 0; part < kParts; ++part) {
-      const uint64_t a_k = a + kLefts[k] * (kLeftByLines ? kSixteenLines : kSixteenInLine);
-      const uint64_t b_k = b + kRights[k] * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
-      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k, kept || k > 0);
-      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], a_k, b_k, kept || k > 0);
+      const uint64_t left_k = left + k * (kLeftByLines ? kSixteenLines : kSixteenInLine);
+      const uint64_t right_k = right + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
+      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], left_k, right_k);
+      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], left_k, right_k);
     }
+}
+template <Products P, bool kLeftByLines, bool kRightByLines, int kParts>
+KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right) {
+  multiply_group<P, kLeftByLines, kRightByLines>(sums, describe_tile(left), describe_tile(right));
+}
+
+// A step's product as multiply_steps wants it, in two commits. copy_now(), which begins copies, comes once the first instructions are on
+// their way: those behind them wait for room among the tensor cores' work, and so would what follows them all.
+template <Products P, bool kLeftByLines, bool kRightByLines, int kParts, class Copy>
+KAN_DEVICE void multiply_and_copy(float (&sums)[kParts][64], uint64_t left, uint64_t right, Copy copy_now) {
+  order_registers();
+  multiply_group<P, kLeftByLines, kRightByLines, 0, 1>(sums, left, right);
+  commit_products();
+  copy_now();
+  order_registers();
+  multiply_group<P, kLeftByLines, kRightByLines, 1>(sums, left, right);
+  commit_products();
 }
 
 // 8 numbers of every one of kRows rows, to shared memory: row `row`, `next` rows further and so on, as far as they lie below
@@ -88,11 +103,53 @@ KAN_DEVICE void copy_rows(T* to, int to_next, const T* from, int64_t from_next, 
   }
 }
 
+// A thread's pieces of a step's kGroupDepth rows, by lines: 8 columns of every panel, of row `row` and of row `row` + kNext. From panel to
+// panel, and from row to row, all places differ alike.
+struct PanelPieces {
+  static constexpr int kNext = kGroupDepth / 2;
+  int row, column;
+
+  KAN_DEVICE PanelPieces() : row(int(threadIdx.x) / 8), column(int(threadIdx.x) % 8 * 8) {
+    static_assert(kMultipliers / 8 == kNext);
+  }
+  // To shared memory, from the two rows, of which columns `column` and further are at hand: `left` of them exist, of a row that is there.
+  // whole: all panels do. What does not exist becomes zeros.
+  template <int kColumns, class T>
+  KAN_DEVICE void copy(char* stage, const T* first, const T* second, bool first_there, bool second_there, int left, bool whole, bool aligned) const {
+    constexpr int kPanels = kColumns / kLineNumbers, kPanelNumbers = kPanelBytes / int(sizeof(T));
+    T* to = reinterpret_cast<T*>(stage + swizzled(row, column));
+    if (aligned && whole) {
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kPanels; ++m) copy_16_bytes(to + m * kPanelNumbers, first + m * kLineNumbers, !first_there);
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kPanels; ++m) copy_16_bytes(to + m * kPanelNumbers + kNext * kLineNumbers, second + m * kLineNumbers, !second_there);
+      return;
+    }
+    if (aligned) {
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kPanels; ++m) copy_16_bytes(to + m * kPanelNumbers, first + m * kLineNumbers, !first_there || left <= m * kLineNumbers);
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kPanels; ++m)
+        copy_16_bytes(to + m * kPanelNumbers + kNext * kLineNumbers, second + m * kLineNumbers, !second_there || left <= m * kLineNumbers);
+      return;
+    }
+    KAN_NO_UNROLL
+    for (int m = 0; m < kPanels * kLineNumbers; m = m % 8 == 7 ? m - 7 + kLineNumbers : m + 1) {
+      T* number = to + m / kLineNumbers * kPanelNumbers + m % 8;
+      *number = first_there && m < left ? first[m] : T{};
+      number[kNext * kLineNumbers] = second_there && m < left ? second[m] : T{};
+    }
+  }
+};
+
 // Numbered barriers: of each left stage one for "made" and one for "read", and one for everybody.
 constexpr int kMadeBarrier = 1, kReadBarrier = kMadeBarrier + kLeftStages, kTileBarrier = kReadBarrier + kLeftStages;
 constexpr int kHandover = kMultipliers + kMakers / 2;  // threads of both: one of the makers' groups
 
-KAN_DEVICE int next_of(int stage, int stages) { return stage + 1 < stages ? stage + 1 : 0; }
+template <int kStages> KAN_DEVICE int next_of(int stage) {
+  if constexpr ((kStages & (kStages - 1)) == 0) return (stage + 1) & (kStages - 1);
+  else return stage + 1 < kStages ? stage + 1 : 0;
+}
 
 // Every maker's warp has its part.
 constexpr int kKnotsBytes = kMakers / 32 * WarpKnots::kBytes;
@@ -100,22 +157,32 @@ KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
   return reinterpret_cast<QuickKnots*>(knots + (threadIdx.x - kMultipliers) / 32 * WarpKnots::kBytes);
 }
 
-// Step s, which make() writes for the tensor cores to `stage`.
-template <class Make> KAN_DEVICE void make_step(int s, int stage, Make make) {
-  if (s >= kLeftStages) meet(kReadBarrier + stage, kHandover);
-  make();
+// Around what a maker writes to `stage`, for the tensor cores.
+KAN_DEVICE void begin_step(int stage) { meet(kReadBarrier + stage, kHandover); }
+KAN_DEVICE void end_step(int stage) {
   show_to_tensor_cores();
   arrive(kMadeBarrier + stage, kHandover);
 }
 
-// A makers' group's loop: of `steps` steps the two groups take turns, for making one may take as long as multiplying two. make(stage)
-// writes what the tensor cores will read.
-template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
-  int s = int(thread_now()) / (kMakers / 2) % 2, stage = s;
-  KAN_NO_UNROLL
-  for (; s < steps; s += 2) {
-    make_step(s, stage, [&] { make(stage); });
+// The steps of a makers' group: of all steps the two groups take turns, for making one may take as long as multiplying two.
+struct OwnSteps {
+  int stage = first();
+
+  KAN_DEVICE static int first() { return int(thread_now()) / (kMakers / 2) % 2; }
+  KAN_DEVICE void begin() const { begin_step(stage); }
+  KAN_DEVICE void end() {
+    end_step(stage);
     stage = stage > 0 ? stage - 1 : kLeftStages - 1;  // two further
+  }
+};
+// Of `steps` steps a group's own: make(stage) writes what the tensor cores will read.
+template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
+  OwnSteps own;
+  KAN_NO_UNROLL
+  for (int s = own.first(); s < steps; s += 2) {
+    own.begin();
+    make(own.stage);
+    own.end();
   }
 }
 // The same for steps that have to be gone through one by one: make(step, stage).
@@ -124,51 +191,54 @@ template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int grou
   int stage = 0;
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
-    if ((s & 1) == group) make_step(s, stage, [&] { make(step, stage); });
+    if ((s & 1) == group) {
+      begin_step(stage);
+      make(step, stage);
+      end_step(stage);
+    }
     step.advance();
-    stage = next_of(stage, kLeftStages);
+    stage = next_of<kLeftStages>(stage);
   }
 }
 
-struct Nothing {
-  KAN_DEVICE void operator()() const {}
-};
-
-// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage, number) begins its
-// product, with a fence before and a commit behind. Without makers only the multipliers meet. kTogether: after so many steps, and after
-// the last one, collect() is called when their products are done.
-template <bool kMade, int kTogether = 0, class Step, class Copy, class Multiply, class Collect = Nothing>
-KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply, Collect collect = {}) {
+// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
+// product, with a fence before and a commit behind; with a fourth parameter it calls that once meanwhile,
+// which begins further copies, and commits twice. Without makers only the multipliers meet.
+template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
   const int steps = coming.count();
   uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
-  int copied = 0;
+  int uncopied = steps;
   auto copy_next = [&](int stage) {
     kinds = kinds << 1 | uint32_t(coming.is_base());
-    if (copied++ < steps) copy(coming, stage);
+    if (uncopied-- > 0) copy(coming, stage);
     commit_copies();
     coming.advance();
   };
   for (int s = 0; s < kRightStages - 2; ++s) copy_next(s);
+  KAN_UNROLL_ALL
+  for (int s = 0; kMade && s < kLeftStages; ++s)
+    if (s < steps) arrive(kReadBarrier + s, kHandover);
   int left = 0, before = kLeftStages - 1, right = 0, next = kRightStages - 2;
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
-    // This step's copies are there, and what has been made, for everybody.
+    // This step's copies are there, and what has been made, for everybody. What the step before last used has been read by both groups.
     wait_for_copies<kRightStages - 3>();
     show_to_tensor_cores();
     if (kMade) meet(kMadeBarrier + left, kHandover);
     else meet(kTileBarrier, kMultipliers);
-    multiply(bool(kinds >> (kRightStages - 3) & 1u), left, right, s);
-    // What the step before last used has been read by both groups.
-    copy_next(next);
-    if (kTogether > 0 && (s % kTogether == kTogether - 1 || s == steps - 1)) {
-      wait_for_products<0>();
-      collect();
+    const bool is_base = kinds >> (kRightStages - 3) & 1u;
+    auto copy_now = [&] { copy_next(next); };
+    if constexpr (requires { multiply(is_base, left, right, copy_now); }) {
+      multiply(is_base, left, right, copy_now);
+      wait_for_products<2>();
     } else {
+      multiply(is_base, left, right);
+      copy_now();
       wait_for_products<1>();
     }
     if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before, kHandover);
     before = left;
-    left = next_of(left, kLeftStages), right = next_of(right, kRightStages), next = next_of(next, kRightStages);
+    left = next_of<kLeftStages>(left), right = next_of<kRightStages>(right), next = next_of<kRightStages>(next);
   }
   wait_for_products<0>();
   wait_for_copies<0>();

@@ -67,80 +67,147 @@ KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, cons
   });
 }
 
-// x of eight inputs from i on, of row b, as far as they exist.
-KAN_DEVICE void load_quickly(Stored<kQuickInputs>& to, const Problem& p, int64_t b, int64_t end, int i) {
+// Where the quick way reads x in a group's own steps: row `line` of each, as far as they exist; then the last of them again, or the slice's
+// last row. g's rows are zeros there.
+struct QuickRows {
+  const char* here;
+
+  KAN_DEVICE QuickRows(const Problem& p, const BatchStep& first, int line) {
+    const int64_t b = first.b + OwnSteps::first() * kGroupDepth + line;
+    here = static_cast<const char*>(rows_from(p, p.x, b < first.end ? b : first.end - 1));
+  }
+  // How many of all steps have row `line`.
+  KAN_DEVICE static int steps(const BatchStep& first, int line) { return int((first.end - first.b + kGroupDepth - 1 - line) / kGroupDepth); }
+  // To the next own step, where that has the row.
+  KAN_DEVICE void advance(const Problem& p, int x_dtype, bool there) {
+    if (there) here += 2 * kGroupDepth * p.in_features * (x_dtype == kFloat32 ? 4 : 2);
+  }
+};
+// For eight inputs from i on: what does not exist is read as the last that does.
+KAN_DEVICE int quick_input(const Problem& p, int i) {
   const int last = int(p.in_features) - kQuickInputs;
-  to.load_whole(rows_from(p, p.x, b < end ? b : end - 1), p.x_dtype, i < last ? i : last);
+  return i < last ? i : last;
 }
 
-template <Products P>
-KAN_DEVICE void make_lines_quickly(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left, char* memory) {
+// kUsual: order 3, x of the weights' type.
+template <Products P, bool kUsual>
+KAN_DEVICE void make_lines_quickly(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* lines, char* memory) {
   const Problem& p = a.p;
-  const int panel = int(thread_now()) / kGroupDepth % 2, i0 = tile.input + panel * kGroupInputs;
-  const int line = int(thread_now()) % kGroupDepth;
-  int64_t b = first.b + line + int(thread_now()) / (kMakers / 2) % 2 * kGroupDepth;
-  WarpKnots knots{knots_of_warp(memory), {}};
-  knots.load(a, i0);
+  const int first_base = tile.chunk * kStepBases, steps = first.count(), x_dtype = kUsual ? kStoredAs<P> : p.x_dtype;
+  // Registers are few: what the usual way does not need in every step is computed where it is used.
+  auto line = [] { return int(thread_now()) % kGroupDepth; };
+  auto panel = [] { return int(thread_now()) / kGroupDepth % 2; };
+  auto input = [&] { return tile.input + panel() * kGroupInputs; };
+  char* first_line = pointer_now(lines + panel() * kPanelBytes + swizzled(line(), 0));
+  WarpKnots knots(knots_of_warp(memory));
+  knots.load(a, input());
   knots.arrive();
+  OwnSteps own;
+  int s = own.first();
   Stored<kQuickInputs> ahead;
-  load_quickly(ahead, p, b, first.end, i0);
-  make_own_steps(first.count(), [&](int stage) {
-    char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
+  QuickRows rows(p, first, line());
+  auto load = [&] { ahead.load_whole(rows.here, x_dtype, quick_input(p, input())); };
+  load();
+  KAN_NO_UNROLL
+  for (; s < steps; s += 2) {
     float x[kQuickInputs];
-    ahead.widen(p.x_dtype, x);
-    b += 2 * kGroupDepth;
-    load_quickly(ahead, p, b, first.end, i0);
-    const int first_base = tile.chunk * kStepBases;
-    if (!write_quick_windows<P>(a, knots.here, x, first_base, lines + swizzled(line, 0)))
-      write_general_windows<P>(a, b - 2 * kGroupDepth, i0, first_base, lines, line);
-  });
+    ahead.widen(x_dtype, x);
+    rows.advance(p, x_dtype, s + 2 < QuickRows::steps(first, line()));
+    load();
+    QuickWindows<P> windows;
+    windows.template evaluate<kUsual>(a, knots, 0, x, first_base);
+    own.begin();  // not before: until here nothing is written
+    char* start = first_line + own.stage * kLeftBytes;
+    if (!windows.write(a, first_base, start))
+      write_general_windows<P>(a, first.b + int64_t(s) * kGroupDepth + line(), input(), first_base, start - swizzled(line(), 0), line());
+    own.end();
+  }
 }
 
-// The base branch, eight inputs at a time; the next eights are on their way.
-template <Products P, bool kQuick>
-KAN_DEVICE void make_base_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left) {
+// The base branch, eight inputs at a time; the next ones are on their way.
+template <Products P> KAN_DEVICE void make_base_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left) {
   const Problem& p = a.p;
   const int panel = int(thread_now()) / kGroupDepth % 2, i0 = tile.input + panel * kGroupDepth;
   const int line = int(thread_now()) % kGroupDepth;
-  constexpr int kAhead = kQuick ? 4 : 1, kEights = kGroupDepth / kQuickInputs;
   const bool vectors = inputs_in_vectors(p, kQuickInputs);
-  Stored<kQuickInputs> ahead[kAhead];
-  auto load = [&](Stored<kQuickInputs>& to, int64_t b, int i) {
-    if (kQuick) load_quickly(to, p, b, first.end, i);
-    else load_inputs(to, p, b < first.end ? b : p.batch, i, p.in_features, vectors);
-  };
-  int64_t b = first.b + line + int(thread_now()) / (kMakers / 2) % 2 * kGroupDepth;
-  KAN_UNROLL_ALL
-  for (int m = 0; m < kAhead; ++m) load(ahead[m], b, i0 + m * kQuickInputs);
+  Stored<kQuickInputs> ahead;
+  auto load = [&](int64_t b, int i) { load_inputs(ahead, p, b < first.end ? b : p.batch, i, p.in_features, vectors); };
+  int64_t b = first.b + line + OwnSteps::first() * kGroupDepth;
+  load(b, i0);
   make_own_steps(first.count(), [&](int stage) {
     char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
     KAN_NO_UNROLL
-    for (int begin = 0; begin < kEights; begin += kAhead)
-      KAN_UNROLL_ALL
-      for (int m = 0; m < kAhead; ++m) {
-        const int piece = begin + m, next = piece + kAhead, i = i0 + piece * kQuickInputs;
-        float x[kQuickInputs];
-        uint32_t words[4];
-        ahead[m].widen(p.x_dtype, x);
-        load(ahead[m], next < kEights ? b : b + 2 * kGroupDepth, i0 + next % kEights * kQuickInputs);
-        base_features<P, !kQuick>(a, b, i, x, words);
-        store_16_bytes(lines + swizzled(line, piece * 8), words);
-      }
+    for (int m = 0; m < kGroupDepth; m += kQuickInputs) {
+      const int next = m + kQuickInputs;
+      float x[kQuickInputs];
+      uint32_t words[4];
+      ahead.widen(p.x_dtype, x);
+      load(next < kGroupDepth ? b : b + 2 * kGroupDepth, i0 + next % kGroupDepth);
+      base_features<P, true>(a, b, i0 + m, x, words);
+      store_16_bytes(lines + swizzled(line, m), words);
+    }
     b += 2 * kGroupDepth;
   });
 }
 
-// One thread's pieces of a step of g: 8 columns of every kRows-th row.
-template <int kColumns, class T> KAN_DEVICE void copy_gradients(const WideArguments& a, const BatchStep& step, int64_t o0, char* stage) {
+// The same where all inputs come in whole groups of 8 and nothing scales. kUsual: silu, x of the weights' type.
+template <Products P, bool kUsual>
+KAN_DEVICE void make_base_lines_quickly(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left) {
   const Problem& p = a.p;
-  constexpr int kPieces = kColumns / 8, kRows = kMultipliers / kPieces;
-  const int column = int(threadIdx.x) % kPieces * 8, row = int(threadIdx.x) / kPieces;
-  const T* from = static_cast<const T*>(p.g) + (step.b + row) * p.out_features + o0 + column;
-  const int there = step.end - step.b < kGroupDepth ? int(step.end - step.b) : kGroupDepth;
-  char* to = stage + column / kLineNumbers * kPanelBytes + swizzled(row, column % kLineNumbers);
-  copy_rows<kGroupDepth / kRows>(reinterpret_cast<T*>(to), kRows * kLineNumbers, from, kRows * p.out_features, columns_left(p, o0 + column), row,
-                                 kRows, there, a.aligned);
+  const int panel = int(thread_now()) / kGroupDepth % 2, line = int(thread_now()) % kGroupDepth, i0 = tile.input + panel * kGroupDepth;
+  const int steps = first.count(), there = QuickRows::steps(first, line), x_dtype = kUsual ? kStoredAs<P> : p.x_dtype;
+  char* first_line = pointer_now(left + panel * kPanelBytes + swizzled(line, 0));
+  constexpr int kAhead = kUsual ? 4 : 2, kEights = kGroupDepth / kQuickInputs;
+  Stored<kQuickInputs> ahead[kAhead];
+  QuickRows rows(p, first, line);
+  auto load = [&](int m, int i) { ahead[m].load_whole(rows.here, x_dtype, quick_input(p, i)); };
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kAhead; ++m) load(m, i0 + m * kQuickInputs);
+  OwnSteps own;
+  KAN_NO_UNROLL
+  for (int s = own.first(); s < steps; s += 2) {
+    own.begin();
+    char* start = first_line + own.stage * kLeftBytes;
+    KAN_NO_UNROLL
+    for (int begin = 0; begin < kEights; begin += kAhead) {
+      const int next = (begin + kAhead) % kEights;
+      if (next == 0) rows.advance(p, x_dtype, s + 2 < there);
+      KAN_UNROLL_ALL
+      for (int m = 0; m < kAhead; ++m) {
+        float x[kQuickInputs];
+        uint32_t words[4];
+        ahead[m].widen(x_dtype, x);
+        load(m, i0 + (next + m) * kQuickInputs);
+        if (kUsual) silu_features<P>(x, words);
+        else base_features<P, false>(a, 0, 0, x, words);
+        store_16_bytes(start, words, (begin + m) * 16);
+      }
+    }
+    own.end();
+  }
 }
+
+// One thread's pieces of the steps of g, two rows of each.
+template <int kColumns, class T> struct GradientCopies {
+  PanelPieces pieces;
+  int64_t at;  // where the first row of the step at hand begins: it runs along
+  int left;
+  bool whole;
+
+  KAN_DEVICE GradientCopies(const Problem& p, const BatchStep& first, int64_t o0) : whole(p.out_features - o0 >= kColumns) {
+    const int64_t o = o0 + pieces.column;
+    at = (first.b + pieces.row) * p.out_features + o;
+    left = columns_left(p, o);
+  }
+  // Of the step at hand, which is `step`; then to the next one.
+  KAN_DEVICE void copy(const WideArguments& a, const BatchStep& step, char* stage) {
+    const int there = step.end - step.b < kGroupDepth ? int(step.end - step.b) : kGroupDepth;
+    const T* from = static_cast<const T*>(a.p.g) + at;
+    pieces.copy<kColumns>(stage, from, from + PanelPieces::kNext * a.p.out_features, pieces.row < there,
+                          pieces.row + PanelPieces::kNext < there, left, whole, a.aligned);
+    at += kGroupDepth * a.p.out_features;
+  }
+};
 
 // kQuick: where a.quick serves.
 template <Products P, int kColumns, bool kQuick>
@@ -165,22 +232,28 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (thread >= kMultipliers) {
     set_registers<kMakersRegisters<kColumns>>();
     for_every_tile([&](const BatchStep& first, int64_t, int64_t) {
-      if (tile.is_base) make_base_lines<P, kQuick>(a, tile, first, left);
-      else if constexpr (kQuick) make_lines_quickly<P>(a, tile, first, left, knots);
-      else make_lines<P>(a, tile, first, left);
+      if constexpr (kQuick) {
+        const bool silu = a.activation.kind == kSilu && a.activation.n == 0, usual = p.x_dtype == kStoredAs<P> && (tile.is_base ? silu : a.quick.mirrored);
+        if (tile.is_base && usual) make_base_lines_quickly<P, true>(a, tile, first, left);
+        else if (tile.is_base) make_base_lines_quickly<P, false>(a, tile, first, left);
+        else if (usual) make_lines_quickly<P, true>(a, tile, first, left, knots);
+        else make_lines_quickly<P, false>(a, tile, first, left, knots);
+      } else {
+        if (tile.is_base) make_base_lines<P>(a, tile, first, left);
+        else make_lines<P>(a, tile, first, left);
+      }
     });
   } else {
     set_registers<kMultipliersRegisters<kColumns>>();
     for_every_tile([&](const BatchStep& first, int64_t o0, int64_t slice) {
-      const int group = multiplier_group();
+      const uint64_t lefts = describe_tile(left + multiplier_group() * kPanelBytes), rights = describe_tile(right);
       GroupSums<kColumns> sums = {};
+      GradientCopies<kColumns, T> copies(p, first, o0);
       multiply_steps<true>(
-          first,
-          [&](const BatchStep& step, int stage) { copy_gradients<kColumns, T>(a, step, o0, right + stage * kRightBytes<kColumns>); },
-          [&](bool, int left_stage, int stage, int) {
-            order_registers();
-            multiply_group<P, true, true>(sums, left + left_stage * kLeftBytes + group * kPanelBytes, right + stage * kRightBytes<kColumns>);
-            commit_products();
+          first, [&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); },
+          [&](bool, int left_stage, int stage, auto copy_now) {
+            multiply_and_copy<P, true, true>(sums, further(lefts, left_stage * kLeftBytes), further(rights, stage * kRightBytes<kColumns>),
+                                             copy_now);
           });
       for_every_pair(sums, [&](int feature, int column, float low, float high) {
         const int64_t i = tile.input + (tile.is_base ? feature : feature / kStepBases), o = o0 + column;

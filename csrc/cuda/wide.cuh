@@ -13,7 +13,7 @@ constexpr int kStepInputs = 4, kStepBases = 8, kStepDepth = kStepInputs * kStepB
 template <Products P> struct StorageOf { using Type = float; };
 template <> struct StorageOf<Products::bfloat16> { using Type = BFloat16; };
 template <> struct StorageOf<Products::float16> { using Type = Float16; };
-template <> struct StorageOf<Products::float16x3> { using Type = Float16; };
+template <Products P> constexpr int kStoredAs = P == Products::bfloat16 ? kBFloat16 : P == Products::float16 ? kFloat16 : kFloat32;
 
 // What even_window wants of an input's knots.
 struct Even {
@@ -35,7 +35,11 @@ template <int kNumbers> struct Stored {
   // All of them exist, and begin at a multiple of 16 bytes, or of what they take.
   KAN_DEVICE void load_whole(const void* data, int dtype, int at) {
     static_assert(kNumbers % 4 == 0);
-    if (dtype == kFloat32) {
+    if constexpr (kNumbers == 8) {  // the first 16 bytes whatever they are
+      const char* from = static_cast<const char*>(data) + int64_t(at) * (dtype == kFloat32 ? 4 : 2);
+      *reinterpret_cast<Words<4>*>(raw) = *reinterpret_cast<const Words<4>*>(from);
+      if (dtype == kFloat32) *reinterpret_cast<Words<4>*>(raw + 4) = *reinterpret_cast<const Words<4>*>(from + 16);
+    } else if (dtype == kFloat32) {
       KAN_UNROLL_ALL
       for (int m = 0; m < kNumbers; m += 4)
         *reinterpret_cast<Words<4>*>(raw + m) = *reinterpret_cast<const Words<4>*>(static_cast<const uint32_t*>(data) + at + m);
@@ -106,7 +110,7 @@ KAN_DEVICE Item even_window(const WideArguments& a, const Even& d, float x, floa
       KAN_UNROLL_WINDOW
       for (int q = 0; q < 4; ++q) {
         const float* c = a.centred[q].c;
-        item.w[q] += ((3 * c[3] * v + 2 * c[2]) * v + c[1]) * distance;
+        item.w[q] += ((1.5f * (c[3] * v) + c[2]) * (v + v) + c[1]) * distance;  // no products of c alone: they would be kept in registers
       }
     }
   }

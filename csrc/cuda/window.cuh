@@ -88,6 +88,14 @@ template <Products P, int kCount> KAN_DEVICE void pack_all(const float (&value)[
   for (int m = 0; m < kCount / 2; ++m) words[m] = pack<P>(value[2 * m], value[2 * m + 1]);
 }
 
+// silu, two to a word.
+template <Products P, int kCount> KAN_DEVICE void silu_features(const float (&x)[kCount], uint32_t (&words)[kCount / 2]) {
+  float value[kCount];
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kCount; ++m) value[m] = silu<0>(x[m]);
+  pack_all<P>(value, words);
+}
+
 // Base activations, or their derivatives, of row b's inputs i and behind it, two to a word; finite outside the problem. kScaled: times
 // scale where there is one; else b and i are not read.
 template <Products P, bool kScaled, int kCount>

@@ -92,6 +92,7 @@ inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, siz
 template <class T> T* shared_memory() { return reinterpret_cast<T*>(emulation::shared); }
 
 inline unsigned thread_now() { return threadIdx.x; }
+template <class T> T* pointer_now(T* pointer) { return pointer; }
 __attribute__((noinline)) inline void barrier() { emulation::wait_at_barrier(__builtin_return_address(0)); }
 inline void warp_barrier() {
   int nothing = 0;
@@ -134,6 +135,12 @@ inline float from_float16(uint16_t bits) { return float(std::bit_cast<_Float16>(
 inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(_Float16(value)); }
 inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | uint32_t(to_bfloat16(high)) << 16; }
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | uint32_t(to_float16(high)) << 16; }
+inline uint16_t to_float16_cut(float value) {
+  const uint16_t nearest = to_float16(value);
+  const float back = from_float16(nearest);
+  return std::abs(back) > std::abs(value) ? uint16_t(nearest - 1) : nearest;  // towards 0 in both signs, from infinity too
+}
+inline uint32_t pack_float16_cut(float low, float high) { return to_float16_cut(low) | uint32_t(to_float16_cut(high)) << 16; }
 inline uint32_t to_tf32(float value) { return (std::bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u; }
 inline uint64_t shift_left(uint64_t value, uint32_t bits) { return bits < 64 ? value << bits : 0; }
 inline uint64_t shift_right(uint64_t value, uint32_t bits) { return bits < 64 ? value >> bits : 0; }

@@ -185,6 +185,10 @@ template <int kGroupsLeft> void wait_for_products() {
 template <int> void set_registers() {}
 inline void meet(int id, int threads) { emulation::meet(id, threads); }
 inline void arrive(int id, int threads) { emulation::arrive(id, threads); }
+inline void load_16_bytes(uint32_t (&words)[4], const void* shared) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("a misaligned load of 16 bytes");
+  std::memcpy(words, shared, 16);
+}
 inline void store_16_bytes(void* shared, const uint32_t (&words)[4], uint32_t turned = 0) {
   const uint32_t address = shared_address(shared) ^ turned;
   if (address % 16 != 0) emulation::fail("a misaligned store of 16 bytes");
