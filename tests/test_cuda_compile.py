@@ -108,7 +108,10 @@ def test_serialized_products_would_be_seen(tmp_path):
     """A sum that is touched between two products."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     kernel = tmp_path / "csrc/cuda/warpgroup_output.cuh"
-    product = "multiply_and_copy<P, false, true>(sums, tile + group * (kLeftBytes / 2), right, copy_now);"
+    product = (
+        "multiply_and_copy<P, false, true>(sums, further(lefts, tile * kLeftBytes), "
+        "further(rights, stage * kRightBytes<kColumns>), copy_now);"
+    )
     assert product in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(product, f"{product} sums[0][0] += 1.0f; {product}"))
     with pytest.raises(AssertionError, match="serialized"):
@@ -124,5 +127,5 @@ def test_no_more_kernels_than_the_readme_says(tmp_path):
         size += (tmp_path / f"{source}.cubin").stat().st_size
     said = re.search(r"There are (\d+) kernels for each architecture", (ROOT / "README.md").read_text())
     assert number == int(said[1])
-    # Of the 53 MB that README.md speaks of, 47 are code of seven architectures.
-    assert size < 9e6
+    # Of the 55 MB that README.md speaks of, 49 are code of seven architectures.
+    assert size < 9.6e6

@@ -43,18 +43,18 @@ def test_each_kernel(monkeypatch, kernel, dtype, precision):
     monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     place = Place("native", CUDA)
+    halves = kernel == "wgmma" and dtype == torch.float32  # see split.h, also for what they do not serve
     for shape, grid_size, kind, outside in NARROW if kernel == "narrow" else WIDE:
         problem = make_problem(place, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=torch.float32)
         for operation in OPERATIONS:
             for n in (0, 1)[: 1 if dtype == torch.float16 else 2]:  # contract_input differentiates once more: beyond float16
-                halves = kernel == "wgmma" and dtype == torch.float32
                 if halves and operation != "contract_input" and (n or outside == "linear"):
-                    continue  # not served: split.h
+                    continue
                 assert_wide_close(place, problem, operation, n, precision, with_scale=n == 1)
-        if kernel == "wgmma" and dtype == torch.float32 and outside == "linear":
+        if halves and outside == "linear":
             continue
-        for operation in OPERATIONS if kernel == "narrow" else ("contract_output",):
-            run, args = getattr(get("native"), operation), problem.args(operation, 0)
+        for operation in OPERATIONS if kernel == "narrow" or halves else ("contract_output",):
+            run, args = getattr(get("native"), operation), problem.args(operation, 0, not halves)
             first = as_tuple(run(*args))
             for _ in range(100):
                 assert all(map(torch.equal, first, as_tuple(run(*args))))

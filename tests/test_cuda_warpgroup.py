@@ -308,11 +308,27 @@ PLANTED = {
     "offsets": (TILE, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
     "alignment": (TILE, r" \+ \(kAtomBytes - shared_address\(memory\) % kAtomBytes\) % kAtomBytes", "", ""),
     "deeper": (TILE, r"kSixteenLines = 2 \*", "kSixteenLines = 1 *", ""),
-    "metadata": (OUTPUT, r"kSixteenLines, metadata\[k\]\)", "kSixteenLines, metadata[1 - k])", ""),
+    "metadata": (OUTPUT, r"metadata\[k\]\);", "metadata[1 - k]);", ""),
     "sums": (TILE, r"body\(row \+ 8 \* r,", "body(row + 8 * (1 - r),", ""),
     "whole windows": (QUICK, r"shift_words_left\(zeros, kWindow", "shift_words_left(kWindow, kWindow", ""),
     "cut windows": (QUICK, r"shifted\(int\(shift\[m\]\) - 32\)", "shifted(int(shift[m]) - 24)", ""),
     "sign of a weight": ("cuda/activation.cpp", r"0xbbbbbbbbu", "0xaaaaaaaau", ""),
+}
+
+
+SPLIT, WEIGHT = "cuda/warpgroup_split.cuh", "cuda/warpgroup_split_weight.cuh"
+# The same of float32 in halves.
+PLANTED_SINGLE = {
+    "first of two": (SPLIT, r"begin\(stage, false\);\n      begin", "begin(stage, true); begin", ""),
+    "one sum": (SPLIT, r"sums\[0\]\[m\] \+= part", "sums[0][m] = part", ""),
+    "lower halves": (SPLIT, r"kRights\[\] = \{2, 3, 0, 1", "kRights[] = {0, 1, 0, 1", ""),
+    "halves of a line": (WEIGHT, r"line\(\) \+ lower \* kSplitDepth", "line() + (1 - lower) * kSplitDepth", ""),
+    "wait for two": (SPLIT, r"wait_for_products<0>\(\);\n      if", "wait_for_products<1>(); if", ""),
+    "read": (SPLIT, r"meet\(kRingRead", "arrive(kRingRead", "shared memory is written while a product reads it"),
+    "made": (SPLIT, r"meet\(kRingMade", "arrive(kRingMade", ""),
+    "copies": (SPLIT, r"wait_for_copies<0>\(\);", "", ""),
+    "fence": (SPLIT, r"show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
+    "scale of a row": ("cuda/warpgroup_split_output.cuh", r"inverse_of_scale\(h\.rows\[b\]\)", "1.0f", ""),
 }
 
 
@@ -333,6 +349,21 @@ def test_planted_bugs_are_found(bug, monkeypatch):
             monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
             for problem, scaled in problems:
                 assert_wide_close(Place("emulated", CPU), problem, "contract_output", 0, "highest", scaled)
+
+    with pytest.raises((AssertionError, Fault), match=said or None):
+        use_all()
+
+
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug != "one sum")) for bug in PLANTED_SINGLE])
+def test_planted_bugs_are_found_in_float32(bug, monkeypatch):
+    *change, said = PLANTED_SINGLE[bug]
+    monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=[tuple(change)]), architecture=90))
+    monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", "wgmma")
+    problem = make_problem(None, torch.float32, (300, 40, 136), outside="clamp")
+
+    def use_all():
+        for operation in ("contract_output", "contract_input", "contract_weight"):
+            assert_close_to_truth(Place("emulated", CPU), problem, operation, 0, with_scale=False)
 
     with pytest.raises((AssertionError, Fault), match=said or None):
         use_all()

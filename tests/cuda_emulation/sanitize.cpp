@@ -54,10 +54,10 @@ struct Memory {
 
 int run(int64_t batch, int64_t inputs, int64_t outputs, int intervals, int order, int dtype, int x_dtype, int outside, int precision) {
   const Device device{90, batch < 2000 ? 4 : 1, 99 * 1024};  // one of which walks over many tiles
-  // Every other problem that tensor cores serve, whatever its size, in the sparse form, 16-bit ones by warpgroups; the rest by
-  // choice, which is the narrow kernels for most of them.
+  // Every other problem that tensor cores serve, whatever its size, in the sparse form, 16-bit ones by warpgroups and some of float32
+  // in halves; the rest by choice, which is the narrow kernels for most of them.
   const bool forced = precision == 1 && batch * inputs * outputs > 0 && order <= 3 && dtype != kFloat64;
-  const char* sparse = dtype == kFloat32 ? "sparse" : outside == kan::kLinear ? "wgmma" : "wgmma_sparse";
+  const char* sparse = dtype == kFloat32 ? outside == kan::kClamp ? "wgmma" : "sparse" : outside == kan::kLinear ? "wgmma" : "wgmma_sparse";
   setenv("KAN_FAST_CUDA_KERNEL", forced ? sparse : "", 1);
   for (int operation = 0; operation < 3; ++operation) {
     Memory memory;
