@@ -82,6 +82,16 @@ WARPGROUP = [
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 24, 136), 12, "uniform", "zero", 0),
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (200, 9, 136), 5, "uneven", "clamp", 1),
 ]
+# Float32 in halves: the quick way and the general one, one tile and several, an odd and an even number of steps.
+HALVES = [
+    ("contract_output", (40, 24, 33), 5, "uniform", "zero", 0),
+    ("contract_output", (70, 72, 136), 5, "uniform", "clamp", 0),
+    ("contract_output", (40, 9, 40), 12, "uneven", "zero", 0),
+    ("contract_input", (40, 20, 33), 5, "uniform", "zero", 1),
+    ("contract_input", (130, 40, 72), 12, "uneven", "linear", 1),
+    ("contract_weight", (70, 24, 33), 5, "uniform", "zero", 0),
+    ("contract_weight", (200, 9, 136), 5, "uneven", "clamp", 0),
+]
 # The other types of sources that hold the same kernels.
 OTHERS = [
     ("wgmma", "contract_output", "warpgroup_output_float16", F16, (40, 24, 33), 5, "uniform", "zero", 0),
@@ -110,6 +120,15 @@ def test_wide(place, case):
     problem = make_problem(where, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=F32)
     assert_wide_close(where, problem, operation, n, precision, with_scale=n == 1)
     assert len(backend.ran) >= 2
+
+
+@pytest.mark.parametrize("case", HALVES, ids=names)
+def test_float32_in_halves(place, case):
+    operation, shape, grid_size, kind, outside, n = case
+    where, backend = place("wgmma", ("polynomials", "split", "warpgroup_split", SUMS), 90)
+    problem = make_problem(where, F32, shape, grid_size, kind=kind, outside=outside)
+    assert_close_to_truth(where, problem, operation, n, with_scale=False)
+    assert len(backend.ran) >= 5
 
 
 @pytest.mark.parametrize("operation", ["contract_output", "contract_input", "contract_weight"])

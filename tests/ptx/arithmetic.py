@@ -70,7 +70,8 @@ def cvt(block: "Block", instruction: Instruction) -> None:
     if into == "tf32":  # rna: to nearest, halves away from zero
         block.write(o[0], block.read(o[1], "b32") + np.uint32(0x1000) & np.uint32(0xFFFFE000))
     elif into in ("bf16x2", "f16x2"):  # the first operand goes to the upper half
-        low, high = (_to_half(block.read(operand, "f32"), into).astype(np.uint32) for operand in (o[2], o[1]))
+        cut = "rz" in fields
+        low, high = (_to_half(block.read(operand, "f32"), into, cut).astype(np.uint32) for operand in (o[2], o[1]))
         block.write(o[0], low | high << np.uint32(16))
     elif into in ("bf16", "f16"):
         block.write(o[0], _to_half(block.read(o[1], of), into))
@@ -189,10 +190,14 @@ def bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _to_half(values: np.ndarray, into: str) -> np.ndarray:
-    """float32 -> bits of bfloat16 or float16, to nearest even."""
+def _to_half(values: np.ndarray, into: str, cut: bool = False) -> np.ndarray:
+    """float32 -> bits of bfloat16 or float16, to nearest even, or float16 cut off towards 0."""
     if into.startswith("f16"):
-        return values.astype(np.float16).view(np.uint16)
+        nearest = values.astype(np.float16)
+        beyond = np.abs(nearest.astype(np.float32)) > np.abs(values)
+        return nearest.view(np.uint16) - (beyond & cut).astype(np.uint16)
+    if cut:
+        raise NotImplementedError("bfloat16 cut off")
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
