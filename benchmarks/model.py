@@ -29,18 +29,24 @@ class Card:
     bandwidth: float
 
 
+def _card(name: str, float16: float, tf32: float, tf32x3: float, float64: float, lanes: float, bandwidth: float) -> Card:
+    """Its peaks, in TFLOP/s, TFLOP/s of lanes, and TB/s. A product in halves (csrc/cuda/split.h) is three of float16."""
+    ways = {"bfloat16": float16, "tf32": tf32, "tf32x3": tf32x3, "float16x3": float16 / 3, "float64": float64}
+    return Card(name, {way: rate * 1e12 for way, rate in ways.items()}, lanes * 1e12, bandwidth * 1e12)
+
+
 # Vendors' data sheets, dense (no structured sparsity): H100 SXM5, A100 SXM4 80 GB, and MI300X. "tf32x3" is three tf32
 # products on NVIDIA. Lanes: float32 FMA peak / 2.
 CARDS = {
-    card.name: card
-    for card in (
-        Card("H100", {"bfloat16": 989e12, "tf32": 494e12, "tf32x3": 494e12 / 3, "float64": 67e12}, 33.5e12, 3.35e12),
-        Card("A100", {"bfloat16": 312e12, "tf32": 156e12, "tf32x3": 156e12 / 3, "float64": 19.5e12}, 9.75e12, 2.04e12),
-        Card("MI300X", {"bfloat16": 1307e12, "tf32": 654e12, "tf32x3": 163e12, "float64": 163e12}, 81.7e12, 5.3e12),
+    made.name: made
+    for made in (
+        _card("H100", 989, 494, 494 / 3, 67, 33.5, 3.35),
+        _card("A100", 312, 156, 156 / 3, 19.5, 9.75, 2.04),
+        _card("MI300X", 1307, 654, 163, 163, 81.7, 5.3),
     )
 }
 
-ELEMENT_BYTES = {"bfloat16": 2, "tf32": 4, "tf32x3": 4, "float64": 8}
+ELEMENT_BYTES = {"bfloat16": 2, "tf32": 4, "tf32x3": 4, "float16x3": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ class Floor:
 def floor(shape: Shape, kernel: str, way: str, card: Card, columns: int = 256) -> Floor:
     """The floor of contract_output, contract_input or contract_weight.
 
-    way: "bfloat16", "tf32", "tf32x3" or "float64". columns: width of the tile that shares the features of one program;
-    contract_output and contract_weight make them anew for every tile of so many outputs, contract_input once.
+    way: "bfloat16", "tf32", "tf32x3", "float16x3" or "float64". columns: width of the tile that shares the features of one
+    program; contract_output and contract_weight make them anew for every tile of so many outputs, contract_input once.
     """
     size, x_size = ELEMENT_BYTES[way], 8 if way == "float64" else 4
     inputs, outputs = shape.batch * shape.in_features, shape.batch * shape.out_features
@@ -102,7 +108,7 @@ def main(arguments: list[str]) -> None:
     shapes = [Shape.parse(text) for text in arguments if text not in CARDS] or [Shape.parse(text) for text in DEFAULT_SHAPES]
     print(f"floors on {card.name} by its data sheet, in microseconds; calculated, not measured")
     for shape in shapes:
-        for way in ("bfloat16", "tf32", "tf32x3"):
+        for way in ("bfloat16", "tf32", "tf32x3", "float16x3"):
             parts = []
             for kernel in ("contract_output", "contract_input", "contract_weight"):
                 least = floor(shape, kernel, way, card)
