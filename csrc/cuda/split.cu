@@ -84,14 +84,15 @@ __global__ void __launch_bounds__(kThreads) scale_rows(Problem p, Range range, f
   float most = 1;
   if (p.base_weight != nullptr) {
 #pragma unroll 8
-    for (int64_t i = lane; i < p.in_features; i += 32) most = larger_magnitude(most, range.hold(read<float>(p.x, row * p.in_features + i, p.x_dtype)));
+    for (int64_t i = lane; i < p.in_features; i += 32)
+      most = larger_magnitude(most, range.hold(read<float>(p.x, row * p.in_features + i, p.x_dtype)));
   }
   most = largest_of_warp(most);
   if (lane == 0) scales[row] = scale_to_top(most);
 }
 
-// A matrix in halves, every column times its scale; a warp a row. By rows: every column divided by its scale, then the row times what
-// its largest number asks for, which goes to `of_rows`.
+// A matrix in halves, every column times its scale; a warp a row. By rows: every column divided by its scale, then the row times
+// what its largest number asks for, which goes to `of_rows`.
 template <bool kByRows>
 __global__ void __launch_bounds__(kThreads)
     split_rows(const float* matrix, int64_t rows, int64_t columns, const float* scales, float* of_rows, Float16* halves) {
@@ -134,14 +135,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int launch_scales(const Stacked& m, float* maxima, float* scales, void* stream) {
-  if (int error = launch(column_maxima, Blocks{(m.columns + 31) / 32, kMaximaSlices}, kThreads, kThreads * sizeof(float), stream, m, kMaximaSlices, maxima))
+  if (int error = launch(column_maxima, Blocks{(m.columns + 31) / 32, kMaximaSlices}, kThreads, kThreads * sizeof(float), stream, m,
+                         kMaximaSlices, maxima))
     return error;
-  return launch(scale_columns, Blocks{(m.columns + kThreads - 1) / kThreads}, kThreads, 0, stream, maxima, kMaximaSlices, m.columns, scales);
+  return launch(scale_columns, Blocks{(m.columns + kThreads - 1) / kThreads}, kThreads, 0, stream, maxima, kMaximaSlices, m.columns,
+                scales);
 }
 template <bool kByRows>
-int launch_split(const void* matrix, int64_t rows, int64_t columns, const float* scales, float* of_rows, const Float16* to, void* stream) {
-  return launch(split_rows<kByRows>, Blocks{(rows + kWarps - 1) / kWarps}, kThreads, 0, stream, static_cast<const float*>(matrix), rows, columns,
-                scales, of_rows, const_cast<Float16*>(to));
+int launch_split(const void* matrix, int64_t rows, int64_t columns, const float* scales, float* of_rows, const Float16* to,
+                 void* stream) {
+  return launch(split_rows<kByRows>, Blocks{(rows + kWarps - 1) / kWarps}, kThreads, 0, stream, static_cast<const float*>(matrix),
+                rows, columns, scales, of_rows, const_cast<Float16*>(to));
 }
 
 }  // namespace
@@ -150,12 +154,15 @@ int launch_halves(const Problem& p, Operation operation, const Halves& h, void* 
   const int64_t of_spline = p.in_features * p.bases(), outputs = p.out_features;
   int error = 0;
   if (operation == Operation::weight) {
-    if (p.d_base != nullptr) error = launch_scales({p.x, nullptr, p.batch, p.batch, p.in_features, p.x_dtype, range_of(p.activation)}, h.maxima, h.inputs, stream);
+    if (p.d_base != nullptr)
+      error = launch_scales({p.x, nullptr, p.batch, p.batch, p.in_features, p.x_dtype, range_of(p.activation)}, h.maxima, h.inputs,
+                            stream);
     if (error == 0) error = launch_scales({p.g, nullptr, p.batch, p.batch, outputs, kFloat32}, h.maxima, h.columns, stream);
     return error != 0 ? error : launch_split<false>(p.g, p.batch, outputs, h.columns, nullptr, h.g, stream);
   }
   const int64_t of_base = p.base_weight != nullptr ? p.in_features : 0;
-  error = launch_scales({p.spline_weight, p.base_weight, of_spline, of_spline + of_base, outputs, kFloat32}, h.maxima, h.columns, stream);
+  error = launch_scales({p.spline_weight, p.base_weight, of_spline, of_spline + of_base, outputs, kFloat32}, h.maxima, h.columns,
+                        stream);
   if (error == 0) error = launch_split<false>(p.spline_weight, of_spline, outputs, h.columns, nullptr, h.spline, stream);
   if (error == 0 && of_base > 0) error = launch_split<false>(p.base_weight, of_base, outputs, h.columns, nullptr, h.base, stream);
   if (error != 0) return error;

@@ -15,7 +15,8 @@ KAN_DEVICE void cut_pair(float a, float b, uint32_t& upper, uint32_t& lower) {
   upper = pack_float16_cut(a, b);
   lower = pack_float16(a - from_float16(uint16_t(upper)), b - from_float16(uint16_t(upper >> 16)));
 }
-template <int kCount> KAN_DEVICE void split_all(const float (&value)[kCount], uint32_t (&upper)[kCount / 2], uint32_t (&lower)[kCount / 2]) {
+template <int kCount>
+KAN_DEVICE void split_all(const float (&value)[kCount], uint32_t (&upper)[kCount / 2], uint32_t (&lower)[kCount / 2]) {
   KAN_UNROLL_ALL
   for (int m = 0; m < kCount / 2; ++m) split_pair(value[2 * m], value[2 * m + 1], upper[m], lower[m]);
 }

@@ -1,17 +1,17 @@
-// Float32 products on the tensor cores' 16-bit instructions: a number times a power of two is the sum of two float16 ones, 22 bits
-// together, and of their four products three count: upper by upper, upper by lower, lower by upper (Ootomo and Yokota, "Recovering
-// single precision accuracy from Tensor Cores", 2022, section 3). Hopper multiplies float16 twice as fast as tf32, which has no more
-// bits, and takes it by lines, as weights lie in memory.
+// Float32 products on the tensor cores' 16-bit instructions: a number times a power of two is the sum of two float16 ones, 22
+// bits together, and of their four products three count: upper by upper, upper by lower, lower by upper (Ootomo and Yokota,
+// "Recovering single precision accuracy from Tensor Cores", 2022, section 3). Hopper multiplies float16 twice as fast as tf32,
+// which has no more bits, and takes it by lines, as weights lie in memory.
 //
-// float16 has 30 binades. With the largest number of a row or column (whatever a sum does not run over) brought to the top, those down
-// to 2^-18 of it keep their 22 bits, all smaller ones an error of 2^-40 of the largest.
+// float16 has 30 binades. With the largest number of a row or column (whatever a sum does not run over) brought to the top,
+// those down to 2^-18 of it keep their 22 bits, all smaller ones an error of 2^-40 of the largest.
 #pragma once
 #include "launch.h"
 
 namespace kan::cuda {
 
-// A matrix (rows, columns) in halves: of every 32 columns of a row the upper halves and behind them the lower ones, 128 bytes; columns
-// that do not exist are zeros.
+// A matrix (rows, columns) in halves: of every 32 columns of a row the upper halves and behind them the lower ones, 128 bytes;
+// columns that do not exist are zeros.
 constexpr int kSplitDepth = 32;
 KAN_INLINE int64_t split_pitch(int64_t columns) { return (columns + kSplitDepth - 1) / kSplitDepth * (2 * kSplitDepth); }
 // Where column `column` begins in its row; its lower half is kSplitDepth further.

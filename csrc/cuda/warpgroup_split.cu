@@ -9,7 +9,8 @@ int launch_output_split(const WideArguments& a, const Halves& h, float* parts, S
   if (int error = launch_halves(p, Operation::output, h, stream)) return error;
   if (int error = launch_cubics(a, stream)) return error;
   const Blocks blocks{(p.batch + kGroupRows - 1) / kGroupRows, (p.out_features + kSplitColumns - 1) / kSplitColumns, slices.count};
-  return launch(a.quick.serves ? output_split<true> : output_split<false>, blocks, kGroupThreads, kSplitShared, stream, a, h, parts, slices.count, slices.rows);
+  return launch(a.quick.serves ? output_split<true> : output_split<false>, blocks, kGroupThreads, kSplitShared, stream, a, h, parts,
+                slices.count, slices.rows);
 }
 
 int launch_input_split(const WideArguments& a, const Halves& h, void* stream) {
@@ -27,8 +28,10 @@ int launch_weight_split(const WideArguments& a, const Halves& h, float* parts, S
   if (int error = launch_cubics(a, stream)) return error;
   const Blocks blocks{weight_tiles(p), (p.out_features + kSplitColumns - 1) / kSplitColumns, slices.count};
   float* spline = parts == nullptr ? static_cast<float*>(p.d_spline) : parts;
-  float* base = parts == nullptr ? static_cast<float*>(p.d_base) : parts + slices.count * p.in_features * p.bases() * p.out_features;
-  return launch(a.quick.serves ? weight_split<true> : weight_split<false>, blocks, kGroupThreads, kSplitShared, stream, a, h, spline, base, slices.count, slices.rows);
+  float* base =
+      parts == nullptr ? static_cast<float*>(p.d_base) : parts + slices.count * p.in_features * p.bases() * p.out_features;
+  return launch(a.quick.serves ? weight_split<true> : weight_split<false>, blocks, kGroupThreads, kSplitShared, stream, a, h,
+                spline, base, slices.count, slices.rows);
 }
 
 }  // namespace kan::cuda

@@ -8,10 +8,11 @@ namespace kan::cuda {
 
 constexpr int kSplitInputs = kSplitDepth / kStepBases;  // of a step
 // A tile is 128 columns wide: a thread's sums twice are as many registers as those of 256 are once.
-constexpr int kSplitColumns = 128, kSplitMultipliersRegisters = kMultipliersRegisters<256>, kSplitMakersRegisters = kMakersRegisters<256>;
+constexpr int kSplitColumns = 128, kSplitMultipliersRegisters = kMultipliersRegisters<256>,
+              kSplitMakersRegisters = kMakersRegisters<256>;
 
-// A ring of stages, which have both operands of a step, the left one first; makers copy the right one. One stage is multiplied, each
-// group of makers has one; the others are in hand for whoever is late.
+// A ring of stages, which have both operands of a step, the left one first; makers copy the right one. One stage is multiplied,
+// each group of makers has one; the others are in hand for whoever is late.
 constexpr int kRing = 6, kRingStageBytes = kLeftBytes + kRightBytes<kSplitColumns>, kRingBytes = kRing * kRingStageBytes;
 constexpr int kRingMade = 1, kRingRead = kRingMade + kRing, kRingTile = kRingRead + kRing, kRingEverybody = kRingTile + 1;
 constexpr size_t kSplitShared = kAtomBytes + kRingBytes + kKnotsBytes;
@@ -20,8 +21,8 @@ KAN_DEVICE int next_in_ring(int stage, int by) { return stage + by < kRing ? sta
 // Which of the makers' two groups.
 KAN_DEVICE int makers_group() { return OwnSteps::first(); }
 
-// A makers' group's loop: of `steps` steps the two groups take turns. make(stage) begins the copies of the right operand and writes the
-// left one.
+// A makers' group's loop: of `steps` steps the two groups take turns. make(stage) begins the copies of the right operand and writes
+// the left one.
 template <class Make> KAN_DEVICE void make_ring(int steps, Make make) {
   int s = makers_group(), stage = s;
   KAN_NO_UNROLL
@@ -35,9 +36,9 @@ template <class Make> KAN_DEVICE void make_ring(int steps, Make make) {
   }
 }
 
-// Tensor cores cut sums off in place of rounding them: what is lost always makes them smaller, and adds up (of 768 products one after
-// the other 1.4e-5 of the sum on an H200). So they sum up two steps, and what comes out is added to the sums proper; four steps are no
-// faster, and twice as far off.
+// Tensor cores cut sums off in place of rounding them: what is lost always makes them smaller, and adds up (of 768 products one
+// after the other 1.4e-5 of the sum on an H200). So they sum up two steps, and what comes out is added to the sums proper; four
+// steps are no faster, and twice as far off.
 struct SplitSums {
   GroupSums<kSplitColumns> sums = {}, part;
 
@@ -57,8 +58,8 @@ struct SplitSums {
     for (int m = 0; m < 64; ++m) sums[0][m] += part[0][m];
   }
 
-  // The multipliers' loop, two steps at a time: where registers of products under way meet those of another path, nvcc waits for them.
-  // left(stage): where the rows of this warpgroup begin.
+  // The multipliers' loop, two steps at a time: where registers of products under way meet those of another path, nvcc waits for
+  // them. left(stage): where the rows of this warpgroup begin.
   template <bool kLeftByLines, bool kRightByLines, class Left> KAN_DEVICE void add_ring(int steps, const char* stages, Left left) {
     int stage = 0;
     auto begin = [&](int at, bool kept) {
@@ -85,7 +86,8 @@ struct SplitSums {
 };
 
 // body(m, window) for inputs i .. i + 3 of row b, m = 0 .. 3. Windows of rows and inputs outside the problem are finite.
-template <class Body> KAN_DEVICE void for_four_windows(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Body body) {
+template <class Body>
+KAN_DEVICE void for_four_windows(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Body body) {
   Even d[4];
   bool even = a.continuous;
   KAN_UNROLL_ALL
@@ -116,16 +118,19 @@ KAN_DEVICE void write_split(const Item& item, float scale, int first_base, char*
   }
 }
 
-// Inputs i .. i + 3 of row b, one by one. Their x is read again: whoever tried a quicker way before needs not keep it. upper(m), lower(m):
-// where the halves of input i + m go.
+// Inputs i .. i + 3 of row b, one by one. Their x is read again: whoever tried a quicker way before needs not keep it. upper(m),
+// lower(m): where the halves of input i + m go.
 template <class Upper, class Lower>
-KAN_DEVICE void write_general_split(const WideArguments& a, int64_t b, int i, float scale, int first_base, Upper upper, Lower lower) {
+KAN_DEVICE void write_general_split(const WideArguments& a, int64_t b, int i, float scale, int first_base, Upper upper,
+                                    Lower lower) {
   KAN_NO_UNROLL
-  for (int m = 0; m < kSplitInputs; ++m) write_split(item_at(a, b, i + m, load_point(a.p, b, i + m)), scale, first_base, upper(m), lower(m));
+  for (int m = 0; m < kSplitInputs; ++m)
+    write_split(item_at(a, b, i + m, load_point(a.p, b, i + m)), scale, first_base, upper(m), lower(m));
 }
 
 // Base activations of four inputs, times scale(m).
-template <class Scale> KAN_DEVICE void write_split_base(const WideArguments& a, float (&x)[4], Scale scale, char* upper, char* lower) {
+template <class Scale>
+KAN_DEVICE void write_split_base(const WideArguments& a, float (&x)[4], Scale scale, char* upper, char* lower) {
   activate_all(a.activation, x);
   KAN_UNROLL_ALL
   for (int m = 0; m < 4; ++m) x[m] *= scale(m);
@@ -155,15 +160,16 @@ struct HalvesCopies {
     constexpr int kCount = kSplitDepth / 8;
     Float16* to = reinterpret_cast<Float16*>(right + place);
     copy_rows<kCount>(to, 8 * kLineNumbers, row + column, distance, left, index, next, end, true);
-    copy_rows<kCount>(to + kSplitDepth * kLineNumbers, 8 * kLineNumbers, row + column + kSplitDepth, distance, left, index, next, end, true);
+    copy_rows<kCount>(to + kSplitDepth * kLineNumbers, 8 * kLineNumbers, row + column + kSplitDepth, distance, left, index, next,
+                      end, true);
     commit_copies();
   }
 };
 
-// The quick way, as quick.cuh's for 16-bit types: of four inputs. Upper halves are cut off, so that the lower one of the window's second
-// weight, whose sign fills the zeros, is not below 0 either.
-KAN_DEVICE bool write_quick_split(const WideArguments& a, const WarpKnots& knots, int at, const float (&x)[kSplitInputs], float scale, int first_base,
-                                  char* upper, char* lower) {
+// The quick way, as quick.cuh's for 16-bit types: of four inputs. Upper halves are cut off, so that the lower one of the window's
+// second weight, whose sign fills the zeros, is not below 0 either.
+KAN_DEVICE bool write_quick_split(const WideArguments& a, const WarpKnots& knots, int at, const float (&x)[kSplitInputs],
+                                  float scale, int first_base, char* upper, char* lower) {
   uint32_t words[kSplitInputs][2][2], shift[kSplitInputs];
   const uint32_t first = a.quick.first + 8 * uint32_t(first_base);
   KAN_UNROLL_ALL
@@ -172,7 +178,8 @@ KAN_DEVICE bool write_quick_split(const WideArguments& a, const WarpKnots& knots
     knots.read(at + m, two);
     KAN_UNROLL_ALL
     for (int r = m; r < m + 2; ++r) {
-      const float place = held(x[r] * two[r - m].inverse_h + two[r - m].offset, a.quick.lowest, a.quick.highest), whole = place + kToNearest;
+      const float place = held(x[r] * two[r - m].inverse_h + two[r - m].offset, a.quick.lowest, a.quick.highest),
+                  whole = place + kToNearest;
       shift[r] = as_bits(whole) * 8 - first;
       const float v = place - (whole - kToNearest);
       float w[4];
@@ -182,7 +189,8 @@ KAN_DEVICE bool write_quick_split(const WideArguments& a, const WarpKnots& knots
         w[q] = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
       }
       KAN_UNROLL_ALL
-      for (int half = 0; half < 2; ++half) cut_pair(w[2 * half] * scale, w[2 * half + 1] * scale, words[r][0][half], words[r][1][half]);
+      for (int half = 0; half < 2; ++half)
+        cut_pair(w[2 * half] * scale, w[2 * half + 1] * scale, words[r][0][half], words[r][1][half]);
     }
   }
   // NaN is farther than all.

@@ -1,5 +1,5 @@
-// contract_input of wide float32 layers on Hopper (sm_90a): warpgroup_input.cuh with operands in halves, 32 outputs to a step. A block's
-// inputs are those whose bases and base branch are among 128 columns. Two warpgroups copy, two multiply, all weigh.
+// contract_input of wide float32 layers on Hopper (sm_90a): warpgroup_input.cuh with operands in halves, 32 outputs to a step. A
+// block's inputs are those whose bases and base branch are among 128 columns. Two warpgroups copy, two multiply, all weigh.
 #pragma once
 #include "warpgroup_input.cuh"
 #include "warpgroup_split.cuh"
@@ -16,8 +16,8 @@ KAN_DEVICE int inputs_there(const Problem& p, int64_t i0) {
   return p.in_features - i0 < inputs_of_split_tile(p) ? int(p.in_features - i0) : inputs_of_split_tile(p);
 }
 
-// One copier's pieces of every step: 8 halves of every 16th row of g, and of every 16th column. Columns: the bases of the tile's inputs,
-// then their base branch.
+// One copier's pieces of every step: 8 halves of every 16th row of g, and of every 16th column. Columns: the bases of the tile's
+// inputs, then their base branch.
 struct SplitCopies {
   static constexpr int kNext = kMakers / 2 / 8, kRows = kGroupRows / kNext, kTileColumns = kSplitColumns / kNext;
   const Float16 *rows, *spline, *base;  // the first of each, as if all columns were of that kind
@@ -51,12 +51,14 @@ struct SplitCopies {
     const int64_t at = int64_t(s) * kGroupDepth;
     auto copy_four = [&](Float16* to, const Float16* from, const Float16* other, uint32_t kinds, uint32_t gone) {
       KAN_UNROLL_ALL
-      for (int r = 0; r < 4; ++r) copy_16_bytes(to + r * kNext * kLineNumbers, (kinds >> r & 1u ? other : from) + r * distance, gone >> r & 1u);
+      for (int r = 0; r < 4; ++r)
+        copy_16_bytes(to + r * kNext * kLineNumbers, (kinds >> r & 1u ? other : from) + r * distance, gone >> r & 1u);
     };
     Float16* to = reinterpret_cast<Float16*>(left + place);
     const Float16 *from = rows + at, *other;
     KAN_NO_UNROLL
-    for (int m = 0; m < kRows; m += 4, to += 4 * kNext * kLineNumbers, from += 4 * distance) copy_four(to, from, from, 0, missing >> m);
+    for (int m = 0; m < kRows; m += 4, to += 4 * kNext * kLineNumbers, from += 4 * distance)
+      copy_four(to, from, from, 0, missing >> m);
     to = reinterpret_cast<Float16*>(left + kLeftBytes + place), from = spline + at, other = base + at;
     KAN_NO_UNROLL
     for (int m = 0; m < kTileColumns; m += 4, to += 4 * kNext * kLineNumbers, from += 4 * distance, other += 4 * distance)
@@ -86,8 +88,8 @@ KAN_DEVICE void copy_ring(const SplitCopies& copies, int steps, char* stages) {
   arrive(kRingMade + before, kHandover);
 }
 
-// The epilogue of a tile, by all threads: a thread has one row, and of its inputs every fourth four. x is on its way before the sums are
-// there.
+// The epilogue of a tile, by all threads: a thread has one row, and of its inputs every fourth four. x is on its way before the
+// sums are there.
 struct SplitEpilogue {
   static constexpr int kNext = kGroupThreads / kGroupRows * 4;
   int i0, count;
@@ -151,7 +153,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) input_split(WideArguments a,
     for_every_input_tile([&](int64_t i0) {
       const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<false, false>(steps, stages, [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
+      sums.add_ring<false, false>(steps, stages,
+                                  [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
       meet(kRingTile, kMultipliers);  // both groups have read the stages
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         *reinterpret_cast<Pair*>(values + place_of_sum<kSplitColumns>(row, column)) = {low, high};

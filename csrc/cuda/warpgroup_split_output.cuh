@@ -1,12 +1,12 @@
-// contract_output of wide float32 layers on Hopper (sm_90a): warpgroup_output.cuh with operands in halves. A step is four inputs with
-// eight bases each, or the base branch of 32 inputs.
+// contract_output of wide float32 layers on Hopper (sm_90a): warpgroup_output.cuh with operands in halves. A step is four inputs
+// with eight bases each, or the base branch of 32 inputs.
 #pragma once
 #include "warpgroup_split.cuh"
 
 namespace kan::cuda {
 
-// The steps of a slice of inputs, in order: four of them with eight bases each, one chunk of bases after the other; behind all of them
-// the base branch.
+// The steps of a slice of inputs, in order: four of them with eight bases each, one chunk of bases after the other; behind all of
+// them the base branch.
 struct SplitStep {
   int begin, end, chunks, input, chunk = 0;
   bool has_base, is_of_base = false;
@@ -28,7 +28,8 @@ struct SplitStep {
   }
 };
 
-// body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's is read.
+// body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's
+// is read.
 template <class Body> KAN_DEVICE void for_every_split_tile(const Problem& p, int64_t slices, int64_t inputs_per_slice, Body body) {
   const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
@@ -41,17 +42,20 @@ template <class Body> KAN_DEVICE void for_every_split_tile(const Problem& p, int
 }
 
 // The copies of a step's weights.
-KAN_DEVICE void copy_split_weights(const Problem& p, const Halves& h, const HalvesCopies& copies, int input, int first_base, bool is_base, int end,
-                                   char* right) {
+KAN_DEVICE void copy_split_weights(const Problem& p, const Halves& h, const HalvesCopies& copies, int input, int first_base,
+                                   bool is_base, int end, char* right) {
   const int64_t pitch = split_pitch(p.out_features);
   const int line = copies.line, basis = first_base + line;
   if (is_base) copies.copy(right, h.base + int64_t(input + line) * pitch, 8 * pitch, input + line, 8, end);
-  else copies.copy(right, h.spline + (int64_t(input) * p.bases() + basis) * pitch, p.bases() * pitch, input, 1, basis < p.bases() ? end : 0);
+  else
+    copies.copy(right, h.spline + (int64_t(input) * p.bases() + basis) * pitch, p.bases() * pitch, input, 1,
+                basis < p.bases() ? end : 0);
 }
 
 // A maker's thread has one row. The quick way has the last row again below the batch, for sums that nobody writes.
 template <bool kQuick>
-KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const SplitStep& first, int64_t b0, int64_t o0, char* stages, char* memory) {
+KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const SplitStep& first, int64_t b0, int64_t o0,
+                                char* stages, char* memory) {
   const Problem& p = a.p;
   auto line = [] { return int(thread_now()) % kGroupRows; };
   auto row = [&] { return !kQuick || b0 + line() < p.batch ? b0 + line() : p.batch - 1; };
@@ -106,7 +110,8 @@ KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const S
 }
 
 template <bool kQuick>
-__global__ void __launch_bounds__(kGroupThreads, 1) output_split(WideArguments a, Halves h, float* parts, int64_t slices, int64_t inputs_per_slice) {
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    output_split(WideArguments a, Halves h, float* parts, int64_t slices, int64_t inputs_per_slice) {
 #if KAN_WARPGROUPS
   const Problem& p = a.p;
   char* stages = first_atom();
@@ -122,7 +127,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) output_split(WideArguments a
     for_every_split_tile(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
       const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<false, true>(first.count(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
+      sums.add_ring<false, true>(first.count(), stages,
+                                 [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         const int64_t b = b0 + row, o = o0 + column;
         if (b >= p.batch || o >= p.out_features) return;

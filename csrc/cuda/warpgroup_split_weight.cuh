@@ -14,7 +14,8 @@ struct Rows {
   KAN_DEVICE int steps() const { return int((end - begin + kSplitDepth - 1) / kSplitDepth); }
 };
 
-// body(rows, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's is read.
+// body(rows, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's is
+// read.
 template <class Body> KAN_DEVICE void for_every_part(const Problem& p, int64_t slices, int64_t rows_per_slice, Body body) {
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
     for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
@@ -26,15 +27,16 @@ template <class Body> KAN_DEVICE void for_every_part(const Problem& p, int64_t s
 
 // A maker's thread has four inputs of one row, half a line of a panel (or 32 inputs of the base branch): its lane says which row.
 template <bool kQuick, bool kBase>
-KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const FeatureTile& tile, const Rows& rows, int64_t o0, char* stages,
-                                 char* memory) {
+KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const FeatureTile& tile, const Rows& rows, int64_t o0,
+                                 char* stages, char* memory) {
   const Problem& p = a.p;
   const int64_t pitch = split_pitch(p.out_features);
   const HalvesCopies copies(pitch, o0);
   auto line = [] { return int(thread_now()) % kSplitDepth; };
   auto quarter = [] { return int(thread_now()) / kSplitDepth % 4; };  // half a panel
   auto place = [&](int stage, int lower, int piece) {
-    return stages + stage * kRingStageBytes + quarter() / 2 * kPanelBytes + swizzled_piece(line() + lower * kSplitDepth, quarter() % 2 * 4 + piece);
+    return stages + stage * kRingStageBytes + quarter() / 2 * kPanelBytes +
+           swizzled_piece(line() + lower * kSplitDepth, quarter() % 2 * 4 + piece);
   };
   const bool vectors = kQuick || inputs_in_vectors(p, 4);
   int64_t b = rows.begin + makers_group() * kSplitDepth;  // the first row of the step at hand
@@ -60,8 +62,9 @@ KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const 
         float x[4];
         ahead.widen(p.x_dtype, x);
         load(last ? b + 2 * kSplitDepth : b, last ? i0 : i + 4);
-        write_split_base(a, x, [&](int n) { return i + n < int(p.in_features) ? h.inputs[i + n] : 1.0f; }, place(stage, 0, m / 2) + m % 2 * 8,
-                         place(stage, 1, m / 2) + m % 2 * 8);
+        write_split_base(
+            a, x, [&](int n) { return i + n < int(p.in_features) ? h.inputs[i + n] : 1.0f; }, place(stage, 0, m / 2) + m % 2 * 8,
+            place(stage, 1, m / 2) + m % 2 * 8);
       }
       b += 2 * kSplitDepth;
     });
@@ -117,7 +120,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     for_every_part(p, slices, rows_per_slice, [&](const Rows& rows, int64_t o0, int64_t slice) {
       const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<true, true>(rows.steps(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
+      sums.add_ring<true, true>(rows.steps(), stages,
+                                [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
       for_every_pair(sums.sums, [&](int feature, int column, float low, float high) {
         const int64_t i = tile.input + (tile.is_base ? feature : feature / kStepBases), o = o0 + column;
         const int f = tile.chunk * kStepBases + feature % kStepBases;
