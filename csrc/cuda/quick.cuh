@@ -59,6 +59,22 @@ template <class Number> KAN_DEVICE uint32_t largest(Number number) {
   return best[0];
 }
 
+// Where x lies within its interval, counted from its middle; shift: 8 times the first basis of its window, counted from `first` / 8.
+KAN_DEVICE float quick_place(const WideArguments& a, const QuickKnots& knots, float x, uint32_t first, uint32_t& shift) {
+  const float place = held(x * knots.inverse_h + knots.offset, a.quick.lowest, a.quick.highest), whole = place + kToNearest;
+  const float v = place - (whole - kToNearest);
+  shift = as_bits(whole) * 8 - first;
+  return v;
+}
+// A window's four weights there.
+KAN_DEVICE void quick_weights(const WideArguments& a, float v, float (&w)[4]) {
+  KAN_UNROLL_ALL
+  for (int q = 0; q < 4; ++q) {
+    const float* c = a.centred[q].c;
+    w[q] = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
+  }
+}
+
 // The windows of eight inputs of a row.
 template <Products P> struct QuickWindows {
   uint32_t low[kQuickInputs], high[kQuickInputs];  // weights 0, 1 and 2, 3
@@ -74,10 +90,7 @@ template <Products P> struct QuickWindows {
       knots.read(at + m, two);
       KAN_UNROLL_ALL
       for (int r = m; r < m + 2; ++r) {
-        const float place = held(x[r] * two[r - m].inverse_h + two[r - m].offset, a.quick.lowest, a.quick.highest);
-        const float whole = place + kToNearest;
-        const float v = place - (whole - kToNearest);
-        shift[r] = as_bits(whole) * 8 - first;
+        const float v = quick_place(a, two[r - m], x[r], first, shift[r]);
         float w[4];
         if constexpr (kMirrored) {
           const float square = v * v;
@@ -88,11 +101,7 @@ template <Products P> struct QuickWindows {
             w[q] = odd * v + even, w[3 - q] = odd * -v + even;
           }
         } else {
-          KAN_UNROLL_ALL
-          for (int q = 0; q < 4; ++q) {
-            const float* c = a.centred[q].c;
-            w[q] = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
-          }
+          quick_weights(a, v, w);
         }
         low[r] = pack<P>(w[0], w[1]), high[r] = pack<P>(w[2], w[3]);
       }

@@ -287,14 +287,15 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
 
 // body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's
 // is read.
-template <int kColumns, class Body> KAN_DEVICE void for_every_tile(const Problem& p, int64_t slices, int64_t inputs_per_slice, Body body) {
+template <int kColumns, int kBarrier, class Step, class Body>
+KAN_DEVICE void for_every_tile(const Problem& p, int64_t slices, int64_t inputs_per_slice, Body body) {
   const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
     for (int64_t o0 = int64_t(blockIdx.y) * kColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kColumns) {
       const int64_t begin = slice * inputs_per_slice;
       const int64_t end = begin + inputs_per_slice < p.in_features ? begin + inputs_per_slice : p.in_features;
-      body(GroupStep(begin, end, chunks, p.base_weight != nullptr), o0, slice);
-      meet(kTileBarrier, kGroupThreads);
+      body(Step(begin, end, chunks, p.base_weight != nullptr), o0, slice);
+      meet(kBarrier, kGroupThreads);
     }
 }
 
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (thread >= kMultipliers) {
     set_registers<kMakersRegisters<kColumns>>();
-    for_every_tile<kColumns>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
+    for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
       if constexpr (kQuick) {
         const bool usual = a.quick.mirrored && first.chunks == 1 && first.has_base && a.activation.kind == kSilu && a.p.x_dtype == kStoredAs<P>;
         if (usual) make_left_quickly<P, true>(a, memory, first, b0);
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     });
   } else {
     set_registers<kMultipliersRegisters<kColumns>>();
-    for_every_tile<kColumns>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t o0, int64_t slice) {
+    for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t o0, int64_t slice) {
       GroupSums<kColumns> sums = {};
       multiply_left<P, kSparse>(a, memory, first, o0, sums);
       using T = typename StorageOf<P>::Type;

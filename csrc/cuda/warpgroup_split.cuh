@@ -85,25 +85,6 @@ struct SplitSums {
   }
 };
 
-// body(m, window) for inputs i .. i + 3 of row b, m = 0 .. 3. Windows of rows and inputs outside the problem are finite.
-template <class Body>
-KAN_DEVICE void for_four_windows(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Body body) {
-  Even d[4];
-  bool even = a.continuous;
-  KAN_UNROLL_ALL
-  for (int m = 0; m < 4; ++m) {
-    d[m] = even_knots(a.described[i + m < end ? i + m : end - 1]);
-    even = even & (d[m].inverse_h > 0);
-  }
-  if (even) {
-    KAN_UNROLL_ALL
-    for (int m = 0; m < 4; ++m) body(m, even_window(a, d[m], x[m], 1.0f));
-    return;
-  }
-  KAN_NO_UNROLL
-  for (int m = 0; m < 4; ++m) body(m, item_at(a, b, i + m < end ? i + m : a.p.in_features, load_point(a.p, b, i + m)));
-}
-
 // A window times `scale`, of eight bases from first_base on: 16 bytes of upper halves and 16 of lower ones.
 KAN_DEVICE void write_split(const Item& item, float scale, int first_base, char* upper, char* lower) {
   float w[4];
@@ -178,16 +159,8 @@ KAN_DEVICE bool write_quick_split(const WideArguments& a, const WarpKnots& knots
     knots.read(at + m, two);
     KAN_UNROLL_ALL
     for (int r = m; r < m + 2; ++r) {
-      const float place = held(x[r] * two[r - m].inverse_h + two[r - m].offset, a.quick.lowest, a.quick.highest),
-                  whole = place + kToNearest;
-      shift[r] = as_bits(whole) * 8 - first;
-      const float v = place - (whole - kToNearest);
       float w[4];
-      KAN_UNROLL_ALL
-      for (int q = 0; q < 4; ++q) {
-        const float* c = a.centred[q].c;
-        w[q] = ((c[3] * v + c[2]) * v + c[1]) * v + c[0];
-      }
+      quick_weights(a, quick_place(a, two[r - m], x[r], first, shift[r]), w);
       KAN_UNROLL_ALL
       for (int half = 0; half < 2; ++half)
         cut_pair(w[2 * half] * scale, w[2 * half + 1] * scale, words[r][0][half], words[r][1][half]);

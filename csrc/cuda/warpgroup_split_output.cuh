@@ -1,6 +1,7 @@
 // contract_output of wide float32 layers on Hopper (sm_90a): warpgroup_output.cuh with operands in halves. A step is four inputs
 // with eight bases each, or the base branch of 32 inputs.
 #pragma once
+#include "warpgroup_output.cuh"
 #include "warpgroup_split.cuh"
 
 namespace kan::cuda {
@@ -27,19 +28,6 @@ struct SplitStep {
     if (input >= end) input = begin, is_of_base = true;
   }
 };
-
-// body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's
-// is read.
-template <class Body> KAN_DEVICE void for_every_split_tile(const Problem& p, int64_t slices, int64_t inputs_per_slice, Body body) {
-  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
-  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
-    for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
-      const int64_t begin = slice * inputs_per_slice;
-      const int64_t end = begin + inputs_per_slice < p.in_features ? begin + inputs_per_slice : p.in_features;
-      body(SplitStep(begin, end, chunks, p.base_weight != nullptr), o0, slice);
-      meet(kRingTile, kGroupThreads);
-    }
-}
 
 // The copies of a step's weights.
 KAN_DEVICE void copy_split_weights(const Problem& p, const Halves& h, const HalvesCopies& copies, int input, int first_base,
@@ -103,7 +91,7 @@ KAN_DEVICE void make_split_left(const WideArguments& a, const Halves& h, const S
       if (write_quick_split(a, knots, (input - first.begin) % WarpKnots::kInputs, x, scale, first_base, piece(0), piece(4))) return;
       write_general_split(a, row(), input, scale, first_base, piece, [&](int m) { return piece(m + 4); });
     } else {
-      for_four_windows(a, row(), input, first.end, x,
+      for_four_windows(a, row(), input, first.end, x, [](int) { return 1.0f; },
                        [&](int m, const Item& item) { write_split(item, scale, first_base, piece(m), piece(m + 4)); });
     }
   });
@@ -119,12 +107,12 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (int(threadIdx.x) >= kMultipliers) {
     set_registers<kSplitMakersRegisters>();
-    for_every_split_tile(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t) {
+    for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t) {
       make_split_left<kQuick>(a, h, first, b0, o0, stages, knots);
     });
   } else {
     set_registers<kSplitMultipliersRegisters>();
-    for_every_split_tile(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
+    for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
       const int group = multiplier_group();
       SplitSums sums;
       sums.add_ring<false, true>(first.count(), stages,

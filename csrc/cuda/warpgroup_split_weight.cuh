@@ -90,7 +90,7 @@ KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const 
         write_general_split(a, b - 2 * kSplitDepth + line(), i, kSplitTop, first_base, upper, lower);
       } else {
         const int64_t here = b - 2 * kSplitDepth + line();
-        for_four_windows(a, here < rows.end ? here : p.batch, i, p.in_features, x,
+        for_four_windows(a, here < rows.end ? here : p.batch, i, p.in_features, x, [](int) { return 1.0f; },
                          [&](int m, const Item& item) { write_split(item, kSplitTop, first_base, upper(m), lower(m)); });
       }
     });

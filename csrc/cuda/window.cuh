@@ -19,10 +19,10 @@ KAN_DEVICE void load_inputs(Stored<kCount>& to, const Problem& p, int64_t b, int
 // Of piece `piece` (16 bytes) of line `line` (128 bytes) of a tile with the 128-byte swizzle.
 KAN_DEVICE int swizzled_piece(int line, int piece) { return line * 128 + (piece ^ line % 8) * 16; }
 
-// Items of inputs i .. i + 3 of row b, times scale where there is one. Those of rows and inputs outside the problem are finite.
-template <Products P, bool kSparse>
-KAN_DEVICE void make_items(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Kept<P> (&items)[4]) {
-  const bool scaled = a.p.scale != nullptr;
+// body(m, window) for inputs i .. i + 3 of row b, m = 0 .. 3; scale(m) where knots are even. Windows of rows and inputs outside the
+// problem are finite.
+template <class Scale, class Body>
+KAN_DEVICE void for_four_windows(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Scale scale, Body body) {
   Even d[4];
   bool even = a.continuous;
   KAN_UNROLL_ALL
@@ -32,18 +32,24 @@ KAN_DEVICE void make_items(const WideArguments& a, int64_t b, int64_t i, int64_t
   }
   if (even) {
     KAN_UNROLL_ALL
-    for (int m = 0; m < 4; ++m)
-      items[m] = keep<P, kSparse>(even_window(a, d[m], x[m], scaled ? load_point(a.p, b, i + m).scale : 1.0f));
+    for (int m = 0; m < 4; ++m) body(m, even_window(a, d[m], x[m], scale(m)));
     return;
   }
   KAN_NO_UNROLL
-  for (int m = 0; m < 4; ++m) {
-    const Item item = item_at(a, b, i + m < end ? i + m : a.p.in_features, load_point(a.p, b, i + m));
+  for (int m = 0; m < 4; ++m) body(m, item_at(a, b, i + m < end ? i + m : a.p.in_features, load_point(a.p, b, i + m)));
+}
+
+// Items of inputs i .. i + 3 of row b, times scale where there is one.
+template <Products P, bool kSparse>
+KAN_DEVICE void make_items(const WideArguments& a, int64_t b, int64_t i, int64_t end, const float (&x)[4], Kept<P> (&items)[4]) {
+  const bool scaled = a.p.scale != nullptr;
+  auto scale = [&](int m) { return scaled ? load_point(a.p, b, i + m).scale : 1.0f; };
+  for_four_windows(a, b, i, end, x, scale, [&](int m, const Item& item) {
     const Kept<P> made = keep<P, kSparse>(item);
     KAN_UNROLL_ALL
     for (int r = 0; r < 4; ++r)
       if (r == m) items[r] = made;  // an array indexed at run time would leave the registers
-  }
+  });
 }
 
 // Dense: the window among eight bases, two neighbouring ones to a word; r[j] = bases 2 j, 2 j + 1. In place of a comparison for every
