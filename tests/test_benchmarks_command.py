@@ -154,23 +154,29 @@ def test_shards_run_every_test_once(
 
 
 def test_gpu_tests_that_are_cut_short_say_what_they_have_seen(tmp_path):
-    (tmp_path / "test_slow.py").write_text("import time\ndef test_quick(): pass\ndef test_long(): time.sleep(600)\n")
+    """Also what failed, and why: pytest itself says it at its end alone."""
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_quick(): pass\ndef test_wrong(): assert 2 * 3 == 7\ndef test_long(): time.sleep(600)\n"
+    )
     program = (
         "from pathlib import Path; from benchmarks.gpu import run_tests\n"
-        f"run_tests.ARGUMENTS = ['-p', 'no:cacheprovider', '--rootdir', {str(tmp_path)!r}, {str(tmp_path)!r}]\n"
+        f"run_tests.ARGUMENTS = ['-p', 'no:cacheprovider', '--rootdir', {str(ROOT)!r}, {str(tmp_path)!r}]\n"
         f"raise SystemExit(run_tests.run(1, Path({str(tmp_path)!r})))"
     )
-    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # As gpu_check.sh does: timeout sends its signal to the program, then to all of its group.
+    command = ["timeout", "-k", "10", "600", sys.executable, "-c", program]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "gpu-tests-1.log"
-    for _ in range(600):  # until the quick one is through
-        if log.exists() and "PASSED" in log.read_text():
+    for _ in range(600):  # until the quick ones are through
+        if log.exists() and "FAILED" in log.read_text():
             break
         time.sleep(0.1)
     running.terminate()
     said = running.communicate(timeout=60)[0]
     assert running.returncode == 1
     assert "cut short: gpu-tests-1.log" in said
-    assert "1 passed, 0 failed" in said
+    assert re.search("^FAILED .*test_wrong: assert .*6.* == 7", said, re.MULTILINE), said
+    assert "1 passed, 1 failed" in said
 
 
 @pytest.mark.slow

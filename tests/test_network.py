@@ -20,7 +20,11 @@ def test_structure():
 def test_forward_is_one_layer_after_the_other(place):
     model = KAN([3, 4, 2], backend=place.backend, device=place.device)
     x = torch.randn(2, 7, 3, device=place.device)
-    assert torch.equal(model(x), model.layers[1](model.layers[0](x)))
+    want = model.layers[1](model.layers[0](x))
+    if place.device.type == "cpu":
+        assert torch.equal(model(x), want)
+    else:  # one kernel for the whole network sums in another order
+        torch.testing.assert_close(model(x), want)
 
 
 def test_reset_parameters_draws_every_layer_anew():

@@ -78,7 +78,8 @@ struct Kernel256SparseBf16 {
 template <class Instruction>
 __global__ void __launch_bounds__(128) repeat_wgmma(float* out, int iterations) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int words = Instruction::columns * 32 / 2;  // 32 deep
+  constexpr int deep = Instruction::columns == 128 ? 32 : 64;  // the kernels' panels are 64 deep, whatever is read of them
+  constexpr int words = Instruction::columns * deep / 2;
   __shared__ __align__(1024) uint32_t tile[words];
   for (int i = threadIdx.x; i < words; i += 128) tile[i] = 0;
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks.environment import ROOT, cores
@@ -24,6 +25,7 @@ ARGUMENTS = [
     "--deselect", "tests/test_triton.py::test_kernels_on_the_gpu",
 ]  # fmt: skip
 NO_TESTS = 5  # pytest's exit code
+PATIENCE_S = 6.0  # less than gpu_check.sh allows between SIGTERM and SIGKILL
 
 
 def pretend() -> int:
@@ -40,31 +42,51 @@ def pretend() -> int:
 
 
 def run(shards: int, out: Path | None) -> int:
-    """Run them in so many processes, print what failed and a total; each process's output goes to out/gpu-tests-N.log as it
-    comes, so that a run that is cut short (SIGTERM) says what it has seen by then.
+    """Run them in so many processes, print what failed and why, and a total; each process's output goes to
+    out/gpu-tests-N.log as it comes. A run that is cut short (SIGTERM) interrupts its processes, which then say what they
+    have seen.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         logs = [folder / f"gpu-tests-{shard}.log" for shard in range(1, shards + 1)]
         running = [_start(log, f"{shard}/{shards}") for shard, log in enumerate(logs, 1)]
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        before = signal.signal(signal.SIGTERM, _stop)
         try:
             for process in running:
                 process.wait()
         finally:
             ended = [process.poll() for process in running]
-            for process in running:
-                process.kill()
+            _interrupt(running)
             signal.signal(signal.SIGTERM, before)
             totals = _report(logs, ended)
     return int(totals["PASSED"] == 0 or any(code not in (0, NO_TESTS) for code in ended))
 
 
+def _stop(*_: object) -> None:
+    """Once: timeout(1) sends its signal to the process and then to its group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def _interrupt(running: list[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: pytest writes its failures down when it is interrupted, if the test at hand lets it."""
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    end = time.monotonic() + PATIENCE_S
+    for process in running:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def _start(log: Path, shard: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail", "20", *ARGUMENTS]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail", "20", "--durations", "10", *ARGUMENTS]
+    environment = {**os.environ, "KAN_FAST_TEST_SHARD": shard}
+    # In a session of its own: what stops this process's group must not stop the tests before their report.
     with log.open("wb") as sink:
         return subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "KAN_FAST_TEST_SHARD": shard}, stdout=sink, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
@@ -73,11 +95,12 @@ def _report(logs: list[Path], ended: list[int | None]) -> dict[str, int]:
     totals = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
     for log, code in zip(logs, ended, strict=True):
         text = log.read_text(errors="replace")
+        reasons = dict(re.findall(r"^(?:FAILED|ERROR) (\S.*?) - (.*)$", text, re.MULTILINE))
         for name, outcome in re.findall(r"^(\S.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE):
             if "::" in name:
                 totals[outcome] += 1
                 if outcome in ("FAILED", "ERROR"):
-                    print(f"{outcome} {name}", flush=True)
+                    print(f"{outcome} {name}: {reasons.get(name, 'see the log')}", flush=True)
         if code is None:
             print(f"cut short: {log.name}", flush=True)
         elif code not in (0, 1, NO_TESTS):

@@ -43,6 +43,8 @@ template <class C> struct Arguments {
 };
 
 template <class C> constexpr C kEpsilon = sizeof(C) == 8 ? C(2.220446049250313e-16) : C(1.1920929e-7f);
+// The smallest number that is not denormal; its reciprocal is finite.
+template <class C> constexpr C kSmallest = sizeof(C) == 8 ? C(2.2250738585072014e-308) : C(1.17549435e-38f);
 
 template <class C> KAN_INLINE Described<C> describe(const Problem& p, const C* t, bool uniform) {
   const int count = p.knots(), order = p.spline_order;

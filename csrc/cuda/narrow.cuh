@@ -174,7 +174,8 @@ KAN_DEVICE void make_tables(const Problem& p, const NarrowPlan& plan, const Cubi
       make_uneven_cubics(t, count, p.spline_order, j, p.n, w);
     }
     starts[m] = below ? d.first : above ? d.last : t[j];
-    inverses[m] = d.inverse_h > 0 ? d.inverse_h : width > 0 ? reciprocal(width) : C(0);
+    // Finite and above 0 whatever the width: u is then a number for every x that is not NaN.
+    inverses[m] = d.inverse_h > 0 ? d.inverse_h : reciprocal(width > kSmallest<C> ? width : kSmallest<C>);
     firsts[m] = j - p.spline_order;
     if (!below && !above) continue;
     KAN_UNROLL_WINDOW

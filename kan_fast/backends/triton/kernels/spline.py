@@ -60,7 +60,7 @@ def spacing(knots, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.conste
 @triton.jit
 def count_knots(x, knots, COUNT: tl.constexpr, STRICT: tl.constexpr):
     """How many knots are <= x (STRICT: < x), by binary search: a tile of int32 in the shape of x."""
-    found = (x * 0).to(tl.int32)
+    found = (x < x).to(tl.int32)  # zeros, also of an infinite x
     TOP: tl.constexpr = highest_power_of_two(COUNT)
     for level in tl.static_range(TOP.bit_length()):
         tried = found + (TOP >> level)
