@@ -211,6 +211,30 @@ def test_same_bits_in_float32(place, use):
         assert all(map(torch.equal, as_tuple(run(*args)), as_tuple(run(*args))))
 
 
+# At one barrier for both groups of makers.
+OVERTAKING = ("cuda/warpgroup_tile.cuh", r"\+ kLeftStages \* (makers_group\(\)|\(s & 1\))", "")
+
+
+def assert_no_group_overtakes(library):
+    """Of a group of makers that goes on for three steps while the other one has not begun: whose turn is whose?"""
+    gpu = Backend(library, architecture=90, multiprocessors=7)
+    problem = make_problem(None, torch.bfloat16, (1000, 136, 9), 3)
+    for gradient in gpu.contract_weight(*problem.args("contract_weight", 0, False)):
+        assert gradient.isfinite().all()
+
+
+def test_no_group_of_makers_overtakes_the_other(library, use):
+    use("wgmma")
+    assert_no_group_overtakes(library)
+
+
+@pytest.mark.slow
+def test_overtaking_would_be_found(use):
+    use("wgmma")
+    with pytest.raises(AssertionError):
+        assert_no_group_overtakes(build(changes=[OVERTAKING]))
+
+
 @every_kernel
 def test_nan_stays_in_its_row(place, use, kernel):
     use(kernel)

@@ -18,8 +18,6 @@ constexpr int kRingMade = 1, kRingRead = kRingMade + kRing, kRingTile = kRingRea
 constexpr size_t kSplitShared = kAtomBytes + kRingBytes + kKnotsBytes;
 
 KAN_DEVICE int next_in_ring(int stage, int by) { return stage + by < kRing ? stage + by : stage + by - kRing; }
-// Which of the makers' two groups.
-KAN_DEVICE int makers_group() { return OwnSteps::first(); }
 
 // A makers' group's loop: of `steps` steps the two groups take turns. make(stage) begins the copies of the right operand and writes
 // the left one.

@@ -142,8 +142,9 @@ struct PanelPieces {
   }
 };
 
-// Numbered barriers: of each left stage one for "made" and one for "read", and one for everybody.
-constexpr int kMadeBarrier = 1, kReadBarrier = kMadeBarrier + kLeftStages, kTileBarrier = kReadBarrier + kLeftStages;
+// Numbered barriers: of each left stage one for "made" and, for each group of makers, one for "read"; and one for everybody. The groups
+// have a stage in turns: at one barrier a group two steps ahead would take what the other one is about to wait for.
+constexpr int kMadeBarrier = 1, kReadBarrier = kMadeBarrier + kLeftStages, kTileBarrier = kReadBarrier + 2 * kLeftStages;
 constexpr int kHandover = kMultipliers + kMakers / 2;  // threads of both: one of the makers' groups
 
 template <int kStages> KAN_DEVICE int next_of(int stage) {
@@ -157,8 +158,11 @@ KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
   return reinterpret_cast<QuickKnots*>(knots + (threadIdx.x - kMultipliers) / 32 * WarpKnots::kBytes);
 }
 
+// Of the makers' groups the one that the thread belongs to.
+KAN_DEVICE int makers_group() { return int(thread_now()) / (kMakers / 2) % 2; }
+
 // Around what a maker writes to `stage`, for the tensor cores.
-KAN_DEVICE void begin_step(int stage) { meet(kReadBarrier + stage, kHandover); }
+KAN_DEVICE void begin_step(int stage) { meet(kReadBarrier + stage + kLeftStages * makers_group(), kHandover); }
 KAN_DEVICE void end_step(int stage) {
   show_to_tensor_cores();
   arrive(kMadeBarrier + stage, kHandover);
@@ -168,7 +172,7 @@ KAN_DEVICE void end_step(int stage) {
 struct OwnSteps {
   int stage = first();
 
-  KAN_DEVICE static int first() { return int(thread_now()) / (kMakers / 2) % 2; }
+  KAN_DEVICE static int first() { return makers_group(); }
   KAN_DEVICE void begin() const { begin_step(stage); }
   KAN_DEVICE void end() {
     end_step(stage);
@@ -217,7 +221,7 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
   for (int s = 0; s < kRightStages - 2; ++s) copy_next(s);
   KAN_UNROLL_ALL
   for (int s = 0; kMade && s < kLeftStages; ++s)
-    if (s < steps) arrive(kReadBarrier + s, kHandover);
+    if (s < steps) arrive(kReadBarrier + s + kLeftStages * (s & 1), kHandover);
   int left = 0, before = kLeftStages - 1, right = 0, next = kRightStages - 2;
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
@@ -236,7 +240,7 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
       copy_now();
       wait_for_products<1>();
     }
-    if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before, kHandover);
+    if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
     before = left;
     left = next_of<kLeftStages>(left), right = next_of<kRightStages>(right), next = next_of<kRightStages>(next);
   }
