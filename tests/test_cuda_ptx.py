@@ -81,6 +81,8 @@ WARPGROUP = [
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 20, 33), 5, "uniform", "zero", 0),
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (70, 24, 136), 12, "uniform", "zero", 0),
     ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (200, 9, 136), 5, "uneven", "clamp", 1),
+    # Four tiles whole, two in two slices.
+    ("wgmma", "contract_weight", "warpgroup_backward_bfloat16", BF16, (128, 66, 33), 5, "uniform", "zero", 0),
 ]
 # Float32 in halves: the quick way and the general one, one tile and several, an odd and an even number of steps.
 HALVES = [
@@ -91,6 +93,7 @@ HALVES = [
     ("contract_input", (130, 40, 72), 12, "uneven", "linear", 1),
     ("contract_weight", (70, 24, 33), 5, "uniform", "zero", 0),
     ("contract_weight", (200, 9, 136), 5, "uneven", "clamp", 0),
+    ("contract_weight", (128, 66, 33), 5, "uniform", "zero", 0),  # four tiles whole, two in two slices
 ]
 # The other types of sources that hold the same kernels.
 OTHERS = [

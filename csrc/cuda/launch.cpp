@@ -13,6 +13,7 @@
 #include "launch.h"
 #include "narrow.h"
 #include "split.h"
+#include "weight_tiles.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -132,15 +133,16 @@ double products_of_one(const Problem& p) { return p.weight_dtype == kFloat32 ? 3
 // The same for kernels that have a multiprocessor to themselves, and rounds of blocks so few that a last one half empty costs: as
 // many slices as make the whole fastest, at about 5 TFLOP/s a multiprocessor and 4 TB/s for the partial sums.
 Slices cut_rounds(int64_t length, int64_t least, int64_t tiles, double flops_of_tile, int64_t bytes, const Device& device, size_t offset) {
-  int64_t best = 1;
+  Slices best{1, length, offset};
   double fastest = 0;
-  for (int64_t count = 1; count <= 16 && (count == 1 || (count * least <= length && count * bytes <= int64_t(256) << 20)); ++count) {
-    const int64_t rounds = (tiles * count + device.multiprocessors - 1) / device.multiprocessors;
-    const double time = double(rounds) / double(count) * flops_of_tile / 5e12 + (count > 1 ? double(count * bytes) / 2e12 : 0.0);
-    if (count == 1 || time < 0.97 * fastest) best = count, fastest = time;
+  for (int64_t wanted = 1; wanted <= 16 && (wanted == 1 || (wanted * least <= length && wanted * bytes <= int64_t(256) << 20)); ++wanted) {
+    const int64_t rows = wanted == 1 ? length : ((length + wanted - 1) / wanted + least - 1) / least * least;
+    const int64_t count = (length + rows - 1) / rows, rounds = (tiles * count + device.multiprocessors - 1) / device.multiprocessors;
+    const double share = double(rows) / double(length);
+    const double time = double(rounds) * share * flops_of_tile / 5e12 + (count > 1 ? double(count * bytes) / 2e12 : 0.0);
+    if (wanted == 1 || time < 0.97 * fastest) best = {count, rows, offset}, fastest = time;
   }
-  const int64_t each = ((length + best - 1) / best + least - 1) / least * least;
-  return {(length + each - 1) / each < 1 ? 1 : (length + each - 1) / each, each < 1 ? least : each, offset};
+  return best;
 }
 
 Slices slices_of_output(Family family, const Problem& p, const Device& device) {
@@ -152,14 +154,12 @@ Slices slices_of_output(Family family, const Problem& p, const Device& device) {
   return cut_rounds(p.in_features, 64, tiles, 2.0 * 128 * double(columns) * depth * products_of_one(p), bytes, device, offset);
 }
 
-Slices slices_of_weight(Family family, const Problem& p, const Device& device) {
+// Of kernels other than those of warpgroups.
+Slices slices_of_weight(const Problem& p, const Device& device) {
   const size_t offset = size_of_described(p) + rounded(size_of_cubics(p));
-  const int64_t columns = columns_of_weight(p);
-  int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + columns - 1) / columns);
-  const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * 4;
-  if (!is_warpgroup(family)) return cut(p.batch, 128, tiles, bytes, 2, device, offset);
-  tiles += (p.in_features + 127) / 128 * ((p.out_features + columns - 1) / columns);
-  return cut_rounds(p.batch, 64, tiles, 2.0 * 128 * double(columns) * double(p.batch) * products_of_one(p), bytes, device, offset);
+  const int64_t columns = columns_of_weight(p), bytes = p.in_features * (p.bases() + 1) * p.out_features * 4;
+  const int64_t tiles = ((p.in_features + 15) / 16) * ((p.bases() + 7) / 8) * ((p.out_features + columns - 1) / columns);
+  return cut(p.batch, 128, tiles, bytes, 2, device, offset);
 }
 
 Slices slices_any(const Problem& p, const Device& device) {
@@ -206,10 +206,10 @@ int input_warpgroup(const Problem& p, const WideArguments& a, void* stream) {
   return launch_input_warpgroup<Products::float16>(a, stream);
 }
 
-int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
+int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const TileCut& cut, void* stream) {
   const int columns = columns_of_weight(p);
-  if (products(p) == Products::bfloat16) return launch_weight_warpgroup<Products::bfloat16>(a, columns, parts, slices, stream);
-  return launch_weight_warpgroup<Products::float16>(a, columns, parts, slices, stream);
+  if (products(p) == Products::bfloat16) return launch_weight_warpgroup<Products::bfloat16>(a, columns, parts, cut, stream);
+  return launch_weight_warpgroup<Products::float16>(a, columns, parts, cut, stream);
 }
 
 int output_split(const WideArguments& a, void* memory, float* parts, const Slices& slices, void* stream) {
@@ -217,9 +217,9 @@ int output_split(const WideArguments& a, void* memory, float* parts, const Slice
   return launch_output_split(a, halves, parts, slices, stream);
 }
 
-int weight_split(const WideArguments& a, void* memory, float* parts, const Slices& slices, void* stream) {
+int weight_split(const WideArguments& a, void* memory, float* parts, const TileCut& cut, void* stream) {
   const Halves halves = place_halves(a.p, Operation::weight, memory);
-  return launch_weight_split(a, halves, parts, slices, stream);
+  return launch_weight_split(a, halves, parts, cut, stream);
 }
 
 int input_wide(const Problem& p, const WideArguments& a, void* stream) {
@@ -243,8 +243,20 @@ size_t size_of_input(const Problem& p) { return size_of_described(p) + rounded(s
 size_t size_of_weight(const Slices& slices, const Problem& p) {
   return slices.offset + size_of_parts(slices, p.in_features * (p.bases() + 1) * p.out_features, compute_size(p));
 }
+size_t size_of_weight(const TileCut& cut, const Problem& p) { return cut.offset + rounded(size_of_parts(p, columns_of_weight(p), cut)); }
 
 }  // namespace
+
+// Of tiles that all take as long, those in full rounds gain nothing from being cut.
+TileCut cut_of_weight(const Problem& p, const Device& device) {
+  const int64_t columns = columns_of_weight(p), tiles = feature_tiles(p) * ((p.out_features + columns - 1) / columns);
+  const int64_t rest = tiles % device.multiprocessors, bytes = p.in_features * (p.bases() + 1) * p.out_features * 4 / tiles * rest;
+  const size_t offset = size_of_described(p) + rounded(size_of_cubics(p));
+  const double flops_of_tile = 2.0 * 128 * double(columns) * double(p.batch) * products_of_one(p);
+  const Slices slices = cut_rounds(p.batch, 64, rest, flops_of_tile, bytes, device, offset);
+  if (slices.count == 1) return {int(tiles), 0, 1, slices.rows, offset};
+  return {int(tiles - rest), int(rest), int(slices.count), slices.rows, offset};
+}
 
 size_t workspace_of_output(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::output);
@@ -264,8 +276,9 @@ size_t workspace_of_weight(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::weight);
   const int64_t numbers = p.in_features * (p.bases() + 1) * p.out_features;
   if (family == Family::narrow) return rounded(size_t(plan_narrow(p, device, Operation::weight).blocks * numbers) * 4);
-  const Slices slices = family == Family::any ? slices_any(p, device) : slices_of_weight(family, p, device);
-  return size_of_weight(slices, p) + (is_split(family, p) ? size_of_halves(p, Operation::weight) : 0);
+  if (is_warpgroup(family))
+    return size_of_weight(cut_of_weight(p, device), p) + (is_split(family, p) ? size_of_halves(p, Operation::weight) : 0);
+  return size_of_weight(family == Family::any ? slices_any(p, device) : slices_of_weight(p, device), p);
 }
 
 int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
@@ -301,12 +314,16 @@ int launch_contract_weight(const Problem& p, const Device& device, void* workspa
   if (family == Family::narrow)
     return launch_weight_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::weight)), workspace, stream);
   if (family == Family::any) KAN_BY_TYPE(launch_weight_any, p, slices_any(p, device), workspace, stream)
-  const Slices slices = slices_of_weight(family, p, device);
-  float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
-  const auto weight = is_warpgroup(family) ? weight_warpgroup : weight_wide;
-  const int error = is_split(family, p) ? weight_split(a, static_cast<char*>(workspace) + size_of_weight(slices, p), parts, slices, stream)
-                                        : weight(p, a, parts, slices, stream);
+  if (is_warpgroup(family)) {
+    const TileCut cut = cut_of_weight(p, device);
+    char* memory = static_cast<char*>(workspace);
+    float* parts = cut.rest > 0 ? reinterpret_cast<float*>(memory + cut.offset) : nullptr;
+    return is_split(family, p) ? weight_split(a, memory + size_of_weight(cut, p), parts, cut, stream) : weight_warpgroup(p, a, parts, cut, stream);
+  }
+  const Slices slices = slices_of_weight(p, device);
+  float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
+  const int error = weight_wide(p, a, parts, slices, stream);
   if (error != 0 || parts == nullptr) return error;
   KAN_BY_TYPE(launch_add_slices, p, parts, slices.count, stream)
 }

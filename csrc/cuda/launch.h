@@ -13,6 +13,21 @@ struct Slices {
   size_t offset;
 };
 
+// How tiles are shared out among blocks: the first `whole` have a block each, the `rest` is cut into `slices` of `rows` terms, whose
+// sums lie `offset` bytes into the workspace. Blocks of whole tiles come first, those of the slices
+// behind them, slice by slice.
+struct TileCut {
+  int whole, rest, slices;
+  int64_t rows;
+  size_t offset;
+
+  KAN_INLINE int parts() const { return rest * slices; }
+  KAN_INLINE int blocks() const { return whole + parts(); }
+};
+
+// What contract_weight by warpgroups does on a GPU of so many multiprocessors.
+TileCut cut_of_weight(const Problem&, const Device&);
+
 template <class T> int launch_output_any(const Problem&, void* workspace, void* stream);
 template <class T> int launch_input_any(const Problem&, void* workspace, void* stream);
 template <class T> int launch_weight_any(const Problem&, const Slices&, void* workspace, void* stream);
@@ -25,7 +40,8 @@ template <Products P, bool kSparse> int launch_output_wide(const WideArguments&,
 template <Products P, bool kSparse> int launch_output_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
 template <Products P> int launch_input_warpgroup(const WideArguments&, void* stream);
-template <Products P> int launch_weight_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
+// d_spline and d_base, with the sums of their parts, if any: weight_tiles.h says how these lie.
+template <Products P> int launch_weight_warpgroup(const WideArguments&, int columns, float* parts, TileCut, void* stream);
 
 template <Products P> int launch_input_wide(const WideArguments&, void* stream);
 // d_spline and d_base; parts (slices, in, bases, out) and behind them (slices, in, out), or null for one slice.

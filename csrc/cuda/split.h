@@ -38,7 +38,7 @@ int launch_halves(const Problem&, Operation, const Halves&, void* stream);
 // The contractions themselves, those included: see the like of launch.h.
 int launch_output_split(const WideArguments&, const Halves&, float* parts, Slices, void* stream);
 int launch_input_split(const WideArguments&, const Halves&, void* stream);
-int launch_weight_split(const WideArguments&, const Halves&, float* parts, Slices, void* stream);
+int launch_weight_split(const WideArguments&, const Halves&, float* parts, TileCut, void* stream);
 
 // What they serve: values of bases, at most 1; contract_input, which has no bases among its factors, serves all.
 const char* why_not_split(const Problem&, Operation);

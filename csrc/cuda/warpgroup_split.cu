@@ -22,16 +22,14 @@ int launch_input_split(const WideArguments& a, const Halves& h, void* stream) {
   return launch(input_split, blocks, kGroupThreads, kSplitInputShared, stream, a, h);
 }
 
-int launch_weight_split(const WideArguments& a, const Halves& h, float* parts, Slices slices, void* stream) {
+int launch_weight_split(const WideArguments& a, const Halves& h, float* parts, TileCut cut, void* stream) {
   const Problem& p = a.p;
   if (int error = launch_halves(p, Operation::weight, h, stream)) return error;
   if (int error = launch_cubics(a, stream)) return error;
-  const Blocks blocks{weight_tiles(p), (p.out_features + kSplitColumns - 1) / kSplitColumns, slices.count};
-  float* spline = parts == nullptr ? static_cast<float*>(p.d_spline) : parts;
-  float* base =
-      parts == nullptr ? static_cast<float*>(p.d_base) : parts + slices.count * p.in_features * p.bases() * p.out_features;
-  return launch(a.quick.serves ? weight_split<true> : weight_split<false>, blocks, kGroupThreads, kSplitShared, stream, a, h,
-                spline, base, slices.count, slices.rows);
+  if (int error = launch(a.quick.serves ? weight_split<true> : weight_split<false>, Blocks{cut.blocks()}, kGroupThreads, kSplitShared,
+                         stream, a, h, parts, cut))
+    return error;
+  return launch_add_parts<float>(p, kSplitColumns, cut, parts, stream);
 }
 
 }  // namespace kan::cuda

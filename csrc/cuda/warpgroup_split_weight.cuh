@@ -4,8 +4,6 @@
 #include "warpgroup_split.cuh"
 #include "warpgroup_weight.cuh"
 
-#include <type_traits>
-
 namespace kan::cuda {
 
 // The rows of a slice.
@@ -13,17 +11,6 @@ struct Rows {
   int64_t begin, end;
   KAN_DEVICE int steps() const { return int((end - begin + kSplitDepth - 1) / kSplitDepth); }
 };
-
-// body(rows, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's is
-// read.
-template <class Body> KAN_DEVICE void for_every_part(const Problem& p, int64_t slices, int64_t rows_per_slice, Body body) {
-  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
-    for (int64_t o0 = int64_t(blockIdx.y) * kSplitColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kSplitColumns) {
-      const int64_t begin = slice * rows_per_slice;
-      body(Rows{begin, begin + rows_per_slice < p.batch ? begin + rows_per_slice : p.batch}, o0, slice);
-      meet(kRingTile, kGroupThreads);
-    }
-}
 
 // A maker's thread has four inputs of one row, half a line of a panel (or 32 inputs of the base branch): its lane says which row.
 template <bool kQuick, bool kBase>
@@ -98,40 +85,30 @@ KAN_DEVICE void make_split_lines(const WideArguments& a, const Halves& h, const 
 }
 
 template <bool kQuick>
-__global__ void __launch_bounds__(kGroupThreads, 1)
-    weight_split(WideArguments a, Halves h, float* spline, float* base, int64_t slices, int64_t rows_per_slice) {
+__global__ void __launch_bounds__(kGroupThreads, 1) weight_split(KAN_ARGUMENT WideArguments a, Halves h, float* parts, TileCut cut) {
 #if KAN_WARPGROUPS
   const Problem& p = a.p;
   char* stages = first_atom();
   char* knots = stages + kRingBytes;
+  const WeightBlock block(p, kSplitColumns, cut, int(blockIdx.x));
+  const FeatureTile& tile = block.tile.features;
+  const Rows rows{block.begin, block.end};
   if (int(threadIdx.x) >= kMultipliers) {
     set_registers<kSplitMakersRegisters>();
-    const FeatureTile tile = feature_tile(p, blockIdx.x);
-    auto make = [&](auto is_base) {
-      for_every_part(p, slices, rows_per_slice, [&](const Rows& rows, int64_t o0, int64_t) {
-        make_split_lines<kQuick, decltype(is_base)::value>(a, h, tile, rows, o0, stages, knots);
-      });
-    };
-    if (tile.is_base) make(std::true_type{});
-    else make(std::false_type{});
+    if (tile.is_base) make_split_lines<kQuick, true>(a, h, tile, rows, block.tile.o0, stages, knots);
+    else make_split_lines<kQuick, false>(a, h, tile, rows, block.tile.o0, stages, knots);
   } else {
     set_registers<kSplitMultipliersRegisters>();
-    const FeatureTile tile = feature_tile(p, blockIdx.x);
-    for_every_part(p, slices, rows_per_slice, [&](const Rows& rows, int64_t o0, int64_t slice) {
-      const int group = multiplier_group();
-      SplitSums sums;
-      sums.add_ring<true, true>(rows.steps(), stages,
-                                [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
-      for_every_pair(sums.sums, [&](int feature, int column, float low, float high) {
-        const int64_t i = tile.input + (tile.is_base ? feature : feature / kStepBases), o = o0 + column;
-        const int f = tile.chunk * kStepBases + feature % kStepBases;
-        if (i >= p.in_features || o >= p.out_features || (!tile.is_base && f >= p.bases())) return;
-        const int64_t row = slice * p.in_features + i, at = (tile.is_base ? row : row * p.bases() + f) * p.out_features;
-        const float of_feature = tile.is_base ? inverse_of_scale(h.inputs[i]) : 1 / kSplitTop;
-        low *= of_feature * inverse_of_scale(h.columns[o]);
-        if (o + 1 < p.out_features) high *= of_feature * inverse_of_scale(h.columns[o + 1]);
-        write_pair((tile.is_base ? base : spline) + at, o, p.out_features, p.out_features % 2 == 0, low, high);
-      });
+    const int group = multiplier_group();
+    SplitSums sums;
+    sums.add_ring<true, true>(rows.steps(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
+    float* to = static_cast<float*>(tile.is_base ? p.d_base : p.d_spline);
+    for_every_weight<kSplitColumns>(p, block, parts, sums.sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
+      const float of_feature = tile.is_base ? inverse_of_scale(h.inputs[row]) : 1 / kSplitTop;
+      low *= of_feature * inverse_of_scale(h.columns[o]);
+      if (o + 1 < p.out_features) high *= of_feature * inverse_of_scale(h.columns[o + 1]);
+      if (place == nullptr) write_pair(to + row * p.out_features, o, p.out_features, p.out_features % 2 == 0, low, high);
+      else write_pair(place, 0, 2, true, low, high);
     });
   }
 #else

@@ -5,6 +5,7 @@
 // base activations), and there are two panels of such lines. Two others multiply, and copy the rows of g.
 #pragma once
 #include "warpgroup_tile.cuh"
+#include "weight_tiles.h"
 
 namespace kan::cuda {
 
@@ -19,31 +20,14 @@ struct BatchStep {
   KAN_DEVICE void advance() { b += kGroupDepth; }
 };
 
-// Which inputs and bases a block has. The base branch first: its features take longer, and a round of blocks should not end with it.
-struct FeatureTile {
-  bool is_base;
-  int chunk;
-  int input;  // first of 16, or of 128
-};
-KAN_DEVICE FeatureTile feature_tile(const Problem& p, int64_t number) {
-  const int chunks = (p.bases() + kStepBases - 1) / kStepBases;
-  const int64_t of_base = p.d_base != nullptr ? (p.in_features + kGroupRows - 1) / kGroupRows : 0;
-  if (number < of_base) return {true, 0, int(number) * kGroupRows};
-  number -= of_base;
-  return {false, int(number % chunks), int(number / chunks) * 16};
-}
-
-inline int64_t weight_tiles(const Problem& p) {
-  const int64_t chunks = (p.bases() + kStepBases - 1) / kStepBases, of_base = p.d_base != nullptr ? (p.in_features + kGroupRows - 1) / kGroupRows : 0;
-  return (p.in_features + 15) / 16 * chunks + of_base;
-}
+static_assert(kTileFeatures == kGroupRows && kTileBases == kStepBases);
 
 // A maker's thread: one line of a panel, that is 8 inputs of one row (or 64 of the base branch). What comes next is loaded before what
 // is there is used. Outside the batch g's rows are zero; the quick way then takes the slice's last row again.
 template <Products P>
 KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left) {
   const Problem& p = a.p;
-  const int thread = int(thread_now()) % (kMakers / 2), maker = int(thread_now()) / (kMakers / 2) % 2;
+  const int thread = int(thread_now()) % (kMakers / 2), maker = makers_group();
   const int line = thread % kGroupDepth, panel = thread / kGroupDepth, i0 = tile.input + panel * kGroupInputs;
   const bool vectors = inputs_in_vectors(p, 4);
   Stored<4> ahead[2];
@@ -209,61 +193,57 @@ template <int kColumns, class T> struct GradientCopies {
   }
 };
 
+// write(row of d_spline or d_base, o, place, low, high) for a multiplier's share of the block's sums, those of outputs o and o + 1. Of a
+// block that leaves a part they belong to `place`, which is null otherwise.
+template <int kColumns, int kParts, class Write>
+KAN_DEVICE void for_every_weight(const Problem& p, const WeightBlock& block, float* parts, const float (&sums)[kParts][64], Write write) {
+  const int pitch = part_pitch(p, kColumns);
+  float* part = block.part < 0 ? nullptr : parts + int64_t(block.part) * kTileFeatures * pitch;
+  for_every_pair(sums, [&](int feature, int column, float low, float high) {
+    const int64_t row = block.tile.features.row(p, feature), o = block.tile.o0 + column;
+    if (row >= 0 && o < p.out_features) write(row, o, part == nullptr ? nullptr : part + feature * pitch + column, low, high);
+  });
+}
+
 // kQuick: where a.quick serves.
 template <Products P, int kColumns, bool kQuick>
-__global__ void __launch_bounds__(kGroupThreads, 1)
-    weight_warpgroup(WideArguments a, void* spline, void* base, bool whole, int64_t slices, int64_t rows_per_slice) {
+__global__ void __launch_bounds__(kGroupThreads, 1) weight_warpgroup(KAN_ARGUMENT WideArguments a, float* parts, TileCut cut) {
 #if KAN_WARPGROUPS
   using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
   char* right = first_atom();
   char* left = right + kRightStages * kRightBytes<kColumns>;
   char* knots = left + kLeftStages * kLeftBytes;
-  const int thread = int(threadIdx.x);
-  const FeatureTile tile = feature_tile(p, blockIdx.x);
-  auto for_every_tile = [&](auto body) {
-    for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
-      for (int64_t o0 = int64_t(blockIdx.y) * kColumns; o0 < p.out_features; o0 += int64_t(gridDim.y) * kColumns) {
-        const int64_t begin = slice * rows_per_slice;
-        body(BatchStep{begin, begin + rows_per_slice < p.batch ? begin + rows_per_slice : p.batch}, o0, slice);
-        meet(kTileBarrier, kGroupThreads);  // nobody makes or copies what belongs to the next tile while this one's is read
-      }
-  };
-  if (thread >= kMultipliers) {
+  const WeightBlock block(p, kColumns, cut, int(blockIdx.x));
+  const FeatureTile& tile = block.tile.features;
+  const BatchStep first{block.begin, block.end};
+  if (int(threadIdx.x) >= kMultipliers) {
     set_registers<kMakersRegisters<kColumns>>();
-    for_every_tile([&](const BatchStep& first, int64_t, int64_t) {
-      if constexpr (kQuick) {
-        const bool silu = a.activation.kind == kSilu && a.activation.n == 0, usual = p.x_dtype == kStoredAs<P> && (tile.is_base ? silu : a.quick.mirrored);
-        if (tile.is_base && usual) make_base_lines_quickly<P, true>(a, tile, first, left);
-        else if (tile.is_base) make_base_lines_quickly<P, false>(a, tile, first, left);
-        else if (usual) make_lines_quickly<P, true>(a, tile, first, left, knots);
-        else make_lines_quickly<P, false>(a, tile, first, left, knots);
-      } else {
-        if (tile.is_base) make_base_lines<P>(a, tile, first, left);
-        else make_lines<P>(a, tile, first, left);
-      }
-    });
+    if constexpr (kQuick) {
+      const bool silu = a.activation.kind == kSilu && a.activation.n == 0, usual = p.x_dtype == kStoredAs<P> && (tile.is_base ? silu : a.quick.mirrored);
+      if (tile.is_base && usual) make_base_lines_quickly<P, true>(a, tile, first, left);
+      else if (tile.is_base) make_base_lines_quickly<P, false>(a, tile, first, left);
+      else if (usual) make_lines_quickly<P, true>(a, tile, first, left, knots);
+      else make_lines_quickly<P, false>(a, tile, first, left, knots);
+    } else {
+      if (tile.is_base) make_base_lines<P>(a, tile, first, left);
+      else make_lines<P>(a, tile, first, left);
+    }
   } else {
     set_registers<kMultipliersRegisters<kColumns>>();
-    for_every_tile([&](const BatchStep& first, int64_t o0, int64_t slice) {
-      const uint64_t lefts = describe_tile(left + multiplier_group() * kPanelBytes), rights = describe_tile(right);
-      GroupSums<kColumns> sums = {};
-      GradientCopies<kColumns, T> copies(p, first, o0);
-      multiply_steps<true>(
-          first, [&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); },
-          [&](bool, int left_stage, int stage, auto copy_now) {
-            multiply_and_copy<P, true, true>(sums, further(lefts, left_stage * kLeftBytes), further(rights, stage * kRightBytes<kColumns>),
-                                             copy_now);
-          });
-      for_every_pair(sums, [&](int feature, int column, float low, float high) {
-        const int64_t i = tile.input + (tile.is_base ? feature : feature / kStepBases), o = o0 + column;
-        const int f = tile.chunk * kStepBases + feature % kStepBases;
-        if (i >= p.in_features || o >= p.out_features || (!tile.is_base && f >= p.bases())) return;
-        const int64_t row = slice * p.in_features + i, at = (tile.is_base ? row : row * p.bases() + f) * p.out_features;
-        void* to = tile.is_base ? base : spline;
-        if (whole) write_pair<P>(static_cast<T*>(to) + at, o, p.out_features, a.aligned, low, high);
-        else write_pair(static_cast<float*>(to) + at, o, p.out_features, a.aligned, low, high);
-      });
+    const uint64_t lefts = describe_tile(left + multiplier_group() * kPanelBytes), rights = describe_tile(right);
+    GroupSums<kColumns> sums = {};
+    GradientCopies<kColumns, T> copies(p, first, block.tile.o0);
+    multiply_steps<true>(
+        first, [&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); },
+        [&](bool, int left_stage, int stage, auto copy_now) {
+          multiply_and_copy<P, true, true>(sums, further(lefts, left_stage * kLeftBytes), further(rights, stage * kRightBytes<kColumns>),
+                                           copy_now);
+        });
+    T* to = static_cast<T*>(tile.is_base ? p.d_base : p.d_spline);
+    for_every_weight<kColumns>(p, block, parts, sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
+      if (place == nullptr) write_pair<P>(to + row * p.out_features, o, p.out_features, a.aligned, low, high);
+      else write_pair(place, 0, 2, true, low, high);
     });
   }
 #else
@@ -271,17 +251,34 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
 #endif
 }
 
-template <Products P> int launch_weight_warpgroup(const WideArguments& a, int columns, float* parts, Slices slices, void* stream) {
-  const Problem& p = a.p;
+constexpr int kAddThreads = 256;  // of the numbers of a part, whose pitch is even, a divisor
+// The tiles that were cut: d_spline and d_base from their parts, slice by slice. A thread a number.
+template <class T>
+__global__ void __launch_bounds__(kAddThreads) add_parts(Problem p, int columns, TileCut cut, const float* parts) {
+  const int pitch = part_pitch(p, columns), size = kTileFeatures * pitch, blocks = size / kAddThreads;
+  const int number = int(blockIdx.x) / blocks, at = int(blockIdx.x) % blocks * kAddThreads + int(threadIdx.x);
+  const WeightTile tile(p, columns, cut.whole + number);
+  const int64_t row = tile.features.row(p, at / pitch), o = tile.o0 + at % pitch;
+  if (row < 0 || o >= p.out_features) return;
+  float total = 0;
+  for (int slice = 0; slice < cut.slices; ++slice) total += parts[(int64_t(slice) * cut.rest + number) * size + at];
+  put(static_cast<T*>(tile.features.is_base ? p.d_base : p.d_spline)[row * p.out_features + o], total);
+}
+template <class T> int launch_add_parts(const Problem& p, int columns, const TileCut& cut, const float* parts, void* stream) {
+  if (cut.rest == 0) return 0;
+  const int64_t blocks = int64_t(cut.rest) * (kTileFeatures * part_pitch(p, columns) / kAddThreads);
+  return launch(add_parts<T>, Blocks{blocks}, kAddThreads, 0, stream, p, columns, cut, parts);
+}
+
+template <Products P> int launch_weight_warpgroup(const WideArguments& a, int columns, float* parts, TileCut cut, void* stream) {
   if (int error = launch_cubics(a, stream)) return error;
-  const Blocks blocks{weight_tiles(p), (p.out_features + columns - 1) / columns, slices.count};
-  void* spline = parts == nullptr ? p.d_spline : parts;
-  void* base = parts == nullptr ? p.d_base : parts + slices.count * p.in_features * p.bases() * p.out_features;
   const bool wide = columns == 256, quick = a.quick.serves;
   const auto kernel = quick ? wide ? weight_warpgroup<P, 256, true> : weight_warpgroup<P, 128, true>
                             : wide ? weight_warpgroup<P, 256, false> : weight_warpgroup<P, 128, false>;
-  return launch(kernel, blocks, kGroupThreads, wide ? kGroupWeightShared<256> : kGroupWeightShared<128>, stream, a, spline, base,
-                parts == nullptr, slices.count, slices.rows);
+  if (int error = launch(kernel, Blocks{cut.blocks()}, kGroupThreads, wide ? kGroupWeightShared<256> : kGroupWeightShared<128>, stream, a,
+                         parts, cut))
+    return error;
+  return launch_add_parts<typename StorageOf<P>::Type>(a.p, columns, cut, parts, stream);
 }
 
 }  // namespace kan::cuda

@@ -47,6 +47,15 @@ class Device(ctypes.Structure):
     ]  # fmt: skip
 
 
+class TileCut(ctypes.Structure):
+    """kan::cuda::TileCut of csrc/cuda/launch.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int) for name in ("whole", "rest", "slices")],
+        ("rows", ctypes.c_int64), ("offset", ctypes.c_size_t),
+    ]  # fmt: skip
+
+
 class Fault(Exception):
     """What the emulation found wrong."""
 
@@ -120,6 +129,18 @@ class Backend:
                 raise Fault(f"{key} was written out of bounds")
             if key in RESULTS:
                 given[key].copy_(flat[MARGIN:-MARGIN].view(given[key].shape))
+
+    def cut_of_weight(
+        self, shape: tuple[int, int, int], grid_size: int, order: int, dtype: torch.dtype, with_base: bool = True
+    ) -> TileCut:
+        """What contract_weight by warpgroups does for x of dtype: no kernel runs."""
+        problem = Problem(
+            *shape, grid_size, order, x_dtype=DTYPES.index(dtype), weight_dtype=DTYPES.index(dtype),
+            d_base=1 if with_base else None,
+        )  # fmt: skip
+        cut = TileCut()
+        self.library.kan_cut_of_weight(ctypes.byref(problem), ctypes.byref(self.device), ctypes.byref(cut))
+        return cut
 
     def contract_output(
         self, x: Tensor, scale: Tensor | None, spline_weight: Tensor, base_weight: Tensor | None, grid: Tensor, *modes: Any

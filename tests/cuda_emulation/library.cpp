@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/launch.h"
 #include "emulation.h"
-#include "kernels.h"
 
 using namespace kan::cuda;
 
@@ -47,6 +47,7 @@ void kan_observe(kan::emulation::Observer observer) { kan::emulation::observer =
 int kan_contract_output(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_output, launch_contract_output); }
 int kan_contract_input(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_input, launch_contract_input); }
 int kan_contract_weight(const Problem* p, const Device* d) { return run(*p, *d, workspace_of_weight, launch_contract_weight); }
+void kan_cut_of_weight(const Problem* p, const Device* d, TileCut* cut) { *cut = cut_of_weight(*p, *d); }
 const char* kan_why_not_network(const Network* n, const Device* d) { return why_not_network(*n, *d); }
 int kan_network_output(const Network* n, const Device* d) { return run(*n, *d, workspace_of_network_output, launch_network_output); }
 int kan_network_backward(const Network* n, const Device* d) {
