@@ -15,7 +15,7 @@ import torch
 import triton
 
 import kan_fast.backends.triton as backend
-from kan_fast import KANLayer
+from kan_fast import KANLayer, backends
 from kan_fast.activations import ACTIVATIONS
 from kan_fast.activations import activation as activation_function
 from kan_fast.backends import available_backends, reference
@@ -369,5 +369,5 @@ def test_gradcheck():
 def test_interpreted_it_serves_the_cpu():
     assert backend.reason_not(torch.device("cpu"), torch.float32) is None
     assert "triton" in available_backends("cpu")
-    assert "int32" in backend.reason_not(torch.device("cpu"), torch.int32)
+    assert "int32" in backends.reason_not("triton", torch.device("cpu"), torch.int32)
     assert "mps" in backend.reason_not(torch.device("mps"), torch.float32)

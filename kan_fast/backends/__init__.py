@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from kan_fast.checks import DTYPES
+
 # In the order of preference of backend="auto".
 NAMES = ("native", "triton", "reference")
 
@@ -29,6 +31,8 @@ def get(name: str) -> ModuleType:
 
 def reason_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot serve tensors of `dtype` on `device`, in words; None if it can."""
+    if dtype not in DTYPES:
+        return f"it has no kernels for {dtype}"
     try:
         module = get(name)
     except ImportError as error:
@@ -40,8 +44,8 @@ def reason_not(name: str, device: torch.device, dtype: torch.dtype) -> str | Non
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of `dtype` on `device`: `name` itself, or the first fit for "auto".
 
-    Raises ValueError for an unknown name, RuntimeError with the reason where a backend that was asked for cannot serve.
-    Warns once per device and dtype where "auto" finds no kernels.
+    Raises ValueError for an unknown name, TypeError for a dtype that weights cannot have, RuntimeError with the reason where
+    a backend that was asked for cannot serve. Warns once per device and dtype where "auto" finds no kernels.
     """
     key = (name, device, dtype)
     choice = _choices.get(key)
@@ -51,6 +55,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        raise TypeError(f"spline_weight: expected float32, float64, bfloat16 or float16, got {dtype}")
     if name == "auto":
         return _first_fit(device, dtype)
     reason = reason_not(name, device, dtype)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kan_fast.checks import DTYPES, check_problem
+from kan_fast.checks import check_problem
 
 if TYPE_CHECKING:
     from kan_fast.backends.triton.launch import Problem
@@ -34,8 +34,6 @@ def reason_not(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = _missing()
     if reason is not None:
         return reason
-    if dtype not in DTYPES:
-        return f"it has no kernels for {dtype}"
     if interpreted():
         return None if device.type in ("cpu", "cuda") else f"it has no kernels for {device.type}"
     if device.type == "cpu":
