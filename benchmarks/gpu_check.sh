@@ -31,6 +31,7 @@ done
 case $minutes in '' | *[!0-9]*) echo "--minutes: expected a whole number, got $minutes" >&2; exit 2 ;; esac
 if [ -z "${PYTHON:-}" ]; then PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3); fi
 export PYTHONDONTWRITEBYTECODE=1
+export PYTHONFAULTHANDLER=1   # a stage that ends by a signal leaves its stack in its log
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 summary=$out/summary.txt rows=$out/rows.jsonl
@@ -145,7 +146,8 @@ done
 if ! module pytest; then
   missing gpu-tests "pytest is not installed"
 elif [ $gpu = 1 ]; then
-  stage gpu-tests 240 "$PYTHON" -m benchmarks.gpu.run_tests --out "$out"
+  # Those that compile Triton's kernels come later: they are 600 of 1600, and take the most time by far.
+  stage gpu-tests 180 "$PYTHON" -m benchmarks.gpu.run_tests --select "not triton" --out "$out"
   wanted gpu-tests && show gpu-tests 24
 else
   stage gpu-tests-collect 60 "$PYTHON" -m benchmarks.gpu.run_tests --collect && show gpu-tests-collect 1
@@ -158,20 +160,9 @@ IFS=: read -ra folders <<< "${PEER_PATHS:-}"
 for folder in "${folders[@]}"; do rivals+=(--peer-path "$folder"); done
 bench() { local name=$1 limit=$2; shift 2; stage "$name" "$limit" "$PYTHON" -m benchmarks --out "$rows" "${rivals[@]}" "$@"; }
 if [ $gpu = 1 ]; then
-  bench bench-layer 130 --device cuda --dtype float32 bfloat16 --seconds 0.4 --minutes 2 --memory --phases forward step \
+  bench bench-layer 90 --device cuda --dtype float32 bfloat16 --seconds 0.25 --minutes 1.4 --memory --phases forward step \
     --peers linear cox-de-boor efficient-kan inkan fast-kan
-  bench bench-latency 40 --device cuda --what latency --seconds 0.5
-  # Which of the tensor-core kernels is the fastest here: the rows say which was forced.
-  kernels="dense sparse"
-  [ "$arch" = 9.0a ] && kernels="$kernels wgmma wgmma_sparse"
-  for kernel in $kernels; do
-    stage "bench-$kernel" 30 env KAN_FAST_CUDA_KERNEL=$kernel "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" \
-      --device cuda --backend native --shapes 16384,1024,1024,5 4096,256,256,5 4096,256,256,20 --dtype bfloat16 --seconds 0.3 \
-      --phases forward --peers linear
-  done
-  stage bench-narrow 40 env KAN_FAST_CUDA_KERNEL=narrow "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" --device cuda \
-    --backend native --shapes 65536,2,5,5 1000000,2,5,5 1048576,5,1,5 --dtype float32 bfloat16 --seconds 0.2 \
-    --phases forward step --peers linear
+  bench bench-latency 25 --device cuda --what latency --seconds 0.3
 else
   bench bench-layer 90 --device cpu --threads 1 --shapes 64,16,16,5 --seconds 0.02 --memory --peers cox-de-boor
   bench bench-latency 60 --device cpu --threads 1 --what latency --seconds 0.02
@@ -181,7 +172,7 @@ fi
 # 5. Sanitizers on three of the shapes, wide and narrow. A machine that refuses them is no failure of the code.
 sanitize() {
   refusal='not supported|permission|unable to|internal sanitizer error|ERR_NVGPUCTRPERM'
-  stage "$1" 90 compute-sanitizer --tool "$1" --error-exitcode 97 "$PYTHON" -m benchmarks.gpu.small_set \
+  stage "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 97 "$PYTHON" -m benchmarks.gpu.small_set \
     --device cuda --first 3 --repeats 0 --dtype float32 --backends native triton
   refusal=''
 }
@@ -212,6 +203,20 @@ else
   missing ncu "$([ $gpu = 1 ] && echo "not installed" || echo "no GPU")"
 fi
 if [ $gpu = 1 ]; then
+  module pytest && mkdir -p "$out/triton" &&
+    stage gpu-tests-triton 400 "$PYTHON" -m benchmarks.gpu.run_tests --select triton --out "$out/triton"
+  wanted gpu-tests-triton && show gpu-tests-triton 24
+  # Which of the tensor-core kernels is the fastest here: the rows say which was forced.
+  kernels="dense sparse"
+  [ "$arch" = 9.0a ] && kernels="$kernels wgmma wgmma_sparse"
+  for kernel in $kernels; do
+    stage "bench-$kernel" 30 env KAN_FAST_CUDA_KERNEL=$kernel "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" \
+      --device cuda --backend native --shapes 16384,1024,1024,5 4096,256,256,5 4096,256,256,20 --dtype bfloat16 --seconds 0.3 \
+      --phases forward --peers linear
+  done
+  stage bench-narrow 40 env KAN_FAST_CUDA_KERNEL=narrow "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" --device cuda \
+    --backend native --shapes 65536,2,5,5 1000000,2,5,5 1048576,5,1,5 --dtype float32 bfloat16 --seconds 0.2 \
+    --phases forward step --peers linear
   bench bench-network 60 --device cuda --what network --seconds 0.5 --peers linear cox-de-boor efficient-kan fast-kan
   bench bench-layer-more 120 --device cuda --dtype float32 --seconds 0.4 --phases optimiser second_derivative \
     --peers cox-de-boor efficient-kan

@@ -55,12 +55,9 @@ def parameters(dtype: torch.dtype) -> list[Any]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """KAN_FAST_TEST_SHARD=2/8 keeps every eighth test, from the second on: for runs in several processes. Tests that compile
-    Triton's kernels, seconds each, then come last, so that a run that is cut short has seen the others.
-    """
+    """KAN_FAST_TEST_SHARD=2/8 keeps every eighth test, from the second on: for runs in several processes."""
     shard = os.environ.get("KAN_FAST_TEST_SHARD")
     if shard is not None:
-        items.sort(key=lambda item: "triton" in item.nodeid)
         index, count = map(int, shard.split("/"))
         config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % count != index - 1])
         items[:] = items[index - 1 :: count]

@@ -13,11 +13,13 @@ from tests.cuda_emulation.build import build, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
 
-# Its tests that take a place, collected here with the fixtures below.
+# Its tests that take a place, collected here with the fixtures below; hypothesis would keep the places of its own module.
 globals().update(
     (name, test)
     for name, test in vars(test_native).items()
-    if name.startswith("test_") and {"place", "place64"} & set(inspect.signature(test).parameters)
+    if name.startswith("test_")
+    and not hasattr(test, "hypothesis")
+    and {"place", "place64"} & set(inspect.signature(test).parameters)
 )
 
 

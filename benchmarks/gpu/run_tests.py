@@ -1,7 +1,8 @@
-"""The tests marked `gpu`, shared out to several processes: python -m benchmarks.gpu.run_tests [--collect]
+"""The tests marked `gpu`, shared out to several processes: python -m benchmarks.gpu.run_tests [--select triton] [--collect]
 
 Most of their time goes into compiling kernels, on the host's cores. `--collect` needs no GPU: it pretends one, collects the
-tests that would run on it, and fails if there are none. Ends with 1 if anything failed.
+tests that would run on it, and fails if there are none. `--select triton` keeps those whose names have the word, `--select
+"not triton"` the others. Ends with 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NO_TESTS = 5  # pytest's exit code
 PATIENCE_S = 6.0  # less than gpu_check.sh allows between SIGTERM and SIGKILL
 
 
-def pretend() -> int:
+def pretend(select: str = "") -> int:
     """Collect in this process as if there were a GPU that every backend serves."""
     import pytest
     import torch
@@ -38,18 +39,19 @@ def pretend() -> int:
     real = backends.reason_not
     torch.cuda.is_available = lambda: True
     backends.reason_not = lambda name, device, dtype: None if device.type == "cuda" else real(name, device, dtype)
-    return int(pytest.main(["-q", "--collect-only", *ARGUMENTS]))
+    return int(pytest.main(["-q", "--collect-only", "-k", select, *ARGUMENTS]))
 
 
-def run(shards: int, out: Path | None) -> int:
-    """Run them in so many processes, print what failed and why, and a total; each process's output goes to
-    out/gpu-tests-N.log as it comes. A run that is cut short (SIGTERM) interrupts its processes, which then say what they
-    have seen.
+def run(shards: int, out: Path | None, select: str = "") -> int:
+    """Run them, or those that pytest's -k selects, in so many processes, print what failed and why, and a total.
+
+    Each process's output goes to out/gpu-tests-N.log as it comes. A run that is cut short (SIGTERM) interrupts its
+    processes, which then say what they have seen.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         logs = [folder / f"gpu-tests-{shard}.log" for shard in range(1, shards + 1)]
-        running = [_start(log, f"{shard}/{shards}") for shard, log in enumerate(logs, 1)]
+        running = [_start(log, f"{shard}/{shards}", select) for shard, log in enumerate(logs, 1)]
         before = signal.signal(signal.SIGTERM, _stop)
         try:
             for process in running:
@@ -80,8 +82,9 @@ def _interrupt(running: list[subprocess.Popen[bytes]]) -> None:
             process.kill()
 
 
-def _start(log: Path, shard: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail", "20", "--durations", "10", *ARGUMENTS]
+def _start(log: Path, shard: str, select: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail", "20", "--durations", "10"]
+    command += ["-k", select, *ARGUMENTS]
     environment = {**os.environ, "KAN_FAST_TEST_SHARD": shard}
     # In a session of its own: what stops this process's group must not stop the tests before their report.
     with log.open("wb") as sink:
@@ -114,10 +117,11 @@ def _report(logs: list[Path], ended: list[int | None]) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--collect", action="store_true", help="only say what would run")
+    parser.add_argument("--select", default="", help="pytest's -k")
     parser.add_argument("--processes", type=int, default=min(16, cores()))
     parser.add_argument("--out", type=Path, help="folder of the logs")
     given = parser.parse_args()
-    return pretend() if given.collect else run(given.processes, given.out)
+    return pretend(given.select) if given.collect else run(given.processes, given.out, given.select)
 
 
 if __name__ == "__main__":
