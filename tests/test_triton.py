@@ -16,10 +16,12 @@ from kan_fast.backends.triton import tiles
 ROOT = Path(__file__).parent.parent
 
 
-def run_kernels(interpret, fewest):
+KERNELS = ["tests/triton_kernels.py", "tests/triton_tuning.py", "tests/triton_interpreter.py"]
+
+
+def run_kernels(interpret, fewest, arguments=KERNELS):
     # Triton decides when it is imported whether it interprets: hence a process with that said in its environment.
-    files = ["tests/triton_kernels.py", "tests/triton_tuning.py", "tests/triton_interpreter.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -31,6 +33,18 @@ def run_kernels(interpret, fewest):
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     assert "skipped" not in run_kernels("1", 120)
+
+
+# What test_native.py asks of every backend: the ends of axes at once, the rest with the slow tests.
+AT_ONCE = "crowded or half_open or huge"
+
+
+@pytest.mark.parametrize(
+    ("select", "fewest"), [(AT_ONCE, 20), pytest.param(f"not ({AT_ONCE})", 200, marks=pytest.mark.slow)], ids=["ends", "rest"]
+)
+def test_what_backends_are_asked_in_the_interpreter(select, fewest):
+    pytest.importorskip("triton")
+    run_kernels("1", fewest, ["tests/test_native.py", "-k", f"triton-cpu and ({select})"])
 
 
 @pytest.mark.gpu
