@@ -75,9 +75,10 @@ template <class C> KAN_INLINE void make_cubics(const C* t, int count, int order,
 
 // The same for knots 1 apart; knots h apart: times 1 / h^n.
 template <class C> inline void make_uniform_cubics(const Problem& p, CubicOf<C>* w) {
-  C knots[2 * kMaxCubicOrder + 2];
-  for (int j = 0; j < 2 * p.spline_order + 2; ++j) knots[j] = C(j);
-  make_cubics(knots, 2 * p.spline_order + 2, p.spline_order, p.spline_order, p.n, w);
+  constexpr int kKnots = 2 * kMaxCubicOrder + 2;
+  C knots[kKnots];
+  for (int j = 0; j < kKnots; ++j) knots[j] = C(j);
+  make_cubics(knots, kKnots, p.spline_order, p.spline_order, p.n, w);
 }
 
 // How quick.cuh evaluates a spline on even knots; a place is counted as even_interval (wide.cuh) does.
