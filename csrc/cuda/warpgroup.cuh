@@ -93,6 +93,13 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
             : KAN_OPERANDS_##sums                                                                                       \
             : "l"(left), "l"(right), "n"(int(kLeftByLines)), "n"(int(kRightByLines)), "r"(int(kept)));                  \
   }                                                                                                                     \
+  template <bool kRightByLines>                                                                                         \
+  KAN_DEVICE void wgmma_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t right) {                              \
+    KAN_ASM("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " KAN_SUMS_##sums                    \
+            ", {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1, " e ";"                                                \
+            : KAN_OPERANDS_##sums                                                                                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right), "n"(int(kRightByLines)));                         \
+  }                                                                                                                     \
   KAN_DEVICE void wgmma_sparse_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t descriptor, const uint32_t& metadata) { \
     KAN_ASM("wgmma.mma_async.sp.sync.aligned.m64n" columns "k32.f32." type "." type " " KAN_SUMS_##sums                 \
             ", {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", " e ", 0, 1, 1, 1, 1;"                                          \

@@ -20,11 +20,16 @@
 namespace kan::cuda {
 
 // The base branch's features: one is multiplied, one is made, but only one step in nine is theirs.
+template <int kColumns> constexpr int kOutputRegisters = kColumns == 256 ? 168 : 112;
 constexpr int kBaseStages = 2, kMetadataBytes = kGroupRows * kGroupInputs;
 template <int kColumns>
 constexpr size_t kGroupOutputShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + (kLeftStages + kBaseStages) * kLeftBytes +
                                       kLeftStages * kMetadataBytes + kKnotsBytes;
 
+template <Products P, int kSums> KAN_DEVICE void multiply_dense(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right) {
+  if constexpr (P == Products::bfloat16) wgmma_bfloat16<true>(c, left, right);
+  else wgmma_float16<true>(c, left, right);
+}
 template <Products P, int kSums>
 KAN_DEVICE void multiply_sparse(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right, const uint32_t& metadata) {
   if constexpr (P == Products::bfloat16) wgmma_sparse_bfloat16(c, left, right, metadata);
@@ -246,22 +251,38 @@ template <Products P, bool kSparse, int kColumns>
 KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t o0, GroupSums<kColumns>& sums) {
   using T = typename StorageOf<P>::Type;
   WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
-  const uint64_t lefts = describe_tile(memory.left + multiplier_group() * (kLeftBytes / 2)), rights = describe_tile(memory.right);
+  const uint64_t rights = describe_tile(memory.right);
+  // Of the lane's row in the first 16 columns of a tile, as load_matrices wants it.
+  const unsigned thread = thread_now();
+  const int place = swizzled_piece(int(thread / 32 * 16 + thread % 16), int(thread % 32 / 16));
   int base_stage = 0;
-  uint32_t left[2][4], metadata[2];  // of the sparse form: in use until the product has been waited for
+  uint32_t left[2][4], metadata[2];  // in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
     copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
   };
-  auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now) {
+  auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now, auto left_read) {
+    const uint64_t right = further(rights, stage * kRightBytes<kColumns>);
+    constexpr uint64_t kPart = 2 * kPanelBytes >> 4;  // 128 columns further
     if (!kSparse || is_base) {
       if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
       // The base branch's stages follow the splines'.
-      const int tile = is_base ? kLeftStages + base_stage : left_stage;
-      multiply_and_copy<P, false, true>(sums, further(lefts, tile * kLeftBytes), further(rights, stage * kRightBytes<kColumns>), copy_now);
+      const char* tile = memory.left + (is_base ? kLeftStages + base_stage : left_stage) * kLeftBytes;
+      KAN_UNROLL_ALL
+      for (int k = 0; k < kGroupDepth / 16; ++k) {
+        // Of the products under way the last ones have the other registers.
+        wait_for_products<1>();
+        load_matrices(left[k % 2], tile + (place ^ k * 32));
+        order_registers();
+        KAN_UNROLL_ALL
+        for (int part = 0; part < kColumns / 128; ++part) multiply_dense<P>(sums[part], left[k % 2], right + k * kSixteenLines + part * kPart);
+        commit_products();
+        if (k == 1) copy_now();
+      }
+      left_read();
     } else if constexpr (kSparse) {
       // The other group multiplies while this one waits.
       wait_for_products<0>();
-      const int thread = int(thread_now()), warp = thread / 32, lane = thread % 32;
+      const int here = int(thread_now()), warp = here / 32, lane = here % 32;
       const char* rows = memory.left + left_stage * kLeftBytes + (16 * warp + lane % 16) * kGroupDepth;
       const char* bits = memory.metadata + left_stage * kMetadataBytes + warp * 64 + lane / 4 * 8 + lane % 2 * 4;
       KAN_UNROLL_ALL
@@ -269,13 +290,13 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
         load_matrices(left[k], rows + ((2 * k + lane / 16) ^ lane / 2 % 4) * 16);
         metadata[k] = *reinterpret_cast<const uint32_t*>(bits + k * (kMetadataBytes / 2));
       }
+      left_read();
       KAN_UNROLL_ALL
       for (int k = 0; k < 2; ++k) {
         order_registers();
         KAN_UNROLL_ALL
         for (int part = 0; part < kColumns / 128; ++part)
-          multiply_sparse<P>(sums[part], left[k], further(rights, stage * kRightBytes<kColumns> + part * 2 * kPanelBytes) + 2 * k * kSixteenLines,
-                             metadata[k]);
+          multiply_sparse<P>(sums[part], left[k], right + part * kPart + 2 * k * kSixteenLines, metadata[k]);
         commit_products();
         if (k == 0) copy_now();
       }
@@ -308,7 +329,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int thread = int(threadIdx.x);
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (thread >= kMultipliers) {
-    set_registers<kMakersRegisters<kColumns>>();
+    set_registers<256 - kOutputRegisters<kColumns>>();
     for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
       if constexpr (kQuick) {
         const bool usual = a.quick.mirrored && first.chunks == 1 && first.has_base && a.activation.kind == kSilu && a.p.x_dtype == kStoredAs<P>;
@@ -318,7 +339,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       else make_left<P, kSparse>(a, memory, first, b0);
     });
   } else {
-    set_registers<kMultipliersRegisters<kColumns>>();
+    set_registers<kOutputRegisters<kColumns>>();
     for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t o0, int64_t slice) {
       GroupSums<kColumns> sums = {};
       multiply_left<P, kSparse>(a, memory, first, o0, sums);

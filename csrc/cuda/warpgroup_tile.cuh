@@ -109,7 +109,7 @@ struct PanelPieces {
   static constexpr int kNext = kGroupDepth / 2;
   int row, column;
 
-  KAN_DEVICE PanelPieces() : row(int(threadIdx.x) / 8), column(int(threadIdx.x) % 8 * 8) {
+  KAN_DEVICE PanelPieces() : row(int(thread_now() / 8)), column(int(thread_now() % 8 * 8)) {
     static_assert(kMultipliers / 8 == kNext);
   }
   // To shared memory, from the two rows, of which columns `column` and further are at hand: `left` of them exist, of a row that is there.
@@ -232,15 +232,22 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
     else meet(kTileBarrier, kMultipliers);
     const bool is_base = kinds >> (kRightStages - 3) & 1u;
     auto copy_now = [&] { copy_next(next); };
-    if constexpr (requires { multiply(is_base, left, right, copy_now); }) {
-      multiply(is_base, left, right, copy_now);
-      wait_for_products<2>();
+    auto left_read = [&] {
+      if (s + kLeftStages < steps) arrive(kReadBarrier + left + kLeftStages * (~s & 1), kHandover);
+    };
+    if constexpr (requires { multiply(is_base, left, right, copy_now, left_read); }) {
+      multiply(is_base, left, right, copy_now, left_read);
     } else {
-      multiply(is_base, left, right);
-      copy_now();
-      wait_for_products<1>();
+      if constexpr (requires { multiply(is_base, left, right, copy_now); }) {
+        multiply(is_base, left, right, copy_now);
+        wait_for_products<2>();
+      } else {
+        multiply(is_base, left, right);
+        copy_now();
+        wait_for_products<1>();
+      }
+      if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
     }
-    if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
     before = left;
     left = next_of<kLeftStages>(left), right = next_of<kRightStages>(right), next = next_of<kRightStages>(next);
   }
