@@ -305,7 +305,8 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
 OUTPUT, TILE, QUICK = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh", "cuda/quick.cuh"
 PLANTED = {
-    "wait": (TILE, r"wait_for_products<2>", "wait_for_products<4>", "shared memory is written while a product reads it"),
+    "wait": (OUTPUT, r"wait_for_products<kSets - 1>", "wait_for_products<kSets>", "the left operand is written while it is under way"),
+    "wait for lines": (TILE, r"wait_for_products<2>", "wait_for_products<4>", "shared memory is written while a product reads it"),
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
     "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
@@ -323,9 +324,11 @@ PLANTED = {
         "the warps of a group did not issue the same products",
     ),
     "made": (TILE, r"if \(kMade\) meet\(", "if (kMade) arrive(", ""),
-    "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", "shared memory is written while a product reads it"),
-    "never read": (TILE, r"s - 1 \+ kLeftStages < steps", "s + kLeftStages < steps", "part of a block waits at a barrier"),
-    "read too often": (TILE, r" && s - 1 \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
+    "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", ""),
+    "never read": (TILE, r"if \(s \+ kLeftStages < steps\)", "if (s + 1 + kLeftStages < steps)", "part of a block waits at a barrier"),
+    "read too often": (TILE, r"if \(s \+ kLeftStages < steps\)", "", "a block ends with threads at a barrier"),
+    "lines read too often": (TILE, r" && s - 1 \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
+    "depth in a line": (OUTPUT, r"place \^ k \* 32", "place + k * 32", ""),
     "too far ahead": (TILE, r"next = kRightStages - 2", "next = kRightStages - 3", ""),
     "swizzle": (TILE, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
     "pieces": ("cuda/window.cuh", r"piece \^ line % 8", "piece ^ line % 4", ""),
@@ -367,12 +370,15 @@ def test_planted_bugs_are_found(bug, monkeypatch):
     cases = ("uneven", True), ("uniform", False), ("uniform", False)
     problems = [(make_problem(None, torch.bfloat16, (70, 40, 136), kind=kind), scaled) for kind, scaled in cases]
     problems[-1][0].x.mul_(0.35)
+    lines = make_problem(None, torch.bfloat16, (500, 9, 136))
 
     def use_all():
         for kernel in reversed(KERNELS):
             monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", kernel)
             for problem, scaled in problems:
                 assert_wide_close(Place("emulated", CPU), problem, "contract_output", 0, "highest", scaled)
+        # The form whose left operand is by lines, which stays in shared memory.
+        assert_wide_close(Place("emulated", CPU), lines, "contract_weight", 0, "highest", with_scale=False)
 
     with pytest.raises((AssertionError, Fault), match=said or None):
         use_all()

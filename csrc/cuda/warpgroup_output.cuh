@@ -256,7 +256,8 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
   const unsigned thread = thread_now();
   const int place = swizzled_piece(int(thread / 32 * 16 + thread % 16), int(thread % 32 / 16));
   int base_stage = 0;
-  uint32_t left[2][4], metadata[2];  // in use until the product has been waited for
+  constexpr int kSets = kSparse || kColumns == 256 ? 2 : 4;
+  uint32_t left[kSets][4], metadata[2];  // in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
     copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
   };
@@ -270,13 +271,13 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
       KAN_UNROLL_ALL
       for (int k = 0; k < kGroupDepth / 16; ++k) {
         // Of the products under way the last ones have the other registers.
-        wait_for_products<1>();
-        load_matrices(left[k % 2], tile + (place ^ k * 32));
+        wait_for_products<kSets - 1>();
+        load_matrices(left[k % kSets], tile + (place ^ k * 32));
         order_registers();
         KAN_UNROLL_ALL
-        for (int part = 0; part < kColumns / 128; ++part) multiply_dense<P>(sums[part], left[k % 2], right + k * kSixteenLines + part * kPart);
+        for (int part = 0; part < kColumns / 128; ++part) multiply_dense<P>(sums[part], left[k % kSets], right + k * kSixteenLines + part * kPart);
         commit_products();
-        if (k == 1) copy_now();
+        if (k == kSets - 1) copy_now();
       }
       left_read();
     } else if constexpr (kSparse) {
