@@ -310,7 +310,7 @@ PLANTED = {
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
     "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
-    "makers' fence": (TILE, r"show_to_tensor_cores\(\);\n  arrive", "arrive", "a copy that no proxy fence followed"),
+    "makers' fence": (TILE, r"if constexpr \(kShown\) show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
     "two shapes": (
         OUTPUT,
         r"if \(kSparse\) wait_for_products<0>\(\);",

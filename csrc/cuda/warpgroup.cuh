@@ -83,8 +83,11 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
 // 8 j + 2 q + r % 2. The numbers behind the descriptors: scale-d (whether what the sums were counts), signs of a and b,
 // imm-trans-a, imm-trans-b.
 //
-// Sparse (9.7.15.6): a in registers, laid out as that of mma_bfloat16 (instructions.cuh), stored with half its columns, two of
-// every four; e has the metadata as mma_sparse_bfloat16 takes it, sparsity selector 0: lanes 0 and 1 of each quad supply it.
+// Or a in registers, a warp's 16 rows laid out as that of mma_bfloat16 (instructions.cuh). Until the product has been waited for
+// they are in use as the sums are.
+//
+// Sparse (9.7.15.6): such an a, stored with half its columns, two of every four; e has the metadata as mma_sparse_bfloat16 takes
+// it, sparsity selector 0: lanes 0 and 1 of each quad supply it.
 #define KAN_WGMMA(name, type, columns, sums, a0, a1, a2, a3, b, e)                                                      \
   template <bool kLeftByLines, bool kRightByLines>                                                                      \
   KAN_DEVICE void wgmma_##name(float (&c)[sums], uint64_t left, uint64_t right, bool kept = true) {                     \

@@ -9,8 +9,12 @@
 // A multiprocessor's four schedulers have four warps each: two that multiply, two that make. Within 2048 cycles, what the tensor
 // cores take for two steps of 256 columns, a maker's warp must make one: see quick.cuh.
 //
-// Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, and comes into the
-// multipliers' registers by ldmatrix, along with the metadata that the maker left beside it.
+// The multipliers take the left operand into registers, by ldmatrix. An instruction that finds it in shared memory reads its
+// 64 x 16 numbers there, once for every 128 columns: m64n256k16 alone comes to 625 TFLOP/s that way on an H200, and to 933 with
+// them in registers. A stage is then free as soon as it has been loaded, and no proxy fence is needed for it.
+//
+// Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, with metadata that the
+// maker leaves beside it.
 //
 // 16-bit types only. Of 32-bit numbers the instruction wants the depth contiguous (only .f16 and .bf16 have imm-trans-b), and ours
 // have the columns so. And it would read weights cut off to tf32, where wide_output.cuh rounds them.
@@ -19,8 +23,10 @@
 
 namespace kan::cuda {
 
-// The base branch's features: one is multiplied, one is made, but only one step in nine is theirs.
+// A multiplier's. ptxas keeps 24 below the sums and wants two more than the left operand's above: with fewer every product waits for
+// the one before (C7512).
 template <int kColumns> constexpr int kOutputRegisters = kColumns == 256 ? 168 : 112;
+// The base branch's features: one is multiplied, one is made, but only one step in nine is theirs.
 constexpr int kBaseStages = 2, kMetadataBytes = kGroupRows * kGroupInputs;
 template <int kColumns>
 constexpr size_t kGroupOutputShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + (kLeftStages + kBaseStages) * kLeftBytes +
@@ -155,7 +161,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
   int coming = first.chunks == 1 ? first.block + maker * kGroupInputs : first.block;  // the input whose x they are
   KAN_UNROLL_ALL
   for (int half = 0; half < 2; ++half) load_inputs(ahead[half], p, b, coming + 4 * half, first.end, vectors);
-  make_steps(first, maker, [&](const GroupStep& step, int stage) {
+  make_steps<false>(first, maker, [&](const GroupStep& step, int stage) {
     char* base = memory.base + (step.block - first.block) / kGroupDepth % kBaseStages * kLeftBytes;
     if (step.is_base()) return fill_base(base, row, (step.end - step.block + kGroupInputs - 1) / kGroupInputs);
     char* left = memory.left + stage * kLeftBytes;
@@ -235,12 +241,12 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
       char* start = left + own.stage * kLeftBytes;
       if (!windows.write(a, first_base, start))
         write_general_windows<P>(a, row(), block + at, first_base, start - swizzled(place(), 0), place());
-      own.end();
+      own.end<false>();
     }
     if (has_base && number == steps) {
       own.begin();
       fill_base(base - swizzled(place(), 0), place(), inputs / kGroupInputs);
-      own.end();
+      own.end<false>();
       number += 2;
     }
     number -= steps + int(has_base);
@@ -252,10 +258,11 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
   using T = typename StorageOf<P>::Type;
   WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
   const uint64_t rights = describe_tile(memory.right);
-  // Of the lane's row in the first 16 columns of a tile, as load_matrices wants it.
+  // In a tile, of the row that the lane names to load_matrices: its piece of the first 16 columns.
   const unsigned thread = thread_now();
   const int place = swizzled_piece(int(thread / 32 * 16 + thread % 16), int(thread % 32 / 16));
   int base_stage = 0;
+  // Dense: 16 columns each, in turns, so that about four instructions are under way while the next registers are loaded.
   constexpr int kSets = kSparse || kColumns == 256 ? 2 : 4;
   uint32_t left[kSets][4], metadata[2];  // in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
@@ -270,14 +277,14 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
       const char* tile = memory.left + (is_base ? kLeftStages + base_stage : left_stage) * kLeftBytes;
       KAN_UNROLL_ALL
       for (int k = 0; k < kGroupDepth / 16; ++k) {
-        // Of the products under way the last ones have the other registers.
+        // What these registers were in is done; what is still under way has the others.
         wait_for_products<kSets - 1>();
         load_matrices(left[k % kSets], tile + (place ^ k * 32));
         order_registers();
         KAN_UNROLL_ALL
         for (int part = 0; part < kColumns / 128; ++part) multiply_dense<P>(sums[part], left[k % kSets], right + k * kSixteenLines + part * kPart);
         commit_products();
-        if (k == kSets - 1) copy_now();
+        if (k == kSets - 1) copy_now();  // elsewhere ptxas gives up on the order of these registers (C7513)
       }
       left_read();
     } else if constexpr (kSparse) {

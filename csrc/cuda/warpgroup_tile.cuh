@@ -161,10 +161,10 @@ KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
 // Of the makers' groups the one that the thread belongs to.
 KAN_DEVICE int makers_group() { return int(thread_now()) / (kMakers / 2) % 2; }
 
-// Around what a maker writes to `stage`, for the tensor cores.
+// Around what a maker writes to `stage`. kShown: tensor cores read it by a descriptor; else the multipliers' threads load it.
 KAN_DEVICE void begin_step(int stage) { meet(kReadBarrier + stage + kLeftStages * makers_group(), kHandover); }
-KAN_DEVICE void end_step(int stage) {
-  show_to_tensor_cores();
+template <bool kShown> KAN_DEVICE void end_step(int stage) {
+  if constexpr (kShown) show_to_tensor_cores();
   arrive(kMadeBarrier + stage, kHandover);
 }
 
@@ -174,23 +174,23 @@ struct OwnSteps {
 
   KAN_DEVICE static int first() { return makers_group(); }
   KAN_DEVICE void begin() const { begin_step(stage); }
-  KAN_DEVICE void end() {
-    end_step(stage);
+  template <bool kShown> KAN_DEVICE void end() {
+    end_step<kShown>(stage);
     stage = stage > 0 ? stage - 1 : kLeftStages - 1;  // two further
   }
 };
 // Of `steps` steps a group's own: make(stage) writes what the tensor cores will read.
-template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
+template <bool kShown, class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
   OwnSteps own;
   KAN_NO_UNROLL
   for (int s = own.first(); s < steps; s += 2) {
     own.begin();
     make(own.stage);
-    own.end();
+    own.end<kShown>();
   }
 }
 // The same for steps that have to be gone through one by one: make(step, stage).
-template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
+template <bool kShown, class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
   const int steps = step.count();
   int stage = 0;
   KAN_NO_UNROLL
@@ -198,7 +198,7 @@ template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int grou
     if ((s & 1) == group) {
       begin_step(stage);
       make(step, stage);
-      end_step(stage);
+      end_step<kShown>(stage);
     }
     step.advance();
     stage = next_of<kLeftStages>(stage);
@@ -207,7 +207,8 @@ template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int grou
 
 // The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
 // product, with a fence before and a commit behind; with a fourth parameter it calls that once meanwhile,
-// which begins further copies, and commits twice. Without makers only the multipliers meet.
+// which begins further copies, and commits twice; with a fifth it calls that once the left stage has been loaded into registers, and
+// has waited for the step before when it returns. Without makers only the multipliers meet.
 template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
   const int steps = coming.count();
   uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
