@@ -237,7 +237,7 @@ MISSPELLED = {
     "columns": ("dense", "wide_output_tf32x3", INSTRUCTIONS, r"\{%8, %9\}, \{%0", "{%9, %8}, {%0"),
     "halves of the depth": ("sparse", "wide_output_bfloat16", INSTRUCTIONS, r"\{%8, %9, %10, %11\}", "{%10, %11, %8, %9}"),
     "proxy": ("wgmma", "warpgroup_output_bfloat16", GROUPS, r"async\.shared::cta", "async.global"),
-    "lines": ("wgmma", "warpgroup_output_bfloat16", GROUPS, r'b ", 1, 1, 1, " e ";"', 'b ", 1, 1, 1, 0;"'),
+    "lines": ("wgmma", "warpgroup_output_bfloat16", GROUPS, r'b ", kept, 1, 1, " e ";', 'b ", kept, 1, 1, 0;'),
     "lines of both": ("wgmma", "warpgroup_backward_bfloat16", GROUPS, r'kept, 1, 1, " a2 ", " a3', 'kept, 1, 1, " a2 ", 0"'),
 }
 

@@ -350,6 +350,7 @@ PLANTED_SINGLE = {
     "one sum": (SPLIT, r"sums\[0\]\[m\] \+= part", "sums[0][m] = part", ""),
     "lower halves": (SPLIT, r"kRights\[\] = \{2, 3, 0, 1", "kRights[] = {0, 1, 0, 1", ""),
     "halves of a line": (WEIGHT, r"line\(\) \+ lower \* kSplitDepth", "line() + (1 - lower) * kSplitDepth", ""),
+    "registers": (SPLIT, r"wait_for_products<1>\(\);", "", "the left operand is written while it is under way"),
     "wait for two": (SPLIT, r"wait_for_products<0>\(\);\n      if", "wait_for_products<1>(); if", ""),
     "read": (SPLIT, r"meet\(kRingRead", "arrive(kRingRead", "shared memory is written while a product reads it"),
     "made": (SPLIT, r"meet\(kRingMade", "arrive(kRingMade", ""),

@@ -88,7 +88,7 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
 //
 // Sparse (9.7.15.6): such an a, stored with half its columns, two of every four; e has the metadata as mma_sparse_bfloat16 takes
 // it, sparsity selector 0: lanes 0 and 1 of each quad supply it.
-#define KAN_WGMMA(name, type, columns, sums, a0, a1, a2, a3, b, e)                                                      \
+#define KAN_WGMMA(name, type, columns, sums, a0, a1, a2, a3, b, e, f)                                                   \
   template <bool kLeftByLines, bool kRightByLines>                                                                      \
   KAN_DEVICE void wgmma_##name(float (&c)[sums], uint64_t left, uint64_t right, bool kept = true) {                     \
     KAN_ASM("{ .reg .pred kept; setp.ne.b32 kept, " b ", 0; wgmma.mma_async.sync.aligned.m64n" columns                  \
@@ -97,11 +97,11 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
             : "l"(left), "l"(right), "n"(int(kLeftByLines)), "n"(int(kRightByLines)), "r"(int(kept)));                  \
   }                                                                                                                     \
   template <bool kRightByLines>                                                                                         \
-  KAN_DEVICE void wgmma_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t right) {                              \
-    KAN_ASM("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " KAN_SUMS_##sums                    \
-            ", {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", 1, 1, 1, " e ";"                                                \
+  KAN_DEVICE void wgmma_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t right, bool kept = true) {            \
+    KAN_ASM("{ .reg .pred kept; setp.ne.b32 kept, " f ", 0; wgmma.mma_async.sync.aligned.m64n" columns                  \
+            "k16.f32." type "." type " " KAN_SUMS_##sums ", {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", kept, 1, 1, " e "; }" \
             : KAN_OPERANDS_##sums                                                                                       \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right), "n"(int(kRightByLines)));                         \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(right), "n"(int(kRightByLines)), "r"(int(kept)));         \
   }                                                                                                                     \
   KAN_DEVICE void wgmma_sparse_##name(float (&c)[sums], const uint32_t (&a)[4], uint64_t descriptor, const uint32_t& metadata) { \
     KAN_ASM("wgmma.mma_async.sp.sync.aligned.m64n" columns "k32.f32." type "." type " " KAN_SUMS_##sums                 \
@@ -110,8 +110,8 @@ template <int kGroupsLeft> KAN_DEVICE void wait_for_products() { KAN_ASM("wgmma.
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(metadata));                              \
   }
 #define KAN_WGMMA_SIZES(name, type)                                                            \
-  KAN_WGMMA(name, type, "128", 64, "%64", "%65", "%66", "%67", "%68", "%69")                   \
-  KAN_WGMMA(name, type, "256", 128, "%128", "%129", "%130", "%131", "%132", "%133")
+  KAN_WGMMA(name, type, "128", 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")                   \
+  KAN_WGMMA(name, type, "256", 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 KAN_WGMMA_SIZES(bfloat16, "bf16")
 KAN_WGMMA_SIZES(float16, "f16")
 

@@ -8,8 +8,7 @@ namespace kan::cuda {
 
 constexpr int kSplitInputs = kSplitDepth / kStepBases;  // of a step
 // A tile is 128 columns wide: a thread's sums twice are as many registers as those of 256 are once.
-constexpr int kSplitColumns = 128, kSplitMultipliersRegisters = kMultipliersRegisters<256>,
-              kSplitMakersRegisters = kMakersRegisters<256>;
+constexpr int kSplitColumns = 128;
 
 // A ring of stages, which have both operands of a step, the left one first; makers copy the right one. One stage is multiplied,
 // each group of makers has one; the others are in hand for whoever is late.
@@ -51,6 +50,26 @@ struct SplitSums {
                                                  b + kRights[k] * (kRightByLines ? kSixteenLines : kSixteenInLine), kept || k > 0);
     commit_products();
   }
+  // The same with the left operand in `registers`, by halves: lower ones first, so that small products are not cut off at large sums.
+  // place: in `left`, of the row that the lane names to load_matrices, its piece of the first 16 columns.
+  using LeftRegisters = uint32_t[2][2][4];
+  template <bool kRightByLines> KAN_DEVICE void multiply(LeftRegisters& registers, const char* left, int place, const char* right, bool kept) {
+    const uint64_t b = describe_tile(right);
+    KAN_UNROLL_ALL
+    for (int lower = 1; lower >= 0; --lower) {
+      wait_for_products<1>();  // what is still under way has the other half's registers
+      KAN_UNROLL_ALL
+      for (int k = 0; k < 2; ++k) load_matrices(registers[lower][k], left + (place ^ (2 * lower + k) * 32));
+      order_registers();
+      KAN_UNROLL_ALL
+      for (int other = 1 - lower; other >= 0; --other)
+        KAN_UNROLL_ALL
+        for (int k = 0; k < 2; ++k)
+          wgmma_float16<kRightByLines>(part[0], registers[lower][k], b + (2 * other + k) * (kRightByLines ? kSixteenLines : kSixteenInLine),
+                                       kept || lower == 0 || k > 0);
+      commit_products();
+    }
+  }
   KAN_DEVICE void collect() {
     KAN_UNROLL_ALL
     for (int m = 0; m < 64; ++m) sums[0][m] += part[0][m];
@@ -60,9 +79,14 @@ struct SplitSums {
   // them. left(stage): where the rows of this warpgroup begin.
   template <bool kLeftByLines, bool kRightByLines, class Left> KAN_DEVICE void add_ring(int steps, const char* stages, Left left) {
     int stage = 0;
+    const unsigned thread = thread_now() % 128;
+    const int place = swizzled_piece(int(thread / 32 * 16 + thread % 16), int(thread % 32 / 16));
+    LeftRegisters registers;
     auto begin = [&](int at, bool kept) {
       meet(kRingMade + at, kHandover);
-      multiply<kLeftByLines, kRightByLines>(left(at), stages + at * kRingStageBytes + kLeftBytes, kept);
+      const char* right = stages + at * kRingStageBytes + kLeftBytes;
+      if constexpr (kLeftByLines) multiply<true, kRightByLines>(left(at), right, kept);
+      else multiply<kRightByLines>(registers, left(at), place, right, kept);
     };
     int s = 0;
     KAN_NO_UNROLL

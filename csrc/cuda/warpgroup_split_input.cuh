@@ -6,6 +6,8 @@
 
 namespace kan::cuda {
 
+constexpr int kInputSplitRegisters = 168;  // a multiplier's
+
 // After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
 constexpr size_t kSplitInputShared = kAtomBytes + kRingBytes + kSplitColumns / 2 * sizeof(TileKnots);
 static_assert(kGroupRows * kSplitColumns * int(sizeof(float)) <= kRingBytes);
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) input_split(WideArguments a,
     }
   };
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<kSplitMakersRegisters>();
+    set_registers<256 - kInputSplitRegisters>();
     for_every_input_tile([&](int64_t i0) {
       copy_ring(SplitCopies(p, h, int64_t(blockIdx.x) * kGroupRows, i0), steps, stages);
       for (int j = int(threadIdx.x) - kMultipliers; j < inputs_there(p, i0); j += kMakers) {
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) input_split(WideArguments a,
       epilogue.run(a, h.rows, knots, values);
     });
   } else {
-    set_registers<kSplitMultipliersRegisters>();
+    set_registers<kInputSplitRegisters>();
     for_every_input_tile([&](int64_t i0) {
       const int group = multiplier_group();
       SplitSums sums;

@@ -6,6 +6,8 @@
 
 namespace kan::cuda {
 
+constexpr int kOutputSplitRegisters = 152;  // a multiplier's
+
 // The steps of a slice of inputs, in order: four of them with eight bases each, one chunk of bases after the other; behind all of
 // them the base branch.
 struct SplitStep {
@@ -106,12 +108,12 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   char* knots = stages + kRingBytes;
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<kSplitMakersRegisters>();
+    set_registers<256 - kOutputSplitRegisters>();
     for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t) {
       make_split_left<kQuick>(a, h, first, b0, o0, stages, knots);
     });
   } else {
-    set_registers<kSplitMultipliersRegisters>();
+    set_registers<kOutputSplitRegisters>();
     for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
       const int group = multiplier_group();
       SplitSums sums;

@@ -6,6 +6,8 @@
 
 namespace kan::cuda {
 
+constexpr int kWeightSplitRegisters = 160;  // a multiplier's
+
 // The rows of a slice.
 struct Rows {
   int64_t begin, end;
@@ -94,11 +96,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_split(KAN_ARGUMENT Wi
   const FeatureTile& tile = block.tile.features;
   const Rows rows{block.begin, block.end};
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<kSplitMakersRegisters>();
+    set_registers<256 - kWeightSplitRegisters>();
     if (tile.is_base) make_split_lines<kQuick, true>(a, h, tile, rows, block.tile.o0, stages, knots);
     else make_split_lines<kQuick, false>(a, h, tile, rows, block.tile.o0, stages, knots);
   } else {
-    set_registers<kSplitMultipliersRegisters>();
+    set_registers<kWeightSplitRegisters>();
     const int group = multiplier_group();
     SplitSums sums;
     sums.add_ring<true, true>(rows.steps(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });

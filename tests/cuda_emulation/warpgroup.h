@@ -146,17 +146,19 @@ void multiply_shared_later(const char* name, float* sums, int count, uint64_t le
 
 // The left operand in registers; sparse where there are metadata.
 template <Kind K, int kDepth, bool kRightByLines, bool kSparse>
-void multiply_registers_later(const char* name, float* sums, int count, const uint32_t* left, uint64_t right, const uint32_t* metadata) {
-  Product mine{name, sums, count, left, metadata, 0, right};
+void multiply_registers_later(const char* name, float* sums, int count, const uint32_t* left, uint64_t right, const uint32_t* metadata,
+                              bool kept) {
+  Product mine{name, sums, count, left, metadata, 0, right, kept};
   with_warp(name, &mine, [](void* const* lanes) {
     std::array<Product, 32> products;
     for (int lane = 0; lane < 32; ++lane) products[lane] = *static_cast<const Product*>(lanes[lane]);
     const uint64_t right = products[0].descriptor;
     const int columns = 2 * products[0].count;
+    const bool kept = products[0].kept;
     auto weights = [=] { return read_operand<K, kRightByLines>(right, 0, columns, kDepth); };
     start_product(products, [=, early = weights()](const Lefts& left, float* const* sums) {
       expect_same(weights(), early);
-      add_later<K, kDepth>(sums, true, early, columns,
+      add_later<K, kDepth>(sums, kept, early, columns,
                            [&](int m, int k) { return kSparse ? sparse_left<K>(left, m, k) : stored_left<K>(left, m, k); });
     });
   });
@@ -209,12 +211,12 @@ inline void store_8_bytes(void* shared, const uint32_t (&words)[2]) {
     emulation::multiply_shared_later<emulation::Kind::kind, depth, kLeftByLines, kRightByLines>("wgmma_" #kind, c, kSums, a, b, kept); \
   }                                                                                                                     \
   template <bool kRightByLines, int kSums>                                                                              \
-  void wgmma_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b) {                                            \
-    emulation::multiply_registers_later<emulation::Kind::kind, depth, kRightByLines, false>("wgmma_" #kind, c, kSums, a, b, nullptr); \
+  void wgmma_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b, bool kept = true) {                          \
+    emulation::multiply_registers_later<emulation::Kind::kind, depth, kRightByLines, false>("wgmma_" #kind, c, kSums, a, b, nullptr, kept); \
   }                                                                                                                     \
   template <int kSums>                                                                                                  \
   void wgmma_sparse_##kind(float (&c)[kSums], const uint32_t (&a)[4], uint64_t b, const uint32_t& metadata) {           \
-    emulation::multiply_registers_later<emulation::Kind::kind, 2 * depth, true, true>("wgmma_sparse_" #kind, c, kSums, a, b, &metadata); \
+    emulation::multiply_registers_later<emulation::Kind::kind, 2 * depth, true, true>("wgmma_sparse_" #kind, c, kSums, a, b, &metadata, true); \
   }
 KAN_WGMMA(bfloat16, 16)
 KAN_WGMMA(float16, 16)
