@@ -305,8 +305,8 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
 OUTPUT, TILE, QUICK = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh", "cuda/quick.cuh"
 PLANTED = {
-    "wait": (OUTPUT, r"wait_for_products<kSets - 1>", "wait_for_products<kSets>", "the left operand is written while it is under way"),
-    "wait for lines": (TILE, r"wait_for_products<2>", "wait_for_products<4>", "shared memory is written while a product reads it"),
+    "wait": (OUTPUT, r"products<kSets - 1>", "products<kSets>", "the left operand is written while it is under way"),
+    "wait for lines": (TILE, r"products<2>", "products<4>", "shared memory is written while a product reads it"),
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
     "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
@@ -325,7 +325,7 @@ PLANTED = {
     ),
     "made": (TILE, r"if \(kMade\) meet\(", "if (kMade) arrive(", ""),
     "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", ""),
-    "never read": (TILE, r"if \(s \+ kLeftStages < steps\)", "if (s + 1 + kLeftStages < steps)", "part of a block waits at a barrier"),
+    "never read": (TILE, r"\(s \+ kLeftStages < steps", "(s + kLeftStages + 1 < steps", "part of a block waits at a barrier"),
     "read too often": (TILE, r"if \(s \+ kLeftStages < steps\)", "", "a block ends with threads at a barrier"),
     "lines read too often": (TILE, r" && s - 1 \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
     "depth in a line": (OUTPUT, r"place \^ k \* 32", "place + k * 32", ""),

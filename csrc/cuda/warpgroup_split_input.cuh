@@ -6,7 +6,8 @@
 
 namespace kan::cuda {
 
-constexpr int kInputSplitRegisters = 168;  // a multiplier's
+// A multiplier's: with fewer they spill.
+constexpr int kInputSplitRegisters = 168;
 
 // After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
 constexpr size_t kSplitInputShared = kAtomBytes + kRingBytes + kSplitColumns / 2 * sizeof(TileKnots);

@@ -6,7 +6,8 @@
 
 namespace kan::cuda {
 
-constexpr int kOutputSplitRegisters = 152;  // a multiplier's
+// A multiplier's: with more the makers spill.
+constexpr int kOutputSplitRegisters = 152;
 
 // The steps of a slice of inputs, in order: four of them with eight bases each, one chunk of bases after the other; behind all of
 // them the base branch.
