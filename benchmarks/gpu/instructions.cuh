@@ -122,7 +122,7 @@ struct WgmmaSparseBf16 {
 };
 
 // Those of the kernels themselves, on 128 columns of tiles as csrc/cuda/warpgroup_tile.cuh describes them: which of the operands
-// lie by lines at one depth, and the left one of the sparse form in registers.
+// lie by lines at one depth, and whether the left one is in registers (a) or shared memory (left).
 #define PROBE_KERNEL(Name, title, depth, left_lines, right_lines, ...)                                                      \
   struct Name {                                                                                                             \
     static constexpr const char* name = title;                                                                              \
@@ -133,10 +133,11 @@ struct WgmmaSparseBf16 {
       kan::cuda::__VA_ARGS__;                                                                                                  \
     }                                                                                                                       \
   };
-PROBE_KERNEL(KernelBf16, "output's wgmma bf16", 16, false, true, wgmma_bfloat16<false, true>(c, left, right))
-PROBE_KERNEL(KernelFp16, "output's wgmma fp16", 16, false, true, wgmma_float16<false, true>(c, left, right))
+PROBE_KERNEL(KernelBf16, "output's wgmma bf16", 16, false, true, wgmma_bfloat16<true>(c, a, right))
+PROBE_KERNEL(KernelFp16, "output's wgmma fp16", 16, false, true, wgmma_float16<true>(c, a, right))
 PROBE_KERNEL(InputBf16, "input's wgmma bf16", 16, false, false, wgmma_bfloat16<false, false>(c, left, right))
 PROBE_KERNEL(InputFp16, "input's wgmma fp16", 16, false, false, wgmma_float16<false, false>(c, left, right))
+PROBE_KERNEL(InputHalves, "input's wgmma in halves", 16, false, false, wgmma_float16<false>(c, a, right))
 PROBE_KERNEL(WeightBf16, "weight's wgmma bf16", 16, true, true, wgmma_bfloat16<true, true>(c, left, right))
 PROBE_KERNEL(WeightFp16, "weight's wgmma fp16", 16, true, true, wgmma_float16<true, true>(c, left, right))
 PROBE_KERNEL(KernelSparseBf16, "output's wgmma.sp bf16", 32, false, true, wgmma_sparse_bfloat16(c, a, right, e))

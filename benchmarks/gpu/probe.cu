@@ -264,6 +264,7 @@ int main() {
     wrong += probe_kernels_wgmma<probe::KernelFp16>({Type::fp16, 16, false});
     wrong += probe_kernels_wgmma<probe::InputBf16>({Type::bf16, 16, false});
     wrong += probe_kernels_wgmma<probe::InputFp16>({Type::fp16, 16, false});
+    wrong += probe_kernels_wgmma<probe::InputHalves>({Type::fp16, 16, false});
     wrong += probe_kernels_wgmma<probe::WeightBf16>({Type::bf16, 16, false});
     wrong += probe_kernels_wgmma<probe::WeightFp16>({Type::fp16, 16, false});
     wrong += probe_kernels_wgmma<probe::KernelSparseBf16>({Type::bf16, 32, true});

@@ -1,5 +1,5 @@
-// How fast each tensor-core instruction issues on this GPU, operands in registers (B of wgmma in shared memory): the
-// ceiling of any kernel made of it. Prints a row of JSON for each. Sparse forms count the full, dense work.
+// How fast each tensor-core instruction issues on this GPU, operands in registers (B of wgmma in shared memory; of
+// the kernels' own both forms): the ceiling of any kernel made of it. Prints a row of JSON for each. Sparse forms count the full, dense work.
 #include <cstdio>
 #include <cuda_runtime.h>
 
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(128) repeat_mma(float* out, int iterations) {
 struct Wgmma128Bf16 {
   static constexpr const char* name = "wgmma m64n128k16 bf16";
   static constexpr int k = 16, columns = 128;
-  [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+  static constexpr bool of_kernel = false;
+  [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b, uint64_t) {
     PROBE_WGMMA("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " SUMS ", {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -41,7 +42,8 @@ struct Wgmma128Bf16 {
 struct Wgmma128Tf32 {
   static constexpr const char* name = "wgmma m64n128k8 tf32";
   static constexpr int k = 8, columns = 128;
-  [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+  static constexpr bool of_kernel = false;
+  [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b, uint64_t) {
     PROBE_WGMMA("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " SUMS ", {%64,%65,%66,%67}, %68, 1, 1, 1;"
                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -51,7 +53,8 @@ struct Wgmma128Tf32 {
 struct Wgmma128SparseBf16 {
   static constexpr const char* name = "wgmma.sp m64n128k32 bf16";
   static constexpr int k = 32, columns = 128;
-  [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
+  static constexpr bool of_kernel = false;
+  [[maybe_unused]] static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t b, uint64_t) {
     PROBE_WGMMA("wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.bf16.bf16 " SUMS
                 ", {%64,%65,%66,%67}, %68, %69, 0, 1, 1, 1, 0;"
                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
@@ -59,18 +62,27 @@ struct Wgmma128SparseBf16 {
   }
 };
 
-// The kernels' own, on 256 columns of a tile as csrc/cuda/warpgroup_tile.cuh describes it.
-struct Kernel256Bf16 {
-  static constexpr const char* name = "kernel's wgmma m64n256k16 bf16";
-  static constexpr int k = 16, columns = 256;
-  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&)[4], uint64_t b) {
-    kan::cuda::wgmma_bfloat16<false, true>(c, b, b);
+// The kernels' own, on tiles as csrc/cuda/warpgroup_tile.cuh describes them: the left operand in registers (RS) or, as a tile of
+// its own, in shared memory (SS); the right one by lines at one depth, or with the depth contiguous.
+template <int kColumns, bool kRegisters, bool kByLines>
+struct KernelBf16 {
+  static constexpr int k = 16, columns = kColumns;
+  static constexpr bool of_kernel = true;
+  static constexpr const char* name =
+      kColumns == 256 ? kRegisters ? kByLines ? "kernel's wgmma m64n256k16 bf16, RS, by lines" : "kernel's wgmma m64n256k16 bf16, RS, by depth"
+                                   : kByLines ? "kernel's wgmma m64n256k16 bf16, SS, by lines" : "kernel's wgmma m64n256k16 bf16, SS, by depth"
+                      : kRegisters ? kByLines ? "kernel's wgmma m64n128k16 bf16, RS, by lines" : "kernel's wgmma m64n128k16 bf16, RS, by depth"
+                                   : kByLines ? "kernel's wgmma m64n128k16 bf16, SS, by lines" : "kernel's wgmma m64n128k16 bf16, SS, by depth";
+  [[maybe_unused]] static __device__ void run(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, uint64_t left) {
+    if constexpr (kRegisters) kan::cuda::wgmma_bfloat16<kByLines>(c, a, b);
+    else kan::cuda::wgmma_bfloat16<false, kByLines>(c, left, b);
   }
 };
 struct Kernel256SparseBf16 {
   static constexpr const char* name = "kernel's wgmma.sp m64n256k32 bf16";
   static constexpr int k = 32, columns = 256;
-  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&a)[4], uint64_t b) {
+  static constexpr bool of_kernel = true;
+  [[maybe_unused]] static __device__ void run(float (&c)[128], const uint32_t (&a)[4], uint64_t b, uint64_t) {
     kan::cuda::wgmma_sparse_bfloat16(c, a, b, 0x44444444u);
   }
 };
@@ -78,8 +90,9 @@ struct Kernel256SparseBf16 {
 template <class Instruction>
 __global__ void __launch_bounds__(128) repeat_wgmma(float* out, int iterations) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int deep = Instruction::columns == 128 ? 32 : 64;  // the kernels' panels are 64 deep, whatever is read of them
-  constexpr int words = Instruction::columns * deep / 2;
+  // The kernels' tiles are 64 deep, whatever is read of them; the left one has 64 rows.
+  constexpr bool of_kernel = Instruction::of_kernel;
+  constexpr int deep = of_kernel ? 64 : 32, right_words = Instruction::columns * deep / 2, words = right_words + (of_kernel ? 64 * deep / 2 : 0);
   __shared__ __align__(1024) uint32_t tile[words];
   for (int i = threadIdx.x; i < words; i += 128) tile[i] = 0;
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -87,12 +100,12 @@ __global__ void __launch_bounds__(128) repeat_wgmma(float* out, int iterations) 
   uint32_t a[4] = {threadIdx.x, 1, 2, 3};
   float c[Instruction::columns / 2] = {};
   // Core matrices of K neighbours 128 bytes apart, of N neighbours as far as the tile's whole K.
-  const uint64_t b = Instruction::columns == 128 ? probe::descriptor(tile, 128, 512)
-                                                 : kan::cuda::describe_tile(reinterpret_cast<const char*>(tile));
+  const uint64_t b = of_kernel ? kan::cuda::describe_tile(reinterpret_cast<const char*>(tile)) : probe::descriptor(tile, 128, 512);
+  const uint64_t left = of_kernel ? kan::cuda::describe_tile(reinterpret_cast<const char*>(tile + right_words)) : 0;
   for (int i = 0; i < iterations; ++i) {
     probe::warpgroup_fence();
 #pragma unroll
-    for (int j = 0; j < chains; ++j) Instruction::run(c, a, b);
+    for (int j = 0; j < chains; ++j) Instruction::run(c, a, b, left);
     probe::warpgroup_commit();
     probe::warpgroup_wait();
   }
@@ -158,7 +171,13 @@ int main() {
     measure_wgmma<Wgmma128Tf32>();
     measure_wgmma<Wgmma128Bf16>();
     measure_wgmma<Wgmma128SparseBf16>();
-    measure_wgmma<Kernel256Bf16>();
+    measure_wgmma<KernelBf16<256, true, true>>();
+    measure_wgmma<KernelBf16<256, true, false>>();
+    measure_wgmma<KernelBf16<256, false, true>>();
+    measure_wgmma<KernelBf16<256, false, false>>();
+    measure_wgmma<KernelBf16<128, true, true>>();
+    measure_wgmma<KernelBf16<128, false, true>>();
+    measure_wgmma<KernelBf16<128, false, false>>();
     measure_wgmma<Kernel256SparseBf16>();
   }
   return 0;
