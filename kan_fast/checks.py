@@ -51,6 +51,12 @@ def check_layout(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got layout {tensor.layout}")
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError for a dtype that no backend computes with."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype}")
+
+
 def check_problem(
     x: Tensor,
     scale: Tensor | None,
@@ -134,8 +140,7 @@ def _check_dtypes(
         if tensor is None:
             continue
         check_layout(name, tensor)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        check_dtype(name, tensor.dtype)
         if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
             raise TypeError(f"{name}: float64 goes only with float64, got x of {x.dtype} and {name} of {tensor.dtype}")
         if tensor.device != x.device:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from kan_fast.checks import DTYPES
+from kan_fast.checks import DTYPES, check_dtype
 
 # In the order of preference of backend="auto".
 NAMES = ("native", "triton", "reference")
@@ -55,8 +55,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    if dtype not in DTYPES:
-        raise TypeError(f"spline_weight: expected float32, float64, bfloat16 or float16, got {dtype}")
+    check_dtype("spline_weight", dtype)
     if name == "auto":
         return _first_fit(device, dtype)
     reason = reason_not(name, device, dtype)
