@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # One thread everywhere: tests share the machine, and a second thread must not change a result unseen.
@@ -85,6 +86,14 @@ def place64(request: pytest.FixtureRequest) -> Place:
 def device(request: pytest.FixtureRequest) -> str:
     """For what has no backend of its own choice."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The CUDA kernels as a library of the emulation."""
+    from tests.cuda_emulation.build import build
+
+    return build()
 
 
 @pytest.fixture(autouse=True)

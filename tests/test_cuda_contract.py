@@ -9,7 +9,7 @@ from conftest import Place
 
 from kan_fast import backends
 from tests.cuda_emulation.backend import Backend
-from tests.cuda_emulation.build import build, compiler
+from tests.cuda_emulation.build import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
 
@@ -21,11 +21,6 @@ globals().update(
     and not hasattr(test, "hypothesis")
     and {"place", "place64"} & set(inspect.signature(test).parameters)
 )
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
 
 
 @pytest.fixture

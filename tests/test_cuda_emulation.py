@@ -19,11 +19,6 @@ CPU = torch.device("cpu")
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
 @pytest.fixture
 def place(library, monkeypatch):
     monkeypatch.setitem(backends._modules, "emulated", Backend(library))

@@ -16,11 +16,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
 @pytest.fixture
 def place(library, monkeypatch):
     """A GPU of one multiprocessor, whose few blocks walk over many tiles."""

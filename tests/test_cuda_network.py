@@ -16,11 +16,6 @@ from tests.cuda_emulation.build import build, compiler
 pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
 
 
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
 @pytest.fixture
 def gpu(library):
     """A GPU of one multiprocessor, whose few blocks walk over many tiles."""

@@ -31,11 +31,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SUMS = "contract_weight"  # the source that adds up slices
 
 
-@pytest.fixture(scope="module")
-def library():
-    return emulation.build()
-
-
 @pytest.fixture
 def place(library, monkeypatch):
     """Sets up a GPU that has these compiled sources and one of the kernels."""

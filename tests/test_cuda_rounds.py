@@ -11,17 +11,12 @@ from test_cuda_emulation import CPU, assert_wide_close
 
 from kan_fast import backends
 from tests.cuda_emulation.backend import Backend
-from tests.cuda_emulation.build import build, compiler
+from tests.cuda_emulation.build import compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 STEP = 64  # rows of the batch: no slice has fewer, and all but the last have a multiple
-
-
-@pytest.fixture(scope="module")
-def library():
-    return build()
 
 
 def up(a, b):

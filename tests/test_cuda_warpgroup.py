@@ -20,11 +20,6 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
-@pytest.fixture(scope="module")
-def library():
-    return build()
-
-
 @pytest.fixture
 def place(library, monkeypatch):
     monkeypatch.setitem(backends._modules, "emulated", Backend(library, architecture=90))
