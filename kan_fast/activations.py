@@ -39,7 +39,7 @@ def activation(name: str, x: Tensor, n: int) -> Tensor:
     elif name == "gelu":
         value = _identity_above(torch.nn.functional.gelu, x) if n == 0 else _times_identity(_normal_cdf, x, n)
     elif name == "tanh":
-        value = _polynomial(_logistic_coefficients((1, 0, -1), n), torch.tanh(x))
+        value = _tanh(x, n)
     elif name == "identity":
         value = x if n == 0 else torch.full_like(x, float(n == 1))
     elif name == "relu":
@@ -68,7 +68,17 @@ def _identity_above(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _sigmoid(x: Tensor, n: int) -> Tensor:
-    return _polynomial(_logistic_coefficients((0, 1, -1), n), torch.sigmoid(x))
+    """n-th derivative of the sigmoid, which is (1 + tanh(x / 2)) / 2."""
+    return torch.sigmoid(x) if n == 0 else _tanh(0.5 * x, n) * 0.5 ** (n + 1)
+
+
+def _tanh(x: Tensor, n: int) -> Tensor:
+    """n-th derivative of tanh: 1 - tanh^2, accurate where it is nearly 0, times a polynomial in tanh."""
+    t = torch.tanh(x)
+    if n == 0:
+        return t
+    slope = 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+    return slope * _polynomial(_tanh_coefficients(n), t)
 
 
 def _normal_cdf(x: Tensor, n: int) -> Tensor:
@@ -84,20 +94,21 @@ def _normal_cdf(x: Tensor, n: int) -> Tensor:
 
 
 @functools.lru_cache
-def _logistic_coefficients(slope: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """n-th derivative of a function u with u' = slope(u), as a polynomial in u, lowest power first.
+def _tanh_coefficients(n: int) -> tuple[int, ...]:
+    """R_n of tanh^(n) = (1 - tanh^2) R_n(tanh), n >= 1, lowest power first.
 
-    One more derivative of p(u) is p'(u) * slope(u). Sigmoid: u' = u - u^2; tanh: u' = 1 - u^2.
+    R_1 = 1, R_{n+1} = -2 t R_n + (1 - t^2) R_n'. At the ends, t = +-1, the terms sum up to 2^(n-1) and cancel little there; the
+    polynomial in the sigmoid would have terms of the order of n! that sum up to 1.
     """
-    if n == 0:
-        return (0, 1)
-    before = _logistic_coefficients(slope, n - 1)
-    derived = [power * c for power, c in enumerate(before)][1:]
-    product = [0] * (len(derived) + len(slope) - 1)
-    for i, p in enumerate(derived):
-        for j, q in enumerate(slope):
-            product[i + j] += p * q
-    return tuple(product)
+    if n == 1:
+        return (1,)
+    before = _tanh_coefficients(n - 1)
+    following = [0] * n
+    for power, c in enumerate(before):
+        following[power + 1] -= (2 + power) * c
+        if power > 0:
+            following[power - 1] += power * c
+    return tuple(following)
 
 
 def _polynomial(coefficients: tuple[int, ...], u: Tensor) -> Tensor:

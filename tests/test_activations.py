@@ -1,5 +1,6 @@
 """Closed forms of the activations' derivatives against autograd's."""
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -20,14 +21,35 @@ def test_derivatives_of_every_order(name):
         assert np.abs(activation(name, x, n).numpy() - true).max() <= 1e-11 * max(1.0, np.abs(true).max()), n
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS[1:])
-def test_float32_has_errors_of_float32(name):
-    x = torch.linspace(-9, 9, 1000)
-    for n in range(6):
-        exact = activation(name, x.double(), n)
-        error = (activation(name, x, n).double() - exact).abs().max()
-        # Horner's rule on a polynomial whose coefficients reach (n + 1)!: as many eps of the largest term.
-        assert error <= 16 * torch.finfo(torch.float32).eps * max(1.0, float(np.prod(range(1, n + 2)))), n
+EXACT = {
+    "silu": lambda x: x / (1 + mpmath.exp(-x)),
+    "gelu": lambda x: x * mpmath.ncdf(x),
+    "tanh": mpmath.tanh,
+}
+
+
+def of_backend(place, name, x, n):
+    """n-th derivative of an activation at x (B), in float64: that of a layer of one edge whose spline is zero."""
+    grid = uniform_grid(1, 5, 3, (-1.0, 1.0), place.device, x.dtype)
+    spline, base = grid.new_zeros(1, 8, 1), grid.new_ones(1, 1)
+    y = get(place.backend).contract_output(x[:, None].to(place.device), None, spline, base, grid, name, "clamp", n)
+    return y.cpu().double()[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EXACT)
+def test_every_backend_against_many_digits(dtype, name):
+    """mpmath's derivatives with 40 digits, which no cancellation spoils."""
+    x = torch.cat([torch.linspace(-12, 12, 41), torch.tensor([-0.003, 0.01, 0.3])])
+    for n in range(8):
+        with mpmath.workdps(40):
+            exact = [float(mpmath.diff(EXACT[name], mpmath.mpf(value), n)) for value in x.tolist()]
+        true = torch.tensor(exact, dtype=torch.float64)
+        for place in places(dtype):
+            error = (of_backend(place, name, x.to(dtype), n) - true).abs().max()
+            # The terms of the polynomials sum up to at most 10 times the largest value (n = 7), less for smaller n; half a
+            # rounding of each, a few of the exponential and of what makes tanh of it.
+            assert error <= 12 * torch.finfo(dtype).eps * true.abs().max(), (place, n)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS[1:])
@@ -56,16 +78,15 @@ def test_every_backend_near_and_far(dtype, name):
     for place in places(dtype):
         near = torch.cat([torch.linspace(-89, 89, 1001), torch.linspace(-9, 9, 1000)]).to(dtype)
         far = torch.tensor([*FAR, *(-value for value in FAR)]).to(dtype)
-        x = torch.cat([near, far])[:, None].to(place.device)
-        grid = uniform_grid(1, 5, 3, (-1.0, 1.0), place.device, dtype)
-        spline, base = grid.new_zeros(1, 8, 1), grid.new_ones(1, 1)
         for n in range(6):
-            y = get(place.backend).contract_output(x, None, spline, base, grid, name, "clamp", n).cpu().double()[:, 0]
+            y = of_backend(place, name, torch.cat([near, far]), n)
             eps = torch.finfo(dtype).eps
             true = torch.tensor(truth.activation(name, near.double().numpy(), n))
-            # Horner's rule and the exponential, as below: coefficients reach (n + 1)!.
-            floor = 16 * eps * max(1.0, float(np.prod(range(1, n + 2))))
-            assert ((y[: len(near)] - true).abs() <= floor + 4 * eps * true.abs()).all(), (place, n)
+            # Half a rounding of terms that sum up to 4 times the largest value (n = 5), and a few of what they are made of.
+            floor = 12 * eps * max(1.0, float(true.abs().max()))
+            # The truth itself rounds 1 - sigmoid, which it multiplies by |x| up to 89 and by coefficients up to (n + 1)!.
+            floor += 89 * torch.finfo(torch.float64).eps * float(np.prod(range(1, n + 2)))
+            assert ((y[: len(near)] - true).abs() <= floor).all(), (place, n)
             limit = limits(name, far.double(), n)
             # What is left where it would be 0: at most 12.65^6 exp(-80) / 2 of gelu, whose x is held at sqrt(2 * 80).
             torch.testing.assert_close(y[len(near) :], limit, rtol=4 * eps, atol=4e-29, msg=f"{place} {n}")

@@ -8,26 +8,29 @@
 
 namespace kan::cpu::KAN_ISA {
 
-// Base activation and its derivative of order n, n >= 0. With s the sigmoid, q = s (1 - s) and t = tanh, r = 1 - t^2,
-// every derivative is q (or r) times a polynomial; gelu's are the normal density times one:
-//   s^(m) = q Q_m(s),  Q_1 = 1,  Q_{m+1} = (1 - 2 s) Q_m + (s - s^2) Q_m'        silu^(n) = x s^(n) + n s^(n-1)
+// Base activation and its derivative of order n, n >= 0. With t = tanh and r = 1 - t^2 every derivative of tanh is r times a
+// polynomial in t; those of the sigmoid, (1 + tanh(x / 2)) / 2, follow; gelu's are the normal density times a polynomial in x:
 //   t^(m) = r R_m(t),  R_1 = 1,  R_{m+1} = -2 t R_m + (1 - t^2) R_m'
+//   silu^(n) = x s^(n) + n s^(n-1),  s^(m) = q R_m(v) / 2^(m-1)  with s the sigmoid, v = tanh(x / 2), q = s (1 - s)
 //   gelu^(n) = density(x) * (-1)^n (n He_{n-2} - x He_{n-1})(x) for n >= 2       gelu' = Phi + x density
-// q and r come from exp(-|x|), so that they keep their relative accuracy in the tails.
+// q and r come from exp(-|x|), so that they keep their relative accuracy in the tails. A polynomial in s would lose 200 epsilons
+// by n = 7, by terms of the order of n! that cancel towards s = 1.
 template <class T> struct ActivationTable {
   static constexpr int kMaxDegree = 40;
   int activation, n;
   T reach;  // beyond it the smooth activations and their derivatives are at their limits
-  int degree_high = 0, degree_low = 0;  // polynomials of order n and, for silu, n - 1
-  T high[kMaxDegree + 1] = {}, low[kMaxDegree + 1] = {};
+  int degree_high = 0, degree_low = 0;
+  T high[kMaxDegree + 1] = {}, low[kMaxDegree + 1] = {};  // silu^(n) = q (x high(v) + low(v)); the others have high alone
 
   bool is_silu(int order) const { return activation == kSilu && n == order; }
   ActivationTable(int activation, int n) : activation(activation), n(n), reach(Exponential<T>::limit) {
     if (activation == kTanh) reach /= 2;                            // exp(-2 |x|)
     if (activation == kGelu) reach = T(sqrt(2 * double(reach)));    // exp(-x^2 / 2)
-    if (activation == kSilu || activation == kTanh) {
-      sigmoid_like(n, high, degree_high);
-      if (activation == kSilu && n >= 2) sigmoid_like(n - 1, low, degree_low);
+    if (activation == kTanh) {
+      tanh_like(n, 1, high, degree_high);
+    } else if (activation == kSilu && n >= 2) {
+      tanh_like(n, ldexp(1, 1 - n), high, degree_high);
+      tanh_like(n - 1, n * ldexp(1, 2 - n), low, degree_low);
     } else if (activation == kGelu && n >= 2) {
       double a[kMaxDegree + 2] = {1}, b[kMaxDegree + 2] = {0, 1};  // He_0, He_1
       for (int m = 2; m <= n - 1; ++m) {                           // He_m = x He_{m-1} - (m-1) He_{m-2}
@@ -43,18 +46,14 @@ template <class T> struct ActivationTable {
   }
 
  private:
-  void sigmoid_like(int order, T* out, int& degree) {
-    double p[kMaxDegree + 2] = {1};
+  // scale * R_order
+  void tanh_like(int order, double scale, T* out, int& degree) {
+    double p[kMaxDegree + 2] = {scale};
     for (int m = 1; m < order; ++m) {
       double next[kMaxDegree + 2] = {};
       for (int d = 0; d < m; ++d) {
-        if (activation == kSilu) {
-          next[d] += p[d] + d * p[d];
-          next[d + 1] += -2 * p[d] - d * p[d];
-        } else {
-          next[d + 1] += -2 * p[d] - d * p[d];
-          if (d > 0) next[d - 1] += d * p[d];
-        }
+        next[d + 1] -= (2 + d) * p[d];
+        if (d > 0) next[d - 1] += d * p[d];
       }
       memcpy(p, next, sizeof p);
     }
@@ -103,9 +102,10 @@ template <class T, int Q> KAN_INLINE Lanes<T, Q> activate(const ActivationTable<
   L value = zero;
   switch (table.activation) {
     case kSilu: {
-      const L e = exponential(-magnitude), r = one / (one + e), s = select(near > zero, one, e) * r, q = e * r * r;
-      const L lower = q * polynomial(table.low, table.degree_low, s) * T(n);
-      value = near * q * polynomial(table.high, table.degree_high, s) + lower;
+      const L e = exponential(-magnitude), r = one / (one + e), half = (one - e) * r;
+      const L v = select(near > zero, half, -half);
+      const L sum = near * polynomial(table.high, table.degree_high, v) + polynomial(table.low, table.degree_low, v);
+      value = e * r * r * sum;
       break;
     }
     case kIdentity: value = n == 0 ? x : n == 1 ? one : zero; break;

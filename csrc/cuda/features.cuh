@@ -65,8 +65,8 @@ template <class C> KAN_DEVICE C activate(const Activation<C>& a, C x) {
       if (n == 0) value = silu<0>(x);
       else if (n == 1) value = silu<1>(x);
       else {
-        const C e = exponential(-magnitude), r = reciprocal(1 + e), s = (near > 0 ? C(1) : e) * r, q = e * r * r;
-        value = near * q * polynomial(a.high, a.degree_high, s) + q * polynomial(a.low, a.degree_low, s) * C(n);
+        const C e = exponential(-magnitude), r = reciprocal(1 + e), v = (near > 0 ? 1 - e : e - 1) * r;
+        value = e * r * r * (near * polynomial(a.high, a.degree_high, v) + polynomial(a.low, a.degree_low, v));
       }
       break;
     }

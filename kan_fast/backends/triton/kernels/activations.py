@@ -1,6 +1,6 @@
 """Base activations and all their derivatives in Triton: kan_fast/activations.py on tiles held in registers.
 
-The derivatives come from the same closed forms: polynomials in the sigmoid, in tanh, and Hermite polynomials for gelu.
+The derivatives come from the same closed forms: polynomials in tanh, also for the sigmoid, and Hermite polynomials for gelu.
 """
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of its functions itself: only tl.constexpr may stand there.
@@ -19,37 +19,55 @@ DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.constexpr_function
-def coefficient(slope, n, power):
-    """Of u^power in the n-th derivative of a function with u' = slope(u), slope given lowest power first."""
-    polynomial = [0, 1]
-    for _ in range(n):
-        derived = [p * c for p, c in enumerate(polynomial)][1:]
-        polynomial = [0] * (len(derived) + len(slope) - 1)
-        for i, c in enumerate(derived):
-            for j, s in enumerate(slope):
-                polynomial[i + j] += c * s
+def coefficient(n, power):
+    """Of tanh^power in the n-th derivative of tanh over the first: R_1 = 1, R_{n+1} = -2 t R_n + (1 - t^2) R_n'."""
+    polynomial = [1]
+    for degree in range(n - 1):
+        following = [0] * (degree + 2)
+        for d, c in enumerate(polynomial):
+            following[d + 1] -= (2 + d) * c
+            if d > 0:
+                following[d - 1] += d * c
+        polynomial = following
     return float(polynomial[power])
 
 
 @triton.jit
-def logistic(u, TANH: tl.constexpr, N: tl.constexpr):
-    """n-th derivative, N >= 0, of the sigmoid (u' = u - u^2) or of tanh (u' = 1 - u^2), given its value u."""
-    SLOPE: tl.constexpr = (1, 0, -1) if TANH else (0, 1, -1)
-    value = tl.full(u.shape, coefficient(SLOPE, N, N + 1), u.dtype)
-    for down in tl.static_range(1, N + 2):
-        value = value * u + coefficient(SLOPE, N, N + 1 - down)
-    return value
+def higher_slope(slope, t, N: tl.constexpr):
+    """n-th derivative, N >= 1, of tanh, given its first and its value."""
+    value = tl.full(t.shape, coefficient(N, N - 1), t.dtype)
+    for down in tl.static_range(1, N):
+        value = value * t + coefficient(N, N - 1 - down)
+    return slope * value
 
 
 @triton.jit
-def tanh(x):
-    """tanh to a few ulp everywhere (Cephes: a rational function near 0, the exponential elsewhere)."""
+def tanh(x, N: tl.constexpr):
+    """n-th derivative of tanh to a few ulp everywhere (Cephes: a rational function near 0, the exponential elsewhere)."""
     z = x * x
     top = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
     bottom = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
     near = x + x * z * (top / bottom)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+    e = tl.exp(-2.0 * tl.abs(x))
+    inverse = 1.0 / (1.0 + e)
+    far = 1.0 - 2.0 * e * inverse
+    value = tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+    if N > 0:
+        value = higher_slope(4.0 * e * inverse * inverse, value, N)
+    return value
+
+
+@triton.jit
+def sigmoid(x, N: tl.constexpr):
+    """n-th derivative of 1 / (1 + exp(-x)), which is (1 + tanh(x / 2)) / 2; a tile of any shape, float32 or float64."""
+    if N == 0:
+        value = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        e = tl.exp(-tl.abs(x))
+        inverse = 1.0 / (1.0 + e)
+        half = (1.0 - e) * inverse
+        value = higher_slope(e * inverse * inverse, tl.where(x < 0, -half, half), N) * 0.5 ** (N - 1)
+    return value
 
 
 @triton.jit
@@ -69,12 +87,6 @@ def normal_cdf(x, N: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)); a tile of any shape, float32 or float64."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def activation(x, ACTIVATION: tl.constexpr, N: tl.constexpr):
     """n-th derivative of a base activation, ACTIVATION its position in kan_fast.activations.ACTIVATIONS, not "none".
 
@@ -82,11 +94,10 @@ def activation(x, ACTIVATION: tl.constexpr, N: tl.constexpr):
     """
     if ACTIVATION == SILU:
         if N == 0:
-            value = tl.maximum(x, -FAR) * sigmoid(x)
+            value = tl.maximum(x, -FAR) * sigmoid(x, 0)
         else:
             x = tl.minimum(tl.maximum(x, -FAR), FAR)
-            u = sigmoid(x)
-            value = x * logistic(u, False, N) + N * logistic(u, False, N - 1)
+            value = x * sigmoid(x, N) + N * sigmoid(x, N - 1)
     elif ACTIVATION == IDENTITY:
         value = x if N == 0 else tl.full(x.shape, 1.0 if N == 1 else 0.0, x.dtype)
     elif ACTIVATION == GELU:
@@ -101,5 +112,5 @@ def activation(x, ACTIVATION: tl.constexpr, N: tl.constexpr):
         else:
             value = tl.where((x > 0) & (N == 1), 1.0, 0.0).to(x.dtype)
     else:
-        value = logistic(tanh(x), True, N)
+        value = tanh(x, N)
     return value
