@@ -79,8 +79,9 @@ Tensor prepared(const Tensor& t, ScalarType type) {
 }
 Tensor as_type(Tensor t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 
-// A new tensor in CPU memory, without the 0.7 us that torch's dispatcher takes for one.
-Tensor fresh(ScalarType type, std::initializer_list<int64_t> sizes) {
+// A new tensor in memory of the CPU or of the GPU `index`, without the call by name through torch's dispatcher that
+// torch::stable::new_empty is: 0.7 us on a CPU.
+Tensor fresh(ScalarType type, std::initializer_list<int64_t> sizes, int32_t index = -1) {
   int64_t strides[8], step = 1;
   for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
     strides[d] = step;
@@ -90,9 +91,11 @@ Tensor fresh(ScalarType type, std::initializer_list<int64_t> sizes) {
   const int32_t dtype = type == ScalarType::Double     ? aoti_torch_dtype_float64()
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                         : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                        : type == ScalarType::Byte     ? aoti_torch_dtype_uint8()
                                                        : aoti_torch_dtype_float32();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), -1, &handle));
+  const int32_t device = index < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype, device, index, &handle));
   return Tensor(handle);
 }
 

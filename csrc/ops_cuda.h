@@ -61,10 +61,12 @@ void run(const Tensor& x, const P& p, size_t (*workspace)(const P&, const kan::c
   const int32_t index = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   const kan::cuda::Device& device = kan::cuda::device(index);
-  Tensor scratch = torch::stable::new_empty(x, {int64_t(workspace(p, device))}, ScalarType::Byte);
+  const size_t bytes = workspace(p, device);
+  Tensor scratch;
+  if (bytes > 0) scratch = fresh(ScalarType::Byte, {int64_t(bytes)}, index);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  if (int error = launch(p, device, scratch.mutable_data_ptr(), stream))
+  if (int error = launch(p, device, bytes > 0 ? scratch.mutable_data_ptr() : nullptr, stream))
     throw std::runtime_error(std::string("kan_fast: CUDA: ") + kan::cuda::error_text(error));
 }
 
@@ -72,7 +74,7 @@ Tensor contract_output(const Tensor& x, const MaybeTensor& scale, const Tensor& 
                        const Tensor& grid, int64_t activation, int64_t outside, int64_t n, int64_t precision) {
   const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   Call call = prepare(x, scale, spline, base, std::nullopt, grid, order, activation, outside, n, precision);
-  Tensor y = torch::stable::new_empty(x, {call.p.batch, call.p.out_features}, spline.scalar_type());
+  Tensor y = fresh(spline.scalar_type(), {call.p.batch, call.p.out_features}, x.get_device_index());
   call.p.y = y.mutable_data_ptr();
   run(x, call.p, kan::cuda::workspace_of_output, kan::cuda::launch_contract_output);
   return y;
@@ -82,7 +84,7 @@ Tensor contract_input(const Tensor& x, const Tensor& spline, const MaybeTensor& 
                       int64_t activation, int64_t outside, int64_t n, int64_t precision) {
   const int64_t order = checked_order(x, spline, base, grid, activation, outside, n);
   Call call = prepare(x, std::nullopt, spline, base, g, grid, order, activation, outside, n, precision);
-  Tensor dx = torch::stable::new_empty(x, {call.p.batch, call.p.in_features}, x.scalar_type());
+  Tensor dx = fresh(x.scalar_type(), {call.p.batch, call.p.in_features}, x.get_device_index());
   call.p.dx = dx.mutable_data_ptr();
   run(x, call.p, kan::cuda::workspace_of_input, kan::cuda::launch_contract_input);
   return dx;
@@ -95,8 +97,8 @@ std::tuple<Tensor, Tensor> contract_weight(const Tensor& x, const MaybeTensor& s
   Call call = prepare(x, scale, std::nullopt, std::nullopt, g, grid, spline_order, activation, outside, n, precision);
   auto& p = call.p;
   const bool base = activation != kan::kNone;
-  Tensor d_spline = torch::stable::new_empty(x, {p.in_features, p.bases(), p.out_features}, g.scalar_type());
-  Tensor d_base = torch::stable::new_empty(x, {base ? p.in_features : 0, p.out_features}, g.scalar_type());
+  Tensor d_spline = fresh(g.scalar_type(), {p.in_features, p.bases(), p.out_features}, x.get_device_index());
+  Tensor d_base = fresh(g.scalar_type(), {base ? p.in_features : 0, p.out_features}, x.get_device_index());
   p.d_spline = d_spline.mutable_data_ptr();
   if (base) p.d_base = d_base.mutable_data_ptr();
   run(x, p, kan::cuda::workspace_of_weight, kan::cuda::launch_contract_weight);
@@ -160,7 +162,7 @@ Tensor network_output(const Tensor& x, const std::vector<Tensor>& layers, int64_
   NetworkCall call = prepare_network(x, layers, activation, outside, bias);
   expect_served(x, call);
   auto& last = call.layers.back().problem;
-  Tensor y = torch::stable::new_empty(x, {last.batch, last.out_features}, x.scalar_type());
+  Tensor y = fresh(x.scalar_type(), {last.batch, last.out_features}, x.get_device_index());
   last.y = y.mutable_data_ptr();
   run(x, call.network(), kan::cuda::workspace_of_network_output, kan::cuda::launch_network_output);
   return y;
@@ -175,7 +177,7 @@ std::vector<Tensor> network_backward(const Tensor& x, const std::vector<Tensor>&
   KAN_REQUIRE(g.scalar_type() == x.scalar_type(), "g must have the dtype of spline_weight");
   last.g = call.input("g", x, g);
   std::vector<Tensor> results = network_results(call.layers, need_x, need_weights, [&](std::initializer_list<int64_t> sizes) {
-    return torch::stable::new_empty(x, sizes, x.scalar_type());
+    return fresh(x.scalar_type(), sizes, x.get_device_index());
   });
   if (!results.empty()) run(x, call.network(), kan::cuda::workspace_of_network_backward, kan::cuda::launch_network_backward);
   return results;

@@ -256,6 +256,23 @@ def test_wide_kernels_carry_nan(place, use, kernel):
     assert d_spline[[0, *range(2, 20)]].isfinite().all()
 
 
+# Of output tiles on GPUs of 1, 4 and 132 multiprocessors: 64, 32, 16 and 8 rows, inputs in one slice and in several.
+TILES_OF_ANY = [(1, 300, 40, 33), (4, 70, 130, 9), (132, 33, 70, 40), (132, 3, 300, 70), (132, 200, 9, 5), (4, 130, 20, 40)]
+
+
+@every_operation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", TILES_OF_ANY, ids=str)
+def test_tiles_of_any_height(library, monkeypatch, use, operation, dtype, sizes):
+    use("any")
+    multiprocessors, *shape = sizes
+    monkeypatch.setitem(backends._modules, "emulated", Backend(library, 80, multiprocessors))
+    place = Place("emulated", CPU)
+    for k, with_scale in ((3, True), (2, False)):
+        problem = make_problem(place, dtype, tuple(shape), k=k, kind="uneven")
+        assert_close_to_truth(place, problem, operation, 0, with_scale)
+
+
 def test_a_kernel_that_cannot_serve_is_refused(place, use):
     use("dense")
     for change in ({"k": 4}, {"dtype": torch.float64}, {"shape": (0, 3, 4)}):
@@ -271,9 +288,9 @@ def test_a_kernel_that_cannot_serve_is_refused(place, use):
 HEAVY = ("copies", "overtaking", "columns", "metadata", "too early", "pairs")
 # What a kernel must not survive: file, pattern, replacement.
 PLANTED = {
-    "barrier": ("cuda/contract_output.cu", r"barrier\(\);\n      const int64_t inputs", "const int64_t inputs"),
-    "bound": ("cuda/contract_output.cu", r"if \(o \+ 32 < outputs\) put", "if (o + 31 < outputs) put"),
-    "row": ("cuda/contract_input.cu", r"if \(b0 \+ r >= p\.batch\) break;", ""),
+    "barrier": ("cuda/contract_output.cu", r"\[lane\] = total\[r\];\n    barrier\(\);", "[lane] = total[r];"),
+    "bound": ("cuda/contract_output.cu", r"o0 \+ lane >= outputs\) break", "o0 + lane > outputs) break"),
+    "row": ("cuda/contract_input.cu", r"if \(b < p\.batch && i < p", "if (i < p"),
     "slice": ("cuda/contract_weight.cu", r"\(slice \+ 1\) \* rows < p\.batch", "(slice + 1) * rows <= p.batch + rows"),
     "copies": ("cuda/wide_output.cuh", r"wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
     "overtaking": ("cuda/wide_output.cuh", r"barrier\(\);\n            if \(s \+", "if (s +"),
@@ -285,7 +302,11 @@ PLANTED = {
     "metadata": ("cuda/operand.cuh", r"\+ row / 8 % 2 \* 2;", ";"),
     "too early": ("cuda/wide_output.cuh", r"step = s - warp / 4", "step = s - 1 + warp / 4"),
     "pairs": ("cuda/fragments.cuh", r"begin == -1 \? word >> 16", "begin == -1 ? word << 16"),
-    "divergence": ("cuda/contract_input.cu", r"if \(i >= inputs\) break;", "if (lane >= inputs) break;\nwarp_barrier();"),
+    "divergence": (
+        "cuda/contract_input.cu",
+        r"if \(i >= p\.in_features\) break;",
+        "if (i0 + lane >= p.in_features) break;\nwarp_barrier();",
+    ),
 }
 
 

@@ -39,7 +39,6 @@ KAN_INLINE int middle_interval(int knots) { return (knots - 2) / 2; }
 template <class C> struct Arguments {
   Problem p;
   Activation<C> activation;
-  const Described<C>* described;  // (in_features)
 };
 
 template <class C> constexpr C kEpsilon = sizeof(C) == 8 ? C(2.220446049250313e-16) : C(1.1920929e-7f);

@@ -6,69 +6,80 @@ namespace kan::cuda {
 
 namespace {
 
-constexpr int kRows = 32, kInputs = 8, kThreads = 256, kWarps = kThreads / 32, kPerLane = 4;
-static_assert(kRows * kInputs == kThreads, "one window per thread");
+// Rows at once: addresses of their weights stay in registers from one output to the next, and those of 8 rows would spill.
+constexpr int kHalf = kRowsOfWarp / 2;
 
-// A warp takes one row after another; its lanes share the outputs, and their sums are added at the end, in a fixed order.
-template <class T> __global__ void __launch_bounds__(kThreads, kResident) input_any(Arguments<typename ComputeOf<T>::Type> a) {
+// A warp goes through all outputs for one input after another; the sums of its lanes are added at the end, in a fixed order.
+template <class T, int kOrder>
+__global__ void __launch_bounds__(kAnyThreads, kResident) input_any(Arguments<typename ComputeOf<T>::Type> a, AnyTile tile) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;
-  Window<C>* windows = shared_memory<Window<C>>();  // (kRows, kInputs)
+  AnyMemory<C>& memory = *shared_memory<AnyMemory<C>>();
   const T* spline = static_cast<const T*>(p.spline_weight);
   const T* base = static_cast<const T*>(p.base_weight);
+  const T* pulled = static_cast<const T*>(p.g);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, bases = p.bases();
-  const int64_t outputs = p.out_features, b0 = int64_t(blockIdx.x) * kRows;
+  const int groups = tile.groups(), row = warp % groups * kRowsOfWarp, side = kAnyWarps / groups;
+  const int64_t outputs = p.out_features, b0 = int64_t(blockIdx.x) * tile.rows;
 
-  for (int64_t i0 = int64_t(blockIdx.y) * kInputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * kInputs) {
-    const int64_t inputs = p.in_features - i0 < kInputs ? p.in_features - i0 : kInputs;
-    barrier();
-    make_window(a, b0 + thread / kInputs, i0 + thread % kInputs, windows[thread]);
-    barrier();
-    for (int r = warp * (kRows / kWarps); r < (warp + 1) * (kRows / kWarps); ++r) {
-      if (b0 + r >= p.batch) break;
-      const T* pulled = static_cast<const T*>(p.g) + (b0 + r) * outputs;
-      C total[kInputs] = {};
-      for (int64_t o0 = 0; o0 < outputs; o0 += 32 * kPerLane) {
-        C g[kPerLane];
-        for (int m = 0; m < kPerLane; ++m) g[m] = o0 + 32 * m + lane < outputs ? number(pulled[o0 + 32 * m + lane]) : C(0);
-        KAN_UNROLL_WINDOW
-        for (int i = 0; i < kInputs; ++i) {
-          if (i >= inputs) break;
-          const Window<C>& window = windows[r * kInputs + i];
-          for (int m = 0; m < kPerLane; ++m) {
-            const int64_t o = o0 + 32 * m + lane;
-            if (o >= outputs) break;
-            C sum = 0;
-            for (int q = 0; q <= p.spline_order; ++q) {
-              const int f = window.first + q;
-              if (f >= 0 && f < bases) sum += window.w[q] * number(spline[((i0 + i) * bases + f) * outputs + o]);
-            }
-            if (base != nullptr) sum += window.base * number(base[(i0 + i) * outputs + o]);
-            total[i] += sum * g[m];
+  for (int64_t i0 = int64_t(blockIdx.y) * tile.inputs(); i0 < p.in_features; i0 += int64_t(gridDim.y) * tile.inputs()) {
+    make_windows(a, tile, b0, i0, memory);
+    KAN_NO_UNROLL
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int m = turn * side + warp / groups;
+      const int64_t i = i0 + m;
+      if (i >= p.in_features) break;
+      KAN_NO_UNROLL
+      for (int half = row; half < row + kRowsOfWarp; half += kHalf) {
+        Window<C>* windows = memory.windows + half * tile.inputs() + m;
+        C total[kHalf] = {};
+        KAN_NO_UNROLL
+        for (int64_t o0 = 0; o0 < outputs; o0 += 32) {
+          const int64_t column = o0 + lane < outputs ? o0 + lane : outputs - 1;
+          C g[kHalf];
+          KAN_UNROLL_ALL
+          for (int r = 0; r < kHalf; ++r) {
+            const int64_t b = b0 + half + r < p.batch ? b0 + half + r : p.batch - 1;
+            g[r] = number(pulled[b * outputs + column]);
           }
+          contract_rows<kHalf, kOrder>(p, windows, tile.inputs(), spline + i * bases * outputs + column,
+                                       base == nullptr ? base : base + i * outputs + column,
+                                       [&](int r, C sum) { total[r] += o0 + lane < outputs ? sum * g[r] : C(0); });
+        }
+        warp_barrier();
+        KAN_UNROLL_ALL
+        for (int r = 0; r < kHalf; ++r) {
+          C sum = total[r];
+          for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+          if (lane == 0) windows[r * tile.inputs()].base = sum;  // which nobody else reads
         }
       }
-      KAN_UNROLL_WINDOW
-      for (int i = 0; i < kInputs; ++i) {
-        C sum = total[i];
-        for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-        if (lane == 0 && i < inputs) write<C>(p.dx, (b0 + r) * p.in_features + i0 + i, p.x_dtype, sum);
-      }
     }
+    barrier();
+    const int64_t b = b0 + thread / tile.inputs(), i = i0 + thread % tile.inputs();
+    if (b < p.batch && i < p.in_features) write<C>(p.dx, b * p.in_features + i, p.x_dtype, memory.windows[thread].base);
   }
 }
 
 }  // namespace
 
-template <class T> int launch_input_any(const Problem& p, void* workspace, void* stream) {
+template <class T> int launch_input_any(const Problem& p, int rows, void* stream) {
   using C = typename ComputeOf<T>::Type;
-  const Blocks blocks{(p.batch + kRows - 1) / kRows, (p.in_features + kInputs - 1) / kInputs};
+  const AnyTile tile{rows};
+  const Blocks blocks{(p.batch + rows - 1) / rows, (p.in_features + tile.inputs() - 1) / tile.inputs()};
   if (blocks.x * blocks.y == 0) return 0;
-  Arguments<C> a;
-  if (int error = launch_describe(p, workspace, stream, a)) return error;
-  return launch(input_any<T>, blocks, kThreads, kThreads * sizeof(Window<C>), stream, a);
+  const Arguments<C> a{p, make_activation<C>(p.activation, p.n)};
+  // In float64 twice as many registers would be needed.
+  constexpr int kCubic = sizeof(T) == 8 ? -1 : 3;
+  const auto kernel = p.spline_order == 3 ? input_any<T, kCubic> : input_any<T, -1>;
+  return launch(kernel, blocks, kAnyThreads, sizeof(AnyMemory<C>), stream, a, tile);
 }
 
-KAN_FOR_EVERY_TYPE(launch_input_any)
+#define KAN_INSTANTIATE(T) template int launch_input_any<T>(const Problem&, int, void*);
+KAN_INSTANTIATE(float)
+KAN_INSTANTIATE(double)
+KAN_INSTANTIATE(BFloat16)
+KAN_INSTANTIATE(Float16)
+#undef KAN_INSTANTIATE
 
 }  // namespace kan::cuda

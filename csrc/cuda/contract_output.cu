@@ -7,64 +7,81 @@ namespace kan::cuda {
 
 namespace {
 
-constexpr int kRows = 32, kInputs = 8, kColumns = 64, kThreads = 256, kWarps = kThreads / 32;
-static_assert(kRows * kInputs == kThreads, "one window per thread");
+constexpr int kColumns = 32;
 
-// A warp takes one row after another, its lanes two outputs each: all lanes read the same window and consecutive weights.
-template <class T> __global__ void __launch_bounds__(kThreads, kResident) output_any(Arguments<typename ComputeOf<T>::Type> a) {
+template <class C> union OutputMemory {
+  AnyMemory<C> making;
+  C sums[kAnyWarps][kRowsOfWarp][kColumns];
+};
+
+// Warps that share rows split the inputs of each step; their sums are added at the end, in a fixed order. Y: the type of the
+// results, T itself or that of the sums of a slice of inputs.
+template <class T, class Y, int kOrder>
+__global__ void __launch_bounds__(kAnyThreads, kResident)
+    output_any(Arguments<typename ComputeOf<T>::Type> a, AnyTile tile, Y* y, int64_t slices, int64_t inputs_of_slice) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;
-  Window<C>* windows = shared_memory<Window<C>>();  // (kRows, kInputs)
+  OutputMemory<C>& memory = *shared_memory<OutputMemory<C>>();
   const T* spline = static_cast<const T*>(p.spline_weight);
   const T* base = static_cast<const T*>(p.base_weight);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, bases = p.bases();
-  const int64_t outputs = p.out_features, b0 = int64_t(blockIdx.x) * kRows;
+  const int groups = tile.groups(), row = warp % groups * kRowsOfWarp, side = kAnyWarps / groups;
+  const int64_t outputs = p.out_features, b0 = int64_t(blockIdx.x) * tile.rows;
 
+  for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
   for (int64_t o0 = int64_t(blockIdx.y) * kColumns; o0 < outputs; o0 += int64_t(gridDim.y) * kColumns) {
-    const int64_t o = o0 + lane;
-    C total[kRows / kWarps][2] = {};
-    for (int64_t i0 = 0; i0 < p.in_features; i0 += kInputs) {
-      barrier();
-      make_window(a, b0 + thread / kInputs, i0 + thread % kInputs, windows[thread]);
-      barrier();
-      const int64_t inputs = p.in_features - i0 < kInputs ? p.in_features - i0 : kInputs;
-      for (int i = 0; i < inputs; ++i)
-        for (int r = 0; r < kRows / kWarps; ++r) {
-          const Window<C>& window = windows[(warp * (kRows / kWarps) + r) * kInputs + i];
-          for (int q = 0; q <= p.spline_order; ++q) {
-            const int f = window.first + q;
-            if (f < 0 || f >= bases) continue;
-            const T* row = spline + ((i0 + i) * bases + f) * outputs + o;
-            if (o < outputs) total[r][0] += window.w[q] * number(row[0]);
-            if (o + 32 < outputs) total[r][1] += window.w[q] * number(row[32]);
-          }
-          if (base == nullptr) continue;
-          const T* row = base + (i0 + i) * outputs + o;
-          if (o < outputs) total[r][0] += window.base * number(row[0]);
-          if (o + 32 < outputs) total[r][1] += window.base * number(row[32]);
-        }
+    const int64_t column = o0 + lane < outputs ? o0 + lane : outputs - 1, begin = slice * inputs_of_slice;
+    const int64_t end = begin + inputs_of_slice < p.in_features ? begin + inputs_of_slice : p.in_features;
+    C total[kRowsOfWarp] = {};
+    for (int64_t i0 = begin; i0 < end; i0 += tile.inputs()) {
+      make_windows(a, tile, b0, i0, memory.making);
+      KAN_NO_UNROLL
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int m = turn * side + warp / groups;
+        const int64_t i = i0 + m;
+        if (i >= end) break;
+        contract_rows<kRowsOfWarp, kOrder>(p, memory.making.windows + row * tile.inputs() + m, tile.inputs(), spline + i * bases * outputs + column,
+                              base == nullptr ? base : base + i * outputs + column, [&](int r, C sum) { total[r] += sum; });
+      }
     }
-    for (int r = 0; r < kRows / kWarps; ++r) {
-      const int64_t b = b0 + warp * (kRows / kWarps) + r;
-      if (b >= p.batch) break;
-      T* row = static_cast<T*>(p.y) + b * outputs + o;
-      if (o < outputs) put(row[0], total[r][0]);
-      if (o + 32 < outputs) put(row[32], total[r][1]);
+    barrier();
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kRowsOfWarp; ++r) memory.sums[warp][r][lane] = total[r];
+    barrier();
+    for (int at = warp; at < tile.rows; at += kAnyWarps) {
+      const int64_t b = b0 + at;
+      if (b >= p.batch || o0 + lane >= outputs) break;
+      C sum = 0;
+      for (int part = 0; part < side; ++part) sum += memory.sums[part * groups + at / kRowsOfWarp][at % kRowsOfWarp][lane];
+      put(y[(slice * p.batch + b) * outputs + o0 + lane], sum);
     }
   }
 }
 
-}  // namespace
-
-template <class T> int launch_output_any(const Problem& p, void* workspace, void* stream) {
+template <class T, class Y> int launch_order(const Problem& p, AnyTile tile, Y* y, const Slices& slices, void* stream) {
   using C = typename ComputeOf<T>::Type;
-  const Blocks blocks{(p.batch + kRows - 1) / kRows, (p.out_features + kColumns - 1) / kColumns};
-  if (blocks.x * blocks.y == 0) return 0;
-  Arguments<C> a;
-  if (int error = launch_describe(p, workspace, stream, a)) return error;
-  return launch(output_any<T>, blocks, kThreads, kThreads * sizeof(Window<C>), stream, a);
+  const Blocks blocks{(p.batch + tile.rows - 1) / tile.rows, (p.out_features + kColumns - 1) / kColumns, slices.count};
+  const Arguments<C> a{p, make_activation<C>(p.activation, p.n)};
+  const auto kernel = p.spline_order == 3 ? output_any<T, Y, 3> : output_any<T, Y, -1>;
+  return launch(kernel, blocks, kAnyThreads, sizeof(OutputMemory<C>), stream, a, tile, y, slices.count, slices.rows);
 }
 
-KAN_FOR_EVERY_TYPE(launch_output_any)
+}  // namespace
+
+template <class T> int launch_output_any(const Problem& p, int rows, const Slices& slices, void* workspace, void* stream) {
+  using C = typename ComputeOf<T>::Type;
+  if (p.batch == 0 || p.out_features == 0) return 0;
+  if (slices.count == 1) return launch_order<T>(p, AnyTile{rows}, static_cast<T*>(p.y), slices, stream);
+  C* parts = reinterpret_cast<C*>(static_cast<char*>(workspace) + slices.offset);
+  if (int error = launch_order<T>(p, AnyTile{rows}, parts, slices, stream)) return error;
+  return launch_add<T>(parts, p.y, p.batch * p.out_features, slices.count, stream);
+}
+
+#define KAN_INSTANTIATE(T) template int launch_output_any<T>(const Problem&, int, const Slices&, void*, void*);
+KAN_INSTANTIATE(float)
+KAN_INSTANTIATE(double)
+KAN_INSTANTIATE(BFloat16)
+KAN_INSTANTIATE(Float16)
+#undef KAN_INSTANTIATE
 
 }  // namespace kan::cuda

@@ -17,11 +17,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     weight_any(Arguments<typename ComputeOf<T>::Type> a, P* spline, P* base, int columns, int64_t slices, int64_t rows) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;
-  Window<C>* windows = shared_memory<Window<C>>();              // (kThreads)
+  Described<C>* described = shared_memory<Described<C>>();      // of the block's input
+  Window<C>* windows = reinterpret_cast<Window<C>*>(described + 1);  // (kThreads)
   C* sums = reinterpret_cast<C*>(windows + kThreads);          // (kBases + 1, kThreads)
   const int thread = threadIdx.x, column = thread % columns, row = thread / columns, side = kThreads / columns;
   const int bases = p.bases();
   const int64_t outputs = p.out_features, i = blockIdx.x, wide = (outputs + columns - 1) / columns;
+  if (thread == 0) *described = describe(p, knots_of<C>(p, i));
 
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
   for (int64_t part = blockIdx.y; part < wide; part += gridDim.y)
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int f = 0; f <= kBases; ++f) sums[f * kThreads + thread] = 0;
     for (int64_t b0 = slice * rows; b0 < end; b0 += kThreads) {
       barrier();
-      make_window(a, b0 + thread < end ? b0 + thread : p.batch, i, windows[thread]);
+      make_window(a, *described, b0 + thread < end ? b0 + thread : p.batch, i, windows[thread]);
       barrier();
       for (int r = row; r < kThreads; r += side) {
         if (b0 + r >= end || o >= outputs) break;
@@ -86,12 +88,11 @@ template <class T> int launch_add_slices(const Problem& p, const void* parts, in
 template <class T> int launch_weight_any(const Problem& p, const Slices& slices, void* workspace, void* stream) {
   using C = typename ComputeOf<T>::Type;
   if (p.in_features == 0 || p.out_features == 0) return 0;
-  Arguments<C> a;
-  if (int error = launch_describe(p, workspace, stream, a)) return error;
+  const Arguments<C> a{p, make_activation<C>(p.activation, p.n)};
   int columns = 1;
   while (columns < 32 && columns < p.out_features) columns *= 2;
   const Blocks blocks{p.in_features, (p.out_features + columns - 1) / columns, slices.count};
-  const size_t shared = kThreads * sizeof(Window<C>) + (kBases + 1) * kThreads * sizeof(C);
+  const size_t shared = sizeof(Described<C>) + kThreads * sizeof(Window<C>) + (kBases + 1) * kThreads * sizeof(C);
   if (slices.count == 1)
     return launch(weight_any<T, T>, blocks, kThreads, shared, stream, a, static_cast<T*>(p.d_spline),
                   static_cast<T*>(p.d_base), columns, slices.count, slices.rows);

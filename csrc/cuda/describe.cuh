@@ -1,4 +1,4 @@
-// The first kernel of most launches: what is known of every input's knots.
+// Windows of a tile of rows and inputs in shared memory, made once and read by every thread that needs them.
 #pragma once
 #include "features.cuh"
 
@@ -8,28 +8,16 @@ namespace kan::cuda {
 // spills registers for it.
 constexpr int kResident = 2;
 
-template <class C> __global__ void describe_knots(Problem p, Described<C>* described) {
-  const int64_t i = int64_t(blockIdx.x) * 128 + threadIdx.x;
-  if (i < p.in_features) described[i] = describe(p, static_cast<const C*>(p.grid) + i * p.knots());
-}
-
-// Describes the knots, into the workspace, and gathers what the kernels behind are given.
-template <class C> inline int launch_describe(const Problem& p, void* workspace, void* stream, Arguments<C>& to) {
-  Described<C>* described = static_cast<Described<C>*>(workspace);
-  to = {p, make_activation<C>(p.activation, p.n), described};
-  if (p.in_features == 0) return 0;
-  return launch(describe_knots<C>, Blocks{(p.in_features + 127) / 128}, 128, 0, stream, p, described);
-}
-
-// Windows of a tile of rows and inputs in shared memory, made once and read by every thread that needs them.
 template <class C> struct Window {
   C w[kMaxOrder + 1];
   C base;
   int first;
 };
 
+template <class C> KAN_DEVICE const C* knots_of(const Problem& p, int64_t i) { return static_cast<const C*>(p.grid) + i * p.knots(); }
+
 // item (row b, input i), both within the problem or not; scale only where the operation has one.
-template <class C> KAN_DEVICE void make_window(const Arguments<C>& a, int64_t b, int64_t i, Window<C>& to) {
+template <class C> KAN_DEVICE void make_window(const Arguments<C>& a, const Described<C>& described, int64_t b, int64_t i, Window<C>& to) {
   const Problem& p = a.p;
   if (b >= p.batch || i >= p.in_features) {
     to = Window<C>{};
@@ -37,8 +25,65 @@ template <class C> KAN_DEVICE void make_window(const Arguments<C>& a, int64_t b,
   }
   const C x = read<C>(p.x, b * p.in_features + i, p.x_dtype);
   const C scale = p.scale ? read<C>(p.scale, b * p.in_features + i, p.x_dtype) : C(1);
-  to.first = window<kMaxOrder>(p, static_cast<const C*>(p.grid) + i * p.knots(), a.described[i], x, scale, to.w);
+  to.first = window<kMaxOrder>(p, knots_of<C>(p, i), described, x, scale, to.w);
   to.base = p.activation == kNone ? C(0) : activate(a.activation, x) * scale;
+}
+
+// The tiles of contract_output and contract_input: one window per thread, rows times inputs of them. A warp takes kRowsOfWarp rows
+// through a part of the inputs, kTurns at a time, for 32 outputs, one a lane: all lanes read the same windows and consecutive
+// weights.
+constexpr int kAnyThreads = 256, kAnyWarps = kAnyThreads / 32, kRowsOfWarp = 8, kTurns = 4;
+
+// Rows of a tile: 8 to 64. Tall ones read weights less often, low ones make more blocks and more warps for the inputs of a row.
+struct AnyTile {
+  int rows;
+
+  KAN_INLINE int inputs() const { return kAnyThreads / rows; }
+  KAN_INLINE int groups() const { return rows / kRowsOfWarp; }
+};
+
+template <class C> struct AnyMemory {
+  Described<C> described[kAnyThreads / kRowsOfWarp];
+  Window<C> windows[kAnyThreads];  // (rows, inputs)
+};
+
+// Makes the windows of rows b0 .. and inputs i0 ..; the same barriers for all threads.
+template <class C> KAN_DEVICE void make_windows(const Arguments<C>& a, AnyTile tile, int64_t b0, int64_t i0, AnyMemory<C>& memory) {
+  const int thread = threadIdx.x, inputs = tile.inputs();
+  barrier();
+  if (thread < inputs && i0 + thread < a.p.in_features) memory.described[thread] = describe(a.p, knots_of<C>(a.p, i0 + thread));
+  barrier();
+  make_window(a, memory.described[thread % inputs], b0 + thread / inputs, i0 + thread % inputs, memory.windows[thread]);
+  barrier();
+}
+
+// Calls with(r, sum) for each of kRows rows of a warp: sum of what an input's bases and its base branch give to one output. spline, base: the
+// input's rows of weights at that output. windows: the first row's; the others lie `pitch` further. kOrder: 3, or -1 for any. With the
+// order known, the loads of all bases and rows are on their way together; each of the k + 1 steps of the loop waits for its own.
+template <int kRows, int kOrder, class T, class C, class With>
+KAN_DEVICE void contract_rows(const Problem& p, const Window<C>* windows, int pitch, const T* spline, const T* base, With with) {
+  const int order = kOrder < 0 ? p.spline_order : kOrder, last = p.bases() - 1;
+  C sums[kRows];
+  const C of_base = base != nullptr ? number(*base) : C(0);
+  KAN_UNROLL_ALL
+  for (int r = 0; r < kRows; ++r) sums[r] = base != nullptr ? windows[r * pitch].base * of_base : C(0);
+  auto add = [&](int q) {
+    KAN_UNROLL_ALL
+    for (int r = 0; r < kRows; ++r) {
+      // A basis that does not exist has weight 0; its place is taken by one of the same window.
+      const int f = windows[r * pitch].first + q, held = f < 0 ? 0 : f > last ? last : f;
+      sums[r] += windows[r * pitch].w[q] * number(spline[int64_t(held) * p.out_features]);
+    }
+  };
+  if constexpr (kOrder >= 0) {
+    KAN_UNROLL_ALL
+    for (int q = 0; q <= kOrder; ++q) add(q);
+  } else {
+    KAN_NO_UNROLL
+    for (int q = 0; q <= order; ++q) add(q);
+  }
+  KAN_UNROLL_ALL
+  for (int r = 0; r < kRows; ++r) with(r, sums[r]);
 }
 
 }  // namespace kan::cuda

@@ -1,6 +1,6 @@
 // Which kernel serves which problem: the one place that decides.
 //
-//   any     every dtype, order, derivative and shape, by multiply-add
+//   any     every dtype, order, derivative and shape, by multiply-add; small problems, for which it is one launch
 //   narrow  few inputs and outputs: float32, bfloat16, float16, orders up to 3, by tables in shared memory (narrow.cuh)
 //   dense   tensor cores: float32, bfloat16, float16, orders up to 3, derivatives up to the order
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
@@ -38,10 +38,8 @@ size_t compute_size(const Problem& p) { return p.weight_dtype == kFloat64 ? 8 : 
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-size_t size_of_described(const Problem& p) {
-  const size_t one = p.weight_dtype == kFloat64 ? sizeof(Described<double>) : sizeof(Described<float>);
-  return rounded(size_t(p.in_features) * one);
-}
+// Of the wide kernels, which compute in float32.
+size_t size_of_described(const Problem& p) { return rounded(size_t(p.in_features) * sizeof(Described<float>)); }
 
 Products products(const Problem& p) {
   if (p.weight_dtype == kBFloat16) return Products::bfloat16;
@@ -76,10 +74,15 @@ const char* why_not_warpgroup(const Problem& p, const Device& device, Operation 
 // place of 0.130 at 4096 x 256 x 256 (2.4e9), 0.078 in place of 0.051 at 1024 x 256 x 256.
 constexpr double kSplitPays = 2e9;
 
+// Triples of row, input and output up to which one launch of plain multiply-adds pays: counted, 1.2 us per 2^20 of them and 5 us at
+// the least, where the wide kernels' tables, steps and sums took an H200 18 us (bfloat16) and 32 us (float32) at 64 x 64 x 64.
+constexpr double kAnyPays = double(1 << 22);
+
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
   if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) {
+    if (double(p.batch) * double(p.in_features) * double(p.out_features) <= kAnyPays) return Family::any;
     const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
     return pays && why_not_warpgroup(p, device, operation) == nullptr ? Family::wgmma : Family::dense;
   }
@@ -162,9 +165,23 @@ Slices slices_of_weight(const Problem& p, const Device& device) {
   return cut(p.batch, 128, tiles, bytes, 2, device, offset);
 }
 
+// Of the kernels for every problem.
 Slices slices_any(const Problem& p, const Device& device) {
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
-  return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, size_of_described(p));
+  return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, 0);
+}
+// Rows of a tile of theirs: tall ones where they make blocks enough all the same, or where there are few inputs to share out.
+int rows_any(const Problem& p, int64_t columns, const Device& device) {
+  int rows = 64;
+  while (rows > 8 && p.in_features > 256 / rows && ((p.batch + rows - 1) / rows) * columns < 2 * device.multiprocessors) rows /= 2;
+  return rows;
+}
+int rows_of_output_any(const Problem& p, const Device& device) { return rows_any(p, (p.out_features + 31) / 32, device); }
+int rows_of_input_any(const Problem& p, const Device& device) { return rows_any(p, (p.in_features + 31) / 32, device); }
+Slices slices_of_output_any(const Problem& p, const Device& device) {
+  const int64_t rows = rows_of_output_any(p, device), tiles = ((p.batch + rows - 1) / rows) * ((p.out_features + 31) / 32);
+  // A second kernel adds the sums: a slice must save as much, two steps of a tile at the least.
+  return cut(p.in_features, 64, tiles, p.batch * p.out_features * int64_t(compute_size(p)), 1, device, 0);
 }
 
 size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {
@@ -261,14 +278,14 @@ TileCut cut_of_weight(const Problem& p, const Device& device) {
 size_t workspace_of_output(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::output);
   if (family == Family::narrow) return 0;
-  if (family == Family::any) return size_of_described(p);
+  if (family == Family::any)
+    return size_of_parts(slices_of_output_any(p, device), p.batch * p.out_features, compute_size(p));
   return size_of_output(slices_of_output(family, p, device), p) + (is_split(family, p) ? size_of_halves(p, Operation::output) : 0);
 }
 
 size_t workspace_of_input(const Problem& p, const Device& device) {
   const Family family = choose(p, device, Operation::input);
-  if (family == Family::narrow) return 0;
-  if (family == Family::any) return size_of_described(p);
+  if (family == Family::narrow || family == Family::any) return 0;
   return size_of_input(p) + (is_split(family, p) ? size_of_halves(p, Operation::input) : 0);
 }
 
@@ -283,7 +300,8 @@ size_t workspace_of_weight(const Problem& p, const Device& device) {
 
 int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
   const Family family = choose(p, device, Operation::output);
-  if (family == Family::any) KAN_BY_TYPE(launch_output_any, p, workspace, stream)
+  if (family == Family::any)
+    KAN_BY_TYPE(launch_output_any, p, rows_of_output_any(p, device), slices_of_output_any(p, device), workspace, stream)
   if (family == Family::narrow)
     return launch_output_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::output)), stream);
   const Slices slices = slices_of_output(family, p, device);
@@ -303,7 +321,7 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
   const Family family = choose(p, device, Operation::input);
   if (family == Family::narrow)
     return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
-  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, workspace, stream)
+  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, rows_of_input_any(p, device), stream)
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   if (is_split(family, p)) return launch_input_split(a, place_halves(p, Operation::input, static_cast<char*>(workspace) + size_of_input(p)), stream);
   return is_warpgroup(family) ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);

@@ -28,8 +28,9 @@ struct TileCut {
 // What contract_weight by warpgroups does on a GPU of so many multiprocessors.
 TileCut cut_of_weight(const Problem&, const Device&);
 
-template <class T> int launch_output_any(const Problem&, void* workspace, void* stream);
-template <class T> int launch_input_any(const Problem&, void* workspace, void* stream);
+// rows of a tile: 8, 16, 32 or 64.
+template <class T> int launch_output_any(const Problem&, int rows, const Slices&, void* workspace, void* stream);
+template <class T> int launch_input_any(const Problem&, int rows, void* stream);
 template <class T> int launch_weight_any(const Problem&, const Slices&, void* workspace, void* stream);
 
 // y on tensor cores, dense or sparse, in tiles of 128 or (16-bit types) 256 columns; parts (slices, batch, out) where inputs are
@@ -51,11 +52,5 @@ template <Products P> int launch_weight_wide(const WideArguments&, int columns, 
 template <class T> int launch_add(const void* parts, void* to, int64_t size, int64_t slices, void* stream);
 // d_spline and d_base from the slices' sums: (count, in, bases, out) and behind them (count, in, out).
 template <class T> int launch_add_slices(const Problem&, const void* parts, int64_t slices, void* stream);
-
-#define KAN_FOR_EVERY_TYPE(launcher)                                  \
-  template int launcher<float>(const Problem&, void*, void*);         \
-  template int launcher<double>(const Problem&, void*, void*);        \
-  template int launcher<BFloat16>(const Problem&, void*, void*);      \
-  template int launcher<Float16>(const Problem&, void*, void*);
 
 }  // namespace kan::cuda
