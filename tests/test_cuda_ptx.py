@@ -126,7 +126,7 @@ def test_float32_in_halves(place, case):
     where, backend = place("wgmma", ("polynomials", "split", "warpgroup_split", SUMS), 90)
     problem = make_problem(where, F32, shape, grid_size, kind=kind, outside=outside)
     assert_close_to_truth(where, problem, operation, n, with_scale=False)
-    assert len(backend.ran) >= 5
+    assert len(backend.ran) >= 4
 
 
 @pytest.mark.parametrize("operation", ["contract_output", "contract_input", "contract_weight"])

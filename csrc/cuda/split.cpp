@@ -20,18 +20,18 @@ Halves place(const Problem& p, Operation operation, Pieces& pieces) {
   const int64_t pitch = split_pitch(p.out_features);
   const bool weight = operation == Operation::weight;
   Halves h{};
-  int64_t columns = p.out_features;
   if (operation != Operation::output) h.g = pieces.next<Float16>(p.batch * pitch);
   if (weight) {
-    if (p.d_base != nullptr) h.inputs = pieces.next<float>(p.in_features);
-    if (p.d_base != nullptr && p.in_features > columns) columns = p.in_features;
+    const int64_t inputs = p.d_base != nullptr ? p.in_features : 0;
+    h.inputs = pieces.next<float>(inputs);
+    h.maxima_of_inputs = pieces.next<float>(kMaximaSlices * inputs);
   } else {
     h.spline = pieces.next<Float16>(p.in_features * p.bases() * pitch);
     if (p.base_weight != nullptr) h.base = pieces.next<Float16>(p.in_features * pitch);
     h.rows = pieces.next<float>(p.batch);
   }
   h.columns = pieces.next<float>(p.out_features);
-  h.maxima = pieces.next<float>(kMaximaSlices * columns);
+  h.maxima = pieces.next<float>(kMaximaSlices * p.out_features);
   return h;
 }
 

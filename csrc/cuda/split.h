@@ -22,18 +22,18 @@ constexpr float kSplitTop = 32768.0f;  // 2^15: what values of bases, which are 
 
 // Operations in halves, and the powers of two that they were multiplied with. Of each contraction only those that it needs.
 struct Halves {
-  Float16 *spline, *base, *g;  // rows of split_pitch(out_features) numbers
-  float* columns;              // (out) of W's columns, by which g's columns were divided; for contract_weight of g's columns
-  float* rows;                 // (batch) of the features' or g's rows
-  float* inputs;               // (in) of the base features
-  float* maxima;               // scratch: (kMaximaSlices, columns)
+  Float16 *spline, *base, *g;         // rows of split_pitch(out_features) numbers
+  float* columns;                     // (out) of W's columns, by which g's columns were divided; for contract_weight of g's columns
+  float* rows;                        // (batch) of the features' or g's rows
+  float* inputs;                      // (in) of the base features
+  float *maxima, *maxima_of_inputs;  // scratch: (kMaximaSlices, out) and (kMaximaSlices, in)
 };
 
 // Bytes of an operation's halves, and where they lie.
 size_t size_of_halves(const Problem&, Operation);
 Halves place_halves(const Problem&, Operation, void* memory);
-// Queues the kernels that make them.
-int launch_halves(const Problem&, Operation, const Halves&, void* stream);
+// Queues the kernels that make them, and the tables of knots that launch_cubics makes.
+int launch_operands(const WideArguments&, Operation, const Halves&, void* stream);
 
 // The contractions themselves, those included: see the like of launch.h.
 int launch_output_split(const WideArguments&, const Halves&, float* parts, Slices, void* stream);
