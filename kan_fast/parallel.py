@@ -19,6 +19,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from kan_fast import ops
+from kan_fast.checks import expect
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.traverse import network_layers
 
@@ -149,6 +150,7 @@ def parallelize_kan(model: KAN, mesh: DeviceMesh) -> KAN:
     Parameters become DTensors: make the optimiser afterwards. For two dimensions, shard with the mesh's tensor-parallel
     dimension first and fully_shard over the other one.
     """
+    expect(isinstance(mesh, DeviceMesh), "mesh", "a DeviceMesh", mesh)
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dimension, got {mesh.ndim}: take one with mesh[name]")
     layers = network_layers(model)

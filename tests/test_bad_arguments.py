@@ -66,6 +66,14 @@ BAD = [
     ("from_edges", {"grid": X}, "coefficients", None, "expected a tensor, got None"),
     ("from_edges", {"coefficients": X}, "grid", [1], "expected a tensor, got list"),
     ("export_program", {"example": X}, "model", None, "expected a module, got None"),
+    ("available_backends", {}, "device", 3, "expected a torch.device, its name or None, got 3"),
+    ("available_backends", {}, "device", "gpu", "expected a name such as 'cpu' or 'cuda:0', got 'gpu'"),
+    ("available_backends", {}, "dtype", "float32", "expected a torch.dtype, got 'float32'"),
+    ("parallelize_kan", {"model": KAN([2, 1])}, "mesh", None, "expected a DeviceMesh, got None"),
+    ("SparseKANLayer", {"in_features": 3, "out_features": 2}, "fan_in", "a", "expected an int, got 'a'"),
+    ("SparseKANLayer", {"in_features": 3, "out_features": 2}, "fan_in", 4, "expected 1 to in_features = 3, got 4"),
+    ("SparseKANLayer", {"out_features": 2, "fan_in": 1}, "in_features", "a", "expected an int, got 'a'"),
+    ("SparseKANLayer", {"in_features": 3, "fan_in": 1}, "out_features", -1, "expected 0 or more, got -1"),
     ("KANFeedForward", {}, "d_model", "a", "expected an int, got 'a'"),
     ("KANConv2d", {"out_channels": 2, "kernel_size": 3}, "in_channels", "a", "expected an int, got 'a'"),
 ]
@@ -102,6 +110,13 @@ def test_names_of_inputs_and_libraries_of_formulas():
         kan_fast.symbolic_extraction(KAN([2, 1]), 3)
     with pytest.raises(TypeError, match="^library: expected names and SymbolicFunctions, got 3"):
         kan_fast.fit_symbolic_function(X[:, 0], Y[:, 0], library=3)
+    with pytest.raises(TypeError, match="^complexity_weight: expected a number, got 'a'"):
+        kan_fast.fit_symbolic_function(X[:, 0], Y[:, 0], complexity_weight="a")
+    with pytest.raises(TypeError, match="^complexity_weight: expected a number, got None"):
+        kan_fast.symbolic_extraction(KAN([2, 1]), complexity_weight=None)
+    for name, points in (("x", ("x", Y[:, 0])), ("y", (X[:, 0], "y"))):
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor or numbers, got str"):
+            kan_fast.fit_symbolic_function(*points)
 
 
 def test_a_history_is_expected_where_it_is_plotted():

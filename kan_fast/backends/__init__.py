@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from kan_fast.checks import DTYPES, check_dtype
+from kan_fast.checks import DTYPES, check_dtype, expect
 
 # In the order of preference of backend="auto".
 NAMES = ("native", "triton", "reference")
@@ -84,10 +84,16 @@ def _first_fit(device: torch.device, dtype: torch.dtype) -> str:
 def available_backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """Names of the backends that serve tensors of `dtype` on `device`, preferred ones first.
 
-    device None stands for every kind of device that this machine has.
+    device None stands for every kind of device that this machine has. Raises TypeError for what is no device or no dtype,
+    ValueError for a name that torch does not know.
     """
+    expect(device is None or isinstance(device, torch.device | str), "device", "a torch.device, its name or None", device)
+    expect(isinstance(dtype, torch.dtype), "dtype", "a torch.dtype", dtype)
     if device is not None:
-        devices = [torch.device(device)]
+        try:
+            devices = [torch.device(device)]
+        except RuntimeError:
+            raise ValueError(f"device: expected a name such as 'cpu' or 'cuda:0', got {device!r}") from None
     else:
         devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     return tuple(name for name in NAMES if any(reason_not(name, d, dtype) is None for d in devices))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kan_fast import spline
 from kan_fast.activations import activation
 from kan_fast.autocast import autocast_dtype
-from kan_fast.checks import DTYPES, check_number, expect
+from kan_fast.checks import DTYPES, check_int, check_number, expect
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
 from kan_fast.nn import init
@@ -68,7 +68,8 @@ class SparseKANLayer(KnotsStayWide):
         # A layer of one edge checks the arguments that both kinds of layer have, and has the knots.
         shared: dict[str, Any] = {"grid_range": grid_range, "base_activation": base_activation, "outside": outside}
         like = KANLayer(1, 1, grid_size, spline_order, **shared, device=device, dtype=dtype)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = check_int("in_features", in_features, 0)
+        self.out_features = check_int("out_features", out_features, 0)
         self.spline_order, self.grid_range, self.outside = like.spline_order, like.grid_range, like.outside
         self.base_activation = like.base_activation
         if (fan_in is None) == (edges is None):
@@ -270,7 +271,8 @@ def random_edges(in_features: int, out_features: int, fan_in: int) -> Tensor:
 
     Memory out_features * fan_in, whatever in_features is: R. Floyd, in J. Bentley, "Programming Pearls", CACM 30(9), 1987.
     """
-    if not 1 <= fan_in <= in_features:
+    fan_in = check_int("fan_in", fan_in, 1)
+    if fan_in > in_features:
         raise ValueError(f"fan_in: expected 1 to in_features = {in_features}, got {fan_in}")
     on_cpu: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
     taken = torch.empty(out_features, 0, **on_cpu)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kan_fast.checks import check_number
 from kan_fast.chunks import chunks
 from kan_fast.symbolic.library import Library, SymbolicFunction, require_sympy, resolve_library
 
@@ -71,13 +72,20 @@ def fit_symbolic_function(
         if not callable(x):
             raise TypeError(f"y: expected values for x, or a function in place of x, got None and {type(x).__name__}")
         x, y = _sampled(x, domain, samples, device)
-    x = torch.as_tensor(x).detach().double().flatten()
-    y = torch.as_tensor(y).detach().to(x).flatten()
+    x = _values("x", x).detach().double().flatten()
+    y = _values("y", y).detach().to(x).flatten()
     if x.shape != y.shape or len(x) < 5:
         raise ValueError(f"x, y: expected as many values of each, 5 at least, got {len(x)} and {len(y)}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("x, y: expected finite values, got NaN or infinity")
     return fit_edges(x[:, None], y[:, None], library, complexity_weight)[0]
+
+
+def _values(name: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):  # each of which torch raises for some kind of what is no number
+        raise TypeError(f"{name}: expected a tensor or numbers, got {type(given).__name__}") from None
 
 
 def fit_edges(
@@ -88,6 +96,7 @@ def fit_edges(
     All starts of a candidate are tried on all curves in one tensor operation, (curves, starts, points) in chunks, with c and d
     solved for; the best are refined by batched Gauss-Newton steps; the best candidates are polished by SciPy.
     """
+    check_number("complexity_weight", complexity_weight)
     candidates = resolve_library(library)
     x, y = x.double().t().contiguous(), y.double().t().contiguous()
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
