@@ -50,8 +50,8 @@ def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
 
 def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
-    # From registers, or from shared memory.
-    left = r"R\d+, R\d+, gdesc" if re.search("output_warpgroup|(output|input)_split", kernel) else r"R\d+, gdesc"
+    # From registers; that of one kernel from shared memory.
+    left = r"R\d+, gdesc" if "weight_split" in kernel else r"R\d+, R\d+, gdesc"
     if re.search("(output|input|weight)_split", kernel):  # not what split.cu has; empty but on Hopper, as the next ones
         return rf"HGMMA.64x128x16.F32 {left}" if architecture == "90a" else None
     if "_warpgroup" in kernel:
@@ -78,12 +78,10 @@ def check(source, architecture, folder):
             assert re.search(wanted, code[kernel]), kernel
             assert "LDGSTS" in code[kernel]  # asynchronous copies
         if wanted is not None and "HGMMA" in wanted:
-            # One step's product, of one commit or of two, stays under way while the next one's is begun.
-            # Of float32 two steps are begun before either is waited for. With the left operand in registers those that are
+            # Of float32 two steps are begun before either is waited for. Else, with the left operand in registers, those that are
             # loaded next are waited for: of the four commits of a step, all but one or three stay under way.
-            commits, waits = (0, 2) if "_split" in kernel else (1 if "input" in kernel else 2, 1)
-            if "output_warpgroup" in kernel:
-                commits, waits = 3 if "ELb0ELi128E" in kernel else 1, 4
+            sparse = "SP" in wanted
+            commits, waits = (0, 2) if "_split" in kernel else (3 if "Li128E" in kernel and not sparse else 1, 4)
             assert len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, 0x{commits}", code[kernel])) == waits, kernel
             assert "FENCE.VIEW.ASYNC" in code[kernel]
     if source.startswith("narrow"):
@@ -112,7 +110,7 @@ def test_every_kernel_on_every_architecture(source, architecture, tmp_path):
 def test_serialized_products_would_be_seen(tmp_path):
     """A sum that is touched between two products."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    kernel = tmp_path / "csrc/cuda/warpgroup_output.cuh"
+    kernel = tmp_path / "csrc/cuda/warpgroup_tile.cuh"
     after = "if (k == kSets - 1) copy_now();"
     assert after in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(after, f"sums[0][0] += 1.0f; {after}"))

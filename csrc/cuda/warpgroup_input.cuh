@@ -169,7 +169,8 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
       knots[j] = {even, 1};
       for (int m = 0; m < p.n; ++m) knots[j].scale *= even.inverse_h;
     }
-    const int group = multiplier_group();
+    const LeftPieces<false> pieces;
+    uint32_t registers[kLeftSets<kInputColumns>][4];
     GroupSums<kInputColumns> sums = {};
     const OperandCopies<T> copies(p, b0, i0);
     multiply_steps<false>(
@@ -178,11 +179,9 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
           char* left = stages + stage * kGroupInputStage;
           copies.copy(a, step, left, left + kLeftBytes);
         },
-        [&](bool, int, int stage) {
+        [&](bool, int, int stage, auto copy_now, auto) {
           const char* left = stages + stage * kGroupInputStage;
-          order_registers();
-          multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
-          commit_products();
+          multiply_and_copy<P, false, false>(sums, registers, pieces, left, describe_tile(left + kLeftBytes), copy_now);
         });
     // A thread's share of the epilogue: one row, every other four inputs. Their x comes while the sums are moved.
     constexpr int kAhead = 4, kNext = kMultipliers / kGroupRows * 4;

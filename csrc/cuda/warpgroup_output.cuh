@@ -9,9 +9,8 @@
 // A multiprocessor's four schedulers have four warps each: two that multiply, two that make. Within 2048 cycles, what the tensor
 // cores take for two steps of 256 columns, a maker's warp must make one: see quick.cuh.
 //
-// The multipliers take the left operand into registers, by ldmatrix. An instruction that finds it in shared memory reads its
-// 64 x 16 numbers there, once for every 128 columns: m64n256k16 alone comes to 625 TFLOP/s that way on an H200, and to 933 with
-// them in registers. A stage is then free as soon as it has been loaded, and no proxy fence is needed for it.
+// The multipliers take the left operand into registers, by ldmatrix. A stage is then free as soon as it has been loaded, and no proxy
+// fence is needed for it.
 //
 // Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, with metadata that the
 // maker leaves beside it.
@@ -23,19 +22,12 @@
 
 namespace kan::cuda {
 
-// A multiplier's. ptxas keeps 24 below the sums and wants two more than the left operand's above: with fewer every product waits for
-// the one before (C7512).
-template <int kColumns> constexpr int kOutputRegisters = kColumns == 256 ? 168 : 112;
 // The base branch's features: one is multiplied, one is made, but only one step in nine is theirs.
 constexpr int kBaseStages = 2, kMetadataBytes = kGroupRows * kGroupInputs;
 template <int kColumns>
 constexpr size_t kGroupOutputShared = kAtomBytes + kRightStages * kRightBytes<kColumns> + (kLeftStages + kBaseStages) * kLeftBytes +
                                       kLeftStages * kMetadataBytes + kKnotsBytes;
 
-template <Products P, int kSums> KAN_DEVICE void multiply_dense(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right) {
-  if constexpr (P == Products::bfloat16) wgmma_bfloat16<true>(c, left, right);
-  else wgmma_float16<true>(c, left, right);
-}
 template <Products P, int kSums>
 KAN_DEVICE void multiply_sparse(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right, const uint32_t& metadata) {
   if constexpr (P == Products::bfloat16) wgmma_sparse_bfloat16(c, left, right, metadata);
@@ -161,7 +153,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
   int coming = first.chunks == 1 ? first.block + maker * kGroupInputs : first.block;  // the input whose x they are
   KAN_UNROLL_ALL
   for (int half = 0; half < 2; ++half) load_inputs(ahead[half], p, b, coming + 4 * half, first.end, vectors);
-  make_steps<false>(first, maker, [&](const GroupStep& step, int stage) {
+  make_steps(first, maker, [&](const GroupStep& step, int stage) {
     char* base = memory.base + (step.block - first.block) / kGroupDepth % kBaseStages * kLeftBytes;
     if (step.is_base()) return fill_base(base, row, (step.end - step.block + kGroupInputs - 1) / kGroupInputs);
     char* left = memory.left + stage * kLeftBytes;
@@ -241,12 +233,12 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
       char* start = left + own.stage * kLeftBytes;
       if (!windows.write(a, first_base, start))
         write_general_windows<P>(a, row(), block + at, first_base, start - swizzled(place(), 0), place());
-      own.end<false>();
+      own.end();
     }
     if (has_base && number == steps) {
       own.begin();
       fill_base(base - swizzled(place(), 0), place(), inputs / kGroupInputs);
-      own.end<false>();
+      own.end();
       number += 2;
     }
     number -= steps + int(has_base);
@@ -258,34 +250,19 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
   using T = typename StorageOf<P>::Type;
   WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
   const uint64_t rights = describe_tile(memory.right);
-  // In a tile, of the row that the lane names to load_matrices: its piece of the first 16 columns.
-  const unsigned thread = thread_now();
-  const int place = swizzled_piece(int(thread / 32 * 16 + thread % 16), int(thread % 32 / 16));
+  const LeftPieces<false> pieces;
   int base_stage = 0;
-  // Dense: 16 columns each, in turns, so that about four instructions are under way while the next registers are loaded.
-  constexpr int kSets = kSparse || kColumns == 256 ? 2 : 4;
-  uint32_t left[kSets][4], metadata[2];  // in use until the product has been waited for
+  uint32_t left[kSparse ? 2 : kLeftSets<kColumns>][4], metadata[2];  // in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
     copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
   };
   auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now, auto left_read) {
     const uint64_t right = further(rights, stage * kRightBytes<kColumns>);
-    constexpr uint64_t kPart = 2 * kPanelBytes >> 4;  // 128 columns further
     if (!kSparse || is_base) {
       if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
       // The base branch's stages follow the splines'.
       const char* tile = memory.left + (is_base ? kLeftStages + base_stage : left_stage) * kLeftBytes;
-      KAN_UNROLL_ALL
-      for (int k = 0; k < kGroupDepth / 16; ++k) {
-        // What these registers were in is done; what is still under way has the others.
-        wait_for_products<kSets - 1>();
-        load_matrices(left[k % kSets], tile + (place ^ k * 32));
-        order_registers();
-        KAN_UNROLL_ALL
-        for (int part = 0; part < kColumns / 128; ++part) multiply_dense<P>(sums[part], left[k % kSets], right + k * kSixteenLines + part * kPart);
-        commit_products();
-        if (k == kSets - 1) copy_now();  // elsewhere ptxas gives up on the order of these registers (C7513)
-      }
+      multiply_and_copy<P, false, true>(sums, left, pieces, tile, right, copy_now);
       left_read();
     } else if constexpr (kSparse) {
       // The other group multiplies while this one waits.
@@ -299,6 +276,7 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
         metadata[k] = *reinterpret_cast<const uint32_t*>(bits + k * (kMetadataBytes / 2));
       }
       left_read();
+      constexpr uint64_t kPart = 2 * kPanelBytes >> 4;  // 128 columns further
       KAN_UNROLL_ALL
       for (int k = 0; k < 2; ++k) {
         order_registers();
@@ -337,7 +315,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const int thread = int(threadIdx.x);
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (thread >= kMultipliers) {
-    set_registers<256 - kOutputRegisters<kColumns>>();
+    set_registers<kMakersRegisters<kColumns>>();
     for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
       if constexpr (kQuick) {
         const bool usual = a.quick.mirrored && first.chunks == 1 && first.has_base && a.activation.kind == kSilu && a.p.x_dtype == kStoredAs<P>;
@@ -347,7 +325,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       else make_left<P, kSparse>(a, memory, first, b0);
     });
   } else {
-    set_registers<kOutputRegisters<kColumns>>();
+    set_registers<kMultipliersRegisters<kColumns>>();
     for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t o0, int64_t slice) {
       GroupSums<kColumns> sums = {};
       multiply_left<P, kSparse>(a, memory, first, o0, sums);

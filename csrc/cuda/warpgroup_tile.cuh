@@ -12,8 +12,9 @@
 namespace kan::cuda {
 
 constexpr int kMultipliers = 256, kMakers = 256, kGroupThreads = kMultipliers + kMakers;
-// Of the 65536 registers of a multiprocessor, which the launch shares out evenly: 128 each.
-template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 160 : 112;
+// Of the 65536 registers of a multiprocessor, which the launch shares out evenly: 128 each. ptxas keeps 24 below the sums and wants two
+// more than the left operand's above: with fewer every product waits for the one before (C7512).
+template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 168 : 120;
 template <int kColumns> constexpr int kMakersRegisters = 256 - kMultipliersRegisters<kColumns>;
 // Of the threads that multiply: which of the two warpgroups, the same in all lanes as nvcc sees it.
 KAN_DEVICE int multiplier_group() { return shuffle(int(threadIdx.x) / 128, 0); }
@@ -50,38 +51,53 @@ constexpr uint64_t kSixteenInLine = 32 >> 4, kSixteenLines = 2 * kAtomBytes >> 4
 // compiled for 512 threads, however many registers the multipliers take later.
 template <int kColumns> using GroupSums = float[kColumns / 128][64];
 
-// A step's product, of depths kFirst .. kLast - 1 of kGroupDepth / 16. By lines: of that operand a line is one depth.
-template <Products P, bool kLeftByLines, bool kRightByLines, int kFirst = 0, int kLast = kGroupDepth / 16, int kParts>
-KAN_DEVICE void multiply_group(float (&sums)[kParts][64], uint64_t left, uint64_t right) {
+// Where a multiplier's thread finds its part of the left operand, 16 deep. An instruction that reads that operand in shared memory
+// itself does so once for every 128 columns: m64n256k16 alone comes to 625 TFLOP/s that way on an H200, and to 933 with it in
+// registers. By lines: a line is one depth, and a group's 64 rows are a panel; else a line is a row.
+template <bool kByLines> struct LeftPieces {
+  int place;
+
+  KAN_DEVICE LeftPieces() {
+    const int warp = int(thread_now()) / 32, lane = int(thread_now()) % 32;
+    if (kByLines) place = warp / 4 * kPanelBytes + swizzled_piece(lane / 16 * 8 + lane % 8, warp % 4 * 2 + lane / 8 % 2);
+    else place = swizzled_piece(warp * 16 + lane % 16, lane / 16);
+  }
+  // Of the depths 16 k and on.
+  KAN_DEVICE void load(uint32_t (&left)[4], const char* tile, int k) const {
+    if constexpr (kByLines) load_matrices_transposed(left, tile + place + k * 16 * 2 * kLineNumbers);
+    else load_matrices(left, tile + (place ^ k * 32));
+  }
+};
+
+template <Products P, bool kRightByLines, int kSums> KAN_DEVICE void multiply_dense(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right) {
+  if constexpr (P == Products::bfloat16) wgmma_bfloat16<kRightByLines>(c, left, right);
+  else wgmma_float16<kRightByLines>(c, left, right);
+}
+
+// A step's product as multiply_steps wants it, in turns through kSets sets of registers, so that some instructions are under way while
+// the next registers are loaded. copy_now(), which begins copies, comes once the first instructions are on their way: those behind them
+// wait for room among the tensor cores' work, and so would what follows them all. The registers are in use until the product has been
+// waited for.
+template <Products P, bool kLeftByLines, bool kRightByLines, int kSets, int kParts, class Copy>
+KAN_DEVICE void multiply_and_copy(float (&sums)[kParts][64], uint32_t (&left)[kSets][4], const LeftPieces<kLeftByLines>& pieces,
+                                  const char* tile, uint64_t right, Copy copy_now) {
   // 128 columns further: two panels of lines, or 128 lines.
   constexpr uint64_t kPart = (kRightByLines ? 2 * kPanelBytes : 128 * 2 * kLineNumbers) >> 4;
   KAN_UNROLL_ALL
-  for (int k = kFirst; k < kLast; ++k)
+  for (int k = 0; k < kGroupDepth / 16; ++k) {
+    // What these registers were in is done; what is still under way has the others.
+    wait_for_products<kSets - 1>();
+    pieces.load(left[k % kSets], tile, k);
+    order_registers();
     KAN_UNROLL_ALL
-    for (int part = 0; part < kParts; ++part) {
-      const uint64_t left_k = left + k * (kLeftByLines ? kSixteenLines : kSixteenInLine);
-      const uint64_t right_k = right + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
-      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], left_k, right_k);
-      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], left_k, right_k);
-    }
+    for (int part = 0; part < kParts; ++part)
+      multiply_dense<P, kRightByLines>(sums[part], left[k % kSets], right + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart);
+    commit_products();
+    if (k == kSets - 1) copy_now();  // elsewhere ptxas gives up on the order of these registers (C7513)
+  }
 }
-template <Products P, bool kLeftByLines, bool kRightByLines, int kParts>
-KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right) {
-  multiply_group<P, kLeftByLines, kRightByLines>(sums, describe_tile(left), describe_tile(right));
-}
-
-// A step's product as multiply_steps wants it, in two commits. copy_now(), which begins copies, comes once the first instructions are on
-// their way: those behind them wait for room among the tensor cores' work, and so would what follows them all.
-template <Products P, bool kLeftByLines, bool kRightByLines, int kParts, class Copy>
-KAN_DEVICE void multiply_and_copy(float (&sums)[kParts][64], uint64_t left, uint64_t right, Copy copy_now) {
-  order_registers();
-  multiply_group<P, kLeftByLines, kRightByLines, 0, 1>(sums, left, right);
-  commit_products();
-  copy_now();
-  order_registers();
-  multiply_group<P, kLeftByLines, kRightByLines, 1>(sums, left, right);
-  commit_products();
-}
+// So many sets that about four instructions are under way.
+template <int kColumns> constexpr int kLeftSets = kColumns == 256 ? 2 : 4;
 
 // 8 numbers of every one of kRows rows, to shared memory: row `row`, `next` rows further and so on, as far as they lie below
 // `end`; only `left` columns exist. What does not exist becomes zeros.
@@ -161,12 +177,9 @@ KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
 // Of the makers' groups the one that the thread belongs to.
 KAN_DEVICE int makers_group() { return int(thread_now()) / (kMakers / 2) % 2; }
 
-// Around what a maker writes to `stage`. kShown: tensor cores read it by a descriptor; else the multipliers' threads load it.
+// Around what a maker writes to `stage`, for the multipliers' threads to load.
 KAN_DEVICE void begin_step(int stage) { meet(kReadBarrier + stage + kLeftStages * makers_group(), kHandover); }
-template <bool kShown> KAN_DEVICE void end_step(int stage) {
-  if constexpr (kShown) show_to_tensor_cores();
-  arrive(kMadeBarrier + stage, kHandover);
-}
+KAN_DEVICE void end_step(int stage) { arrive(kMadeBarrier + stage, kHandover); }
 
 // The steps of a makers' group: of all steps the two groups take turns, for making one may take as long as multiplying two.
 struct OwnSteps {
@@ -174,23 +187,23 @@ struct OwnSteps {
 
   KAN_DEVICE static int first() { return makers_group(); }
   KAN_DEVICE void begin() const { begin_step(stage); }
-  template <bool kShown> KAN_DEVICE void end() {
-    end_step<kShown>(stage);
+  KAN_DEVICE void end() {
+    end_step(stage);
     stage = stage > 0 ? stage - 1 : kLeftStages - 1;  // two further
   }
 };
-// Of `steps` steps a group's own: make(stage) writes what the tensor cores will read.
-template <bool kShown, class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
+// Of `steps` steps a group's own: make(stage) writes what the multipliers will load.
+template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
   OwnSteps own;
   KAN_NO_UNROLL
   for (int s = own.first(); s < steps; s += 2) {
     own.begin();
     make(own.stage);
-    own.end<kShown>();
+    own.end();
   }
 }
 // The same for steps that have to be gone through one by one: make(step, stage).
-template <bool kShown, class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
+template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
   const int steps = step.count();
   int stage = 0;
   KAN_NO_UNROLL
@@ -198,17 +211,17 @@ template <bool kShown, class Step, class Make> KAN_DEVICE void make_steps(Step s
     if ((s & 1) == group) {
       begin_step(stage);
       make(step, stage);
-      end_step<kShown>(stage);
+      end_step(stage);
     }
     step.advance();
     stage = next_of<kLeftStages>(stage);
   }
 }
 
-// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
-// product, with a fence before and a commit behind; with a fourth parameter it calls that once meanwhile,
-// which begins further copies, and commits twice; with a fifth it calls that once the left stage has been loaded into registers, and
-// has waited for the step before when it returns. Without makers only the multipliers meet.
+// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage, copy_now, left_read)
+// begins its product, commits it, calls copy_now once meanwhile, which begins further copies, and left_read once the left operand is in
+// registers; it has waited for the step before when it returns. Without makers (kMade) the left operand is copied along with the right
+// one, and only the multipliers meet.
 template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
   const int steps = coming.count();
   uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
@@ -223,7 +236,7 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
   KAN_UNROLL_ALL
   for (int s = 0; kMade && s < kLeftStages; ++s)
     if (s < steps) arrive(kReadBarrier + s + kLeftStages * (s & 1), kHandover);
-  int left = 0, before = kLeftStages - 1, right = 0, next = kRightStages - 2;
+  int left = 0, right = 0, next = kRightStages - 2;
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
     // This step's copies are there, and what has been made, for everybody. What the step before last used has been read by both groups.
@@ -233,23 +246,9 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
     else meet(kTileBarrier, kMultipliers);
     const bool is_base = kinds >> (kRightStages - 3) & 1u;
     auto copy_now = [&] { copy_next(next); };
-    auto left_read = [&] {
-      if (s + kLeftStages < steps) arrive(kReadBarrier + left + kLeftStages * (~s & 1), kHandover);
-    };
-    if constexpr (requires { multiply(is_base, left, right, copy_now, left_read); }) {
-      multiply(is_base, left, right, copy_now, left_read);
-    } else {
-      if constexpr (requires { multiply(is_base, left, right, copy_now); }) {
-        multiply(is_base, left, right, copy_now);
-        wait_for_products<2>();
-      } else {
-        multiply(is_base, left, right);
-        copy_now();
-        wait_for_products<1>();
-      }
-      if (kMade && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
-    }
-    before = left;
+    multiply(is_base, left, right, copy_now, [&] {
+      if (kMade && s + kLeftStages < steps) arrive(kReadBarrier + left + kLeftStages * (~s & 1), kHandover);
+    });
     left = next_of<kLeftStages>(left), right = next_of<kRightStages>(right), next = next_of<kRightStages>(next);
   }
   wait_for_products<0>();

@@ -36,7 +36,7 @@ KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, cons
   };
   KAN_UNROLL_ALL
   for (int half = 0; half < 2; ++half) load(half, first.b + maker * kGroupDepth + line);
-  make_steps<true>(first, maker, [&](const BatchStep& step, int stage) {
+  make_steps(first, maker, [&](const BatchStep& step, int stage) {
     char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
     const int64_t b = step.b + line;
     KAN_UNROLL_ALL
@@ -104,7 +104,7 @@ KAN_DEVICE void make_lines_quickly(const WideArguments& a, const FeatureTile& ti
     char* start = first_line + own.stage * kLeftBytes;
     if (!windows.write(a, first_base, start))
       write_general_windows<P>(a, first.b + int64_t(s) * kGroupDepth + line(), input(), first_base, start - swizzled(line(), 0), line());
-    own.end<true>();
+    own.end();
   }
 }
 
@@ -118,7 +118,7 @@ template <Products P> KAN_DEVICE void make_base_lines(const WideArguments& a, co
   auto load = [&](int64_t b, int i) { load_inputs(ahead, p, b < first.end ? b : p.batch, i, p.in_features, vectors); };
   int64_t b = first.b + line + OwnSteps::first() * kGroupDepth;
   load(b, i0);
-  make_own_steps<true>(first.count(), [&](int stage) {
+  make_own_steps(first.count(), [&](int stage) {
     char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
     KAN_NO_UNROLL
     for (int m = 0; m < kGroupDepth; m += kQuickInputs) {
@@ -167,7 +167,7 @@ KAN_DEVICE void make_base_lines_quickly(const WideArguments& a, const FeatureTil
         store_16_bytes(start, words, (begin + m) * 16);
       }
     }
-    own.end<true>();
+    own.end();
   }
 }
 
@@ -231,14 +231,17 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_warpgroup(KAN_ARGUMEN
     }
   } else {
     set_registers<kMultipliersRegisters<kColumns>>();
-    const uint64_t lefts = describe_tile(left + multiplier_group() * kPanelBytes), rights = describe_tile(right);
+    const uint64_t rights = describe_tile(right);
+    const LeftPieces<true> pieces;
+    uint32_t registers[kLeftSets<kColumns>][4];
     GroupSums<kColumns> sums = {};
     GradientCopies<kColumns, T> copies(p, first, block.tile.o0);
     multiply_steps<true>(
         first, [&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); },
-        [&](bool, int left_stage, int stage, auto copy_now) {
-          multiply_and_copy<P, true, true>(sums, further(lefts, left_stage * kLeftBytes), further(rights, stage * kRightBytes<kColumns>),
-                                           copy_now);
+        [&](bool, int left_stage, int stage, auto copy_now, auto left_read) {
+          multiply_and_copy<P, true, true>(sums, registers, pieces, left + left_stage * kLeftBytes,
+                                           further(rights, stage * kRightBytes<kColumns>), copy_now);
+          left_read();
         });
     T* to = static_cast<T*>(tile.is_base ? p.d_base : p.d_spline);
     for_every_weight<kColumns>(p, block, parts, sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
