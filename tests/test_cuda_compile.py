@@ -50,8 +50,7 @@ def compiled(source, architecture, folder, csrc=ROOT / "csrc"):
 
 def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
-    # From registers; that of one kernel from shared memory.
-    left = r"R\d+, gdesc" if "weight_split" in kernel else r"R\d+, R\d+, gdesc"
+    left = r"R\d+, R\d+, gdesc"  # from registers, not from shared memory
     if re.search("(output|input|weight)_split", kernel):  # not what split.cu has; empty but on Hopper, as the next ones
         return rf"HGMMA.64x128x16.F32 {left}" if architecture == "90a" else None
     if "_warpgroup" in kernel:

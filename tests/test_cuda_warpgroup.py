@@ -342,7 +342,7 @@ SPLIT, WEIGHT = "cuda/warpgroup_split.cuh", "cuda/warpgroup_split_weight.cuh"
 PLANTED_SINGLE = {
     "first of two": (SPLIT, r"begin\(stage, false\);\n      begin", "begin(stage, true); begin", ""),
     "one sum": (SPLIT, r"sums\[0\]\[m\] \+= part", "sums[0][m] = part", ""),
-    "lower halves": (SPLIT, r"kRights\[\] = \{2, 3, 0, 1", "kRights[] = {0, 1, 0, 1", ""),
+    "lower halves": (SPLIT, r"2 \* other \+ k", "2 * lower + k", ""),
     "halves of a line": (WEIGHT, r"line\(\) \+ lower \* kSplitDepth", "line() + (1 - lower) * kSplitDepth", ""),
     "registers": (SPLIT, r"wait_for_products<1>\(\);", "", "the left operand is written while it is under way"),
     "wait for two": (SPLIT, r"wait_for_products<0>\(\);\n      if", "wait_for_products<1>(); if", ""),

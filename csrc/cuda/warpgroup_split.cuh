@@ -39,27 +39,17 @@ template <class Make> KAN_DEVICE void make_ring(int steps, Make make) {
 struct SplitSums {
   GroupSums<kSplitColumns> sums = {}, part;
 
-  // left, right: 64 lines or pieces deep, upper halves first. Three products of 32.
-  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void multiply(const char* left, const char* right, bool kept) {
-    const uint64_t a = describe_tile(left), b = describe_tile(right);
-    constexpr int kLefts[] = {0, 1, 2, 3, 0, 1}, kRights[] = {2, 3, 0, 1, 0, 1};
-    order_registers();
-    KAN_UNROLL_ALL
-    for (int k = 0; k < 6; ++k)
-      wgmma_float16<kLeftByLines, kRightByLines>(part[0], a + kLefts[k] * (kLeftByLines ? kSixteenLines : kSixteenInLine),
-                                                 b + kRights[k] * (kRightByLines ? kSixteenLines : kSixteenInLine), kept || k > 0);
-    commit_products();
-  }
-  // The same with the left operand in `registers`, by halves: lower ones first, so that small products are not cut off at large sums.
-  // place: in `left`, of the row that the lane names to load_matrices, its piece of the first 16 columns.
+  // left, right: 64 deep, upper halves first. Three products of 32, with the left operand in `registers`, by halves: lower ones first, so
+  // that small products are not cut off at large sums.
   using LeftRegisters = uint32_t[2][2][4];
-  template <bool kRightByLines> KAN_DEVICE void multiply(LeftRegisters& registers, const char* left, int place, const char* right, bool kept) {
+  template <bool kRightByLines, class Pieces>
+  KAN_DEVICE void multiply(LeftRegisters& registers, const Pieces& pieces, const char* left, const char* right, bool kept) {
     const uint64_t b = describe_tile(right);
     KAN_UNROLL_ALL
     for (int lower = 1; lower >= 0; --lower) {
       wait_for_products<1>();  // what is still under way has the other half's registers
       KAN_UNROLL_ALL
-      for (int k = 0; k < 2; ++k) load_matrices(registers[lower][k], left + (place ^ (2 * lower + k) * 32));
+      for (int k = 0; k < 2; ++k) pieces.load(registers[lower][k], left, 2 * lower + k);
       order_registers();
       KAN_UNROLL_ALL
       for (int other = 1 - lower; other >= 0; --other)
@@ -76,17 +66,15 @@ struct SplitSums {
   }
 
   // The multipliers' loop, two steps at a time: where registers of products under way meet those of another path, nvcc waits for
-  // them. left(stage): where the rows of this warpgroup begin.
-  template <bool kLeftByLines, bool kRightByLines, class Left> KAN_DEVICE void add_ring(int steps, const char* stages, Left left) {
+  // them.
+  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void add_ring(int steps, const char* stages) {
     int stage = 0;
-    const unsigned thread = thread_now() % 128;
-    const int place = swizzled_piece(int(thread / 32 * 16 + thread % 16), int(thread % 32 / 16));
+    const LeftPieces<kLeftByLines> pieces;
     LeftRegisters registers;
     auto begin = [&](int at, bool kept) {
       meet(kRingMade + at, kHandover);
-      const char* right = stages + at * kRingStageBytes + kLeftBytes;
-      if constexpr (kLeftByLines) multiply<true, kRightByLines>(left(at), right, kept);
-      else multiply<kRightByLines>(registers, left(at), place, right, kept);
+      const char* left = stages + at * kRingStageBytes;
+      multiply<kRightByLines>(registers, pieces, left, left + kLeftBytes, kept);
     };
     int s = 0;
     KAN_NO_UNROLL

@@ -154,10 +154,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) input_split(WideArguments a,
   } else {
     set_registers<kInputSplitRegisters>();
     for_every_input_tile([&](int64_t i0) {
-      const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<false, false>(steps, stages,
-                                  [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
+      sums.add_ring<false, false>(steps, stages);
       meet(kRingTile, kMultipliers);  // both groups have read the stages
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         *reinterpret_cast<Pair*>(values + place_of_sum<kSplitColumns>(row, column)) = {low, high};

@@ -116,10 +116,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   } else {
     set_registers<kOutputSplitRegisters>();
     for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
-      const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<false, true>(first.count(), stages,
-                                 [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
+      sums.add_ring<false, true>(first.count(), stages);
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         const int64_t b = b0 + row, o = o0 + column;
         if (b >= p.batch || o >= p.out_features) return;

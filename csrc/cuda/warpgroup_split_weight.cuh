@@ -101,9 +101,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_split(KAN_ARGUMENT Wi
     else make_split_lines<kQuick, false>(a, h, tile, rows, block.tile.o0, stages, knots);
   } else {
     set_registers<kWeightSplitRegisters>();
-    const int group = multiplier_group();
     SplitSums sums;
-    sums.add_ring<true, true>(rows.steps(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
+    sums.add_ring<true, true>(rows.steps(), stages);
     float* to = static_cast<float*>(tile.is_base ? p.d_base : p.d_spline);
     for_every_weight<kSplitColumns>(p, block, parts, sums.sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
       const float of_feature = tile.is_base ? inverse_of_scale(h.inputs[row]) : 1 / kSplitTop;

@@ -16,8 +16,6 @@ constexpr int kMultipliers = 256, kMakers = 256, kGroupThreads = kMultipliers + 
 // more than the left operand's above: with fewer every product waits for the one before (C7512).
 template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 168 : 120;
 template <int kColumns> constexpr int kMakersRegisters = 256 - kMultipliersRegisters<kColumns>;
-// Of the threads that multiply: which of the two warpgroups, the same in all lanes as nvcc sees it.
-KAN_DEVICE int multiplier_group() { return shuffle(int(threadIdx.x) / 128, 0); }
 constexpr int kGroupRows = 128, kGroupDepth = 64, kGroupInputs = kGroupDepth / kStepBases;
 // Left: while one is multiplied each group of makers has one. Copied: one is multiplied, one may still be by whoever is behind, the
 // others are on their way.
