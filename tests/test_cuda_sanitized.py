@@ -13,8 +13,8 @@ pytestmark = [
 ]
 
 PLANTED = {
-    "address": ("cuda/contract_output.cu", r"if \(b >= p\.batch\) break;", ""),
-    "thread": ("cuda/contract_output.cu", r"barrier\(\);\n      const int64_t inputs", "const int64_t inputs"),
+    "address": ("cuda/contract_output.cu", r"b >= p\.batch \|\| ", ""),
+    "thread": ("cuda/contract_output.cu", r"\[lane\] = total\[r\];\n    barrier\(\);", "[lane] = total[r];"),
 }
 
 

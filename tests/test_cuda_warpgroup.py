@@ -318,7 +318,7 @@ PLANTED = {
     ),
     "made": (TILE, r"if \(kMade\) meet\(", "if (kMade) arrive(", ""),
     "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", ""),
-    "never read": (TILE, r"&& s \+ kLeftStages < steps", "&& s + kLeftStages + 1 < steps", "part of a block waits at a barrier"),
+    "never read": (TILE, r"kLeftStages < steps\)", "kLeftStages + 1 < steps)", "part of a block waits at a barrier"),
     "read too often": (TILE, r" && s \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
     "depth in lines": (TILE, r"lane / 16 \* 8 \+ lane % 8, warp", "lane / 8 % 2 * 8 + lane % 8, warp", ""),
     "panels": (TILE, r"warp / 4 \* kPanelBytes", "warp / 4 * 0", ""),
