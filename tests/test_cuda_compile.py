@@ -77,8 +77,8 @@ def check(source, architecture, folder):
             assert re.search(wanted, code[kernel]), kernel
             assert "LDGSTS" in code[kernel]  # asynchronous copies
         if wanted is not None and "HGMMA" in wanted:
-            # Of float32 two steps are begun before either is waited for. Else the registers that are loaded next are waited for:
-            # of the four commits of a step, all but one or three stay under way.
+            # Of float32 two steps are begun before either is waited for. Else the registers that are loaded next are waited
+            # for: of the four commits of a step, all but one or three stay under way.
             sparse = "SP" in wanted
             commits, waits = (0, 2) if "_split" in kernel else (3 if "Li128E" in kernel and not sparse else 1, 4)
             assert len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, 0x{commits}", code[kernel])) == waits, kernel

@@ -121,27 +121,23 @@ struct WgmmaSparseBf16 {
   }
 };
 
-// Those of the kernels themselves, on 128 columns of tiles as csrc/cuda/warpgroup_tile.cuh describes them: which of the operands
-// lie by lines at one depth, and whether the left one is in registers (a) or shared memory (left).
-#define PROBE_KERNEL(Name, title, depth, left_lines, right_lines, ...)                                                      \
+// Those of the kernels themselves, whose left operand is in registers, on 128 columns of tiles as csrc/cuda/warpgroup_tile.cuh
+// describes them: whether these lie by lines at one depth.
+#define PROBE_KERNEL(Name, title, depth, lines, ...)                                                                        \
   struct Name {                                                                                                             \
     static constexpr const char* name = title;                                                                              \
     static constexpr int k = depth;                                                                                         \
-    static constexpr bool left_by_lines = left_lines, right_by_lines = right_lines;                                         \
-    [[maybe_unused]] static __device__ void run(float (&c)[64], [[maybe_unused]] const uint32_t (&a)[4],                    \
-                                                [[maybe_unused]] uint64_t left, uint64_t right, [[maybe_unused]] const uint32_t& e) { \
+    static constexpr bool by_lines = lines;                                                                                 \
+    static __device__ void run(float (&c)[64], const uint32_t (&a)[4], uint64_t right, [[maybe_unused]] const uint32_t& e) { \
       kan::cuda::__VA_ARGS__;                                                                                                  \
     }                                                                                                                       \
   };
-PROBE_KERNEL(KernelBf16, "output's wgmma bf16", 16, false, true, wgmma_bfloat16<true>(c, a, right))
-PROBE_KERNEL(KernelFp16, "output's wgmma fp16", 16, false, true, wgmma_float16<true>(c, a, right))
-PROBE_KERNEL(InputBf16, "input's wgmma bf16", 16, false, false, wgmma_bfloat16<false, false>(c, left, right))
-PROBE_KERNEL(InputFp16, "input's wgmma fp16", 16, false, false, wgmma_float16<false, false>(c, left, right))
-PROBE_KERNEL(InputHalves, "input's wgmma in halves", 16, false, false, wgmma_float16<false>(c, a, right))
-PROBE_KERNEL(WeightBf16, "weight's wgmma bf16", 16, true, true, wgmma_bfloat16<true, true>(c, left, right))
-PROBE_KERNEL(WeightFp16, "weight's wgmma fp16", 16, true, true, wgmma_float16<true, true>(c, left, right))
-PROBE_KERNEL(KernelSparseBf16, "output's wgmma.sp bf16", 32, false, true, wgmma_sparse_bfloat16(c, a, right, e))
-PROBE_KERNEL(KernelSparseFp16, "output's wgmma.sp fp16", 32, false, true, wgmma_sparse_float16(c, a, right, e))
+PROBE_KERNEL(KernelBf16, "output's and weight's wgmma bf16", 16, true, wgmma_bfloat16<true>(c, a, right))
+PROBE_KERNEL(KernelFp16, "output's and weight's wgmma fp16", 16, true, wgmma_float16<true>(c, a, right))
+PROBE_KERNEL(InputBf16, "input's wgmma bf16", 16, false, wgmma_bfloat16<false>(c, a, right))
+PROBE_KERNEL(InputFp16, "input's wgmma fp16", 16, false, wgmma_float16<false>(c, a, right))
+PROBE_KERNEL(KernelSparseBf16, "output's wgmma.sp bf16", 32, true, wgmma_sparse_bfloat16(c, a, right, e))
+PROBE_KERNEL(KernelSparseFp16, "output's wgmma.sp fp16", 32, true, wgmma_sparse_float16(c, a, right, e))
 #undef PROBE_KERNEL
 
 }  // namespace probe

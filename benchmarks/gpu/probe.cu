@@ -61,23 +61,22 @@ __global__ void run_wgmma(const uint32_t* a, const uint32_t* b, const uint32_t* 
 #endif
 }
 
-// As run_wgmma, c (128, 64): left a panel of 64 lines, right two of them, swizzled.
+// As run_wgmma, c (128, 64): right two panels of 64 lines, swizzled.
 constexpr int panel_words = kan::cuda::kPanelBytes / 4;
 template <class Instruction>
-__global__ void run_kernels_wgmma(const uint32_t* a, const uint32_t* left, const uint32_t* right, const uint32_t* e, float* c) {
+__global__ void run_kernels_wgmma(const uint32_t* a, const uint32_t* right, const uint32_t* e, float* c) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  __shared__ __align__(1024) uint32_t tiles[3 * panel_words];
+  __shared__ __align__(1024) uint32_t tiles[2 * panel_words];
   const int thread = threadIdx.x;
-  for (int i = thread; i < 3 * panel_words; i += 128) tiles[i] = i < panel_words ? left[i] : right[i - panel_words];
+  for (int i = thread; i < 2 * panel_words; i += 128) tiles[i] = right[i];
   kan::cuda::show_to_tensor_cores();
   __syncthreads();
   uint32_t registers[4];
   float sums[64];
   for (int i = 0; i < 4; ++i) registers[i] = a[thread * 4 + i];
   for (int i = 0; i < 64; ++i) sums[i] = c[thread * 64 + i];
-  const char* tile = reinterpret_cast<const char*>(tiles);
   kan::cuda::order_registers();
-  Instruction::run(sums, registers, kan::cuda::describe_tile(tile), kan::cuda::describe_tile(tile + 4 * panel_words), e[thread]);
+  Instruction::run(sums, registers, kan::cuda::describe_tile(reinterpret_cast<const char*>(tiles)), e[thread]);
   kan::cuda::commit_products();
   kan::cuda::wait_for_products<0>();
   for (int i = 0; i < 64; ++i) c[thread * 64 + i] = sums[i];
@@ -201,28 +200,25 @@ int probe_kernels_wgmma(twin::Form form) {
   int differing = 0;
   for (int repeat = 0; repeat < repeats; ++repeat) {
     twin::Sample lefts[4], rights[16];
-    uint32_t a[128][4], e[128], left[panel_words] = {}, right[2 * panel_words] = {};
+    uint32_t a[128][4], e[128], right[2 * panel_words] = {};
     float c[128][64];
     auto bits = [&](float value) { return static_cast<uint16_t>(twin::encode(form.type, value)); };
     for (int w = 0; w < 4; ++w) {
       lefts[w] = twin::sample(form, random);
       std::memcpy(a + 32 * w, lefts[w].warp.a, sizeof lefts[w].warp.a);
       std::memcpy(e + 32 * w, lefts[w].warp.e, sizeof lefts[w].warp.e);
-      for (int row = 0; row < 16; ++row)
-        for (int k = 0; k < form.k; ++k)
-          put_number(left, Instruction::left_by_lines, 16 * w + row, k, bits(lefts[w].a[row * form.k + k]));
     }
     for (int j = 0; j < 16; ++j) {
       rights[j] = twin::sample(form, random);
       for (int k = 0; k < form.k; ++k)
         for (int column = 0; column < 8; ++column)
-          put_number(right, Instruction::right_by_lines, 8 * j + column, k, bits(rights[j].b[k * 8 + column]));
+          put_number(right, Instruction::by_lines, 8 * j + column, k, bits(rights[j].b[k * 8 + column]));
     }
     for (auto& thread : c)
       for (float& sum : thread) sum = random.integer();
-    OnDevice<uint32_t> da(&a[0][0], 512), dl(left, panel_words), dr(right, 2 * panel_words), de(e, 128);
+    OnDevice<uint32_t> da(&a[0][0], 512), dr(right, 2 * panel_words), de(e, 128);
     OnDevice<float> dc(&c[0][0], 128 * 64);
-    run_kernels_wgmma<Instruction><<<1, 128>>>(da.data, dl.data, dr.data, de.data, dc.data);
+    run_kernels_wgmma<Instruction><<<1, 128>>>(da.data, dr.data, de.data, dc.data);
     float found[128][64];
     dc.read(&found[0][0]);
     for (int w = 0; w < 4; ++w)
@@ -264,9 +260,6 @@ int main() {
     wrong += probe_kernels_wgmma<probe::KernelFp16>({Type::fp16, 16, false});
     wrong += probe_kernels_wgmma<probe::InputBf16>({Type::bf16, 16, false});
     wrong += probe_kernels_wgmma<probe::InputFp16>({Type::fp16, 16, false});
-    wrong += probe_kernels_wgmma<probe::InputHalves>({Type::fp16, 16, false});
-    wrong += probe_kernels_wgmma<probe::WeightBf16>({Type::bf16, 16, false});
-    wrong += probe_kernels_wgmma<probe::WeightFp16>({Type::fp16, 16, false});
     wrong += probe_kernels_wgmma<probe::KernelSparseBf16>({Type::bf16, 32, true});
     wrong += probe_kernels_wgmma<probe::KernelSparseFp16>({Type::fp16, 32, true});
   } else {
