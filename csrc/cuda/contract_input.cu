@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kAnyThreads, kResident) input_any(Arguments<ty
   const int64_t outputs = p.out_features, b0 = int64_t(blockIdx.x) * tile.rows;
 
   for (int64_t i0 = int64_t(blockIdx.y) * tile.inputs(); i0 < p.in_features; i0 += int64_t(gridDim.y) * tile.inputs()) {
-    make_windows(a, tile, b0, i0, memory);
+    make_windows<kOrder>(a, tile, b0, i0, memory);
     KAN_NO_UNROLL
     for (int turn = 0; turn < kTurns; ++turn) {
       const int m = turn * side + warp / groups;

@@ -3,6 +3,8 @@
 #include "describe.cuh"
 #include "launch.h"
 
+#include <type_traits>
+
 namespace kan::cuda {
 
 namespace {
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(kAnyThreads, kResident)
     const int64_t end = begin + inputs_of_slice < p.in_features ? begin + inputs_of_slice : p.in_features;
     C total[kRowsOfWarp] = {};
     for (int64_t i0 = begin; i0 < end; i0 += tile.inputs()) {
-      make_windows(a, tile, b0, i0, memory.making);
+      make_windows<kOrder>(a, tile, b0, i0, memory.making);
       KAN_NO_UNROLL
       for (int turn = 0; turn < kTurns; ++turn) {
         const int m = turn * side + warp / groups;
@@ -62,7 +64,9 @@ template <class T, class Y> int launch_order(const Problem& p, AnyTile tile, Y* 
   using C = typename ComputeOf<T>::Type;
   const Blocks blocks{(p.batch + tile.rows - 1) / tile.rows, (p.out_features + kColumns - 1) / kColumns, slices.count};
   const Arguments<C> a{p, make_activation<C>(p.activation, p.n)};
-  const auto kernel = p.spline_order == 3 ? output_any<T, Y, 3> : output_any<T, Y, -1>;
+  auto kernel = output_any<T, Y, 3>;
+  if constexpr (std::is_same_v<T, Y>)
+    if (p.spline_order != 3) kernel = output_any<T, Y, -1>;
   return launch(kernel, blocks, kAnyThreads, sizeof(OutputMemory<C>), stream, a, tile, y, slices.count, slices.rows);
 }
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int f = 0; f <= kBases; ++f) sums[f * kThreads + thread] = 0;
     for (int64_t b0 = slice * rows; b0 < end; b0 += kThreads) {
       barrier();
-      make_window(a, *described, b0 + thread < end ? b0 + thread : p.batch, i, windows[thread]);
+      make_window<-1>(a, *described, b0 + thread < end ? b0 + thread : p.batch, i, windows[thread]);
       barrier();
       for (int r = row; r < kThreads; r += side) {
         if (b0 + r >= end || o >= outputs) break;

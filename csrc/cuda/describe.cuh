@@ -16,8 +16,9 @@ template <class C> struct Window {
 
 template <class C> KAN_DEVICE const C* knots_of(const Problem& p, int64_t i) { return static_cast<const C*>(p.grid) + i * p.knots(); }
 
-// item (row b, input i), both within the problem or not; scale only where the operation has one.
-template <class C> KAN_DEVICE void make_window(const Arguments<C>& a, const Described<C>& described, int64_t b, int64_t i, Window<C>& to) {
+// item (row b, input i), both within the problem or not; scale only where the operation has one. kOrder: 3, or -1 for any, whose code is
+// three times as long.
+template <int kOrder, class C> KAN_DEVICE void make_window(const Arguments<C>& a, const Described<C>& described, int64_t b, int64_t i, Window<C>& to) {
   const Problem& p = a.p;
   if (b >= p.batch || i >= p.in_features) {
     to = Window<C>{};
@@ -25,7 +26,8 @@ template <class C> KAN_DEVICE void make_window(const Arguments<C>& a, const Desc
   }
   const C x = read<C>(p.x, b * p.in_features + i, p.x_dtype);
   const C scale = p.scale ? read<C>(p.scale, b * p.in_features + i, p.x_dtype) : C(1);
-  to.first = window<kMaxOrder>(p, knots_of<C>(p, i), described, x, scale, to.w);
+  if constexpr (kOrder == 3) to.first = window_of_order<3>(p, knots_of<C>(p, i), described, x, scale, to.w);
+  else to.first = window<kMaxOrder>(p, knots_of<C>(p, i), described, x, scale, to.w);
   to.base = p.activation == kNone ? C(0) : activate(a.activation, x) * scale;
 }
 
@@ -48,12 +50,12 @@ template <class C> struct AnyMemory {
 };
 
 // Makes the windows of rows b0 .. and inputs i0 ..; the same barriers for all threads.
-template <class C> KAN_DEVICE void make_windows(const Arguments<C>& a, AnyTile tile, int64_t b0, int64_t i0, AnyMemory<C>& memory) {
+template <int kOrder, class C> KAN_DEVICE void make_windows(const Arguments<C>& a, AnyTile tile, int64_t b0, int64_t i0, AnyMemory<C>& memory) {
   const int thread = threadIdx.x, inputs = tile.inputs();
   barrier();
   if (thread < inputs && i0 + thread < a.p.in_features) memory.described[thread] = describe(a.p, knots_of<C>(a.p, i0 + thread));
   barrier();
-  make_window(a, memory.described[thread % inputs], b0 + thread / inputs, i0 + thread % inputs, memory.windows[thread]);
+  make_window<kOrder>(a, memory.described[thread % inputs], b0 + thread / inputs, i0 + thread % inputs, memory.windows[thread]);
   barrier();
 }
 

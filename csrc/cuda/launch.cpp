@@ -180,6 +180,8 @@ int rows_of_output_any(const Problem& p, const Device& device) { return rows_any
 int rows_of_input_any(const Problem& p, const Device& device) { return rows_any(p, (p.in_features + 31) / 32, device); }
 Slices slices_of_output_any(const Problem& p, const Device& device) {
   const int64_t rows = rows_of_output_any(p, device), tiles = ((p.batch + rows - 1) / rows) * ((p.out_features + 31) / 32);
+  // Of 16-bit types there is a kernel for slices of order 3 alone.
+  if (p.spline_order != 3 && (p.weight_dtype == kBFloat16 || p.weight_dtype == kFloat16)) return {1, p.in_features, 0};
   // A second kernel adds the sums: a slice must save as much, two steps of a tile at the least.
   return cut(p.in_features, 64, tiles, p.batch * p.out_features * int64_t(compute_size(p)), 1, device, 0);
 }
