@@ -170,14 +170,19 @@ Slices slices_any(const Problem& p, const Device& device) {
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
   return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, 0);
 }
-// Rows of a tile of theirs: tall ones where they make blocks enough all the same, or where there are few inputs to share out.
-int rows_any(const Problem& p, int64_t columns, const Device& device) {
+// Rows of a tile of theirs. Of contract_output tall ones where they make blocks enough all the same, or where there are few inputs to
+// share out; of contract_input, whose lower tiles have as many inputs more, no taller ones than the batch fills.
+int rows_of_output_any(const Problem& p, const Device& device) {
+  const int64_t columns = (p.out_features + 31) / 32;
   int rows = 64;
   while (rows > 8 && p.in_features > 256 / rows && ((p.batch + rows - 1) / rows) * columns < 2 * device.multiprocessors) rows /= 2;
   return rows;
 }
-int rows_of_output_any(const Problem& p, const Device& device) { return rows_any(p, (p.out_features + 31) / 32, device); }
-int rows_of_input_any(const Problem& p, const Device& device) { return rows_any(p, (p.in_features + 31) / 32, device); }
+int rows_of_input_any(const Problem& p) {
+  int rows = 64;
+  while (rows > 8 && p.batch <= rows / 2) rows /= 2;
+  return rows;
+}
 Slices slices_of_output_any(const Problem& p, const Device& device) {
   const int64_t rows = rows_of_output_any(p, device), tiles = ((p.batch + rows - 1) / rows) * ((p.out_features + 31) / 32);
   // Of 16-bit types there is a kernel for slices of order 3 alone.
@@ -323,7 +328,7 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
   const Family family = choose(p, device, Operation::input);
   if (family == Family::narrow)
     return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
-  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, rows_of_input_any(p, device), stream)
+  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, rows_of_input_any(p), stream)
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   if (is_split(family, p)) return launch_input_split(a, place_halves(p, Operation::input, static_cast<char*>(workspace) + size_of_input(p)), stream);
   return is_warpgroup(family) ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);

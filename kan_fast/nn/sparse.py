@@ -271,8 +271,8 @@ def random_edges(in_features: int, out_features: int, fan_in: int) -> Tensor:
 
     Memory out_features * fan_in, whatever in_features is: R. Floyd, in J. Bentley, "Programming Pearls", CACM 30(9), 1987.
     """
-    fan_in = check_int("fan_in", fan_in, 1)
-    if fan_in > in_features:
+    fan_in = check_int("fan_in", fan_in, 0)
+    if not 1 <= fan_in <= in_features:
         raise ValueError(f"fan_in: expected 1 to in_features = {in_features}, got {fan_in}")
     on_cpu: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
     taken = torch.empty(out_features, 0, **on_cpu)
