@@ -290,7 +290,7 @@ HEAVY = ("copies", "overtaking", "columns", "metadata", "too early", "pairs")
 PLANTED = {
     "barrier": ("cuda/contract_output.cu", r"\[lane\] = total\[r\];\n    barrier\(\);", "[lane] = total[r];"),
     "bound": ("cuda/contract_output.cu", r"o0 \+ lane >= outputs\) break", "o0 + lane > outputs) break"),
-    "row": ("cuda/contract_input.cu", r"if \(b < p\.batch && i < p", "if (i < p"),
+    "row": ("cuda/contract_input.cu", r"windows\(\) && b < p\.batch && i < p", "windows() && i < p"),
     "slice": ("cuda/contract_weight.cu", r"\(slice \+ 1\) \* rows < p\.batch", "(slice + 1) * rows <= p.batch + rows"),
     "copies": ("cuda/wide_output.cuh", r"wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
     "overtaking": ("cuda/wide_output.cuh", r"barrier\(\);\n            if \(s \+", "if (s +"),

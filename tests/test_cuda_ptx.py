@@ -62,7 +62,7 @@ WIDE = [
     ("dense", "contract_weight", "wide_backward_bfloat16", BF16, (300, 17, 40), 5, "uniform", "linear", 0),  # two slices
     ("dense", "contract_weight", "wide_backward_tf32x3", F32, (40, 9, 33), 5, "uniform", "zero", 1),
 ]
-# As WIDE, for the tensor cores of 9.0: barriers of makers and multipliers, products of a right operand in shared memory.
+# As WIDE, for the tensor cores of 9.0: barriers of makers and multipliers, products of operands in shared memory.
 WARPGROUP = [
     ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (40, 20, 33), 5, "uniform", "zero", 0),
     ("wgmma", "contract_output", "warpgroup_output_bfloat16", BF16, (40, 24, 33), 5, "uniform", "clamp", 0),  # the quick way
@@ -207,7 +207,7 @@ FAULTS = {
     "meeting": ("wgmma", "warpgroup_output_bfloat16", r"bar\.sync (%r\d+, %r\d+);", r"bar.arrive \1;", "race|barrier"),
     "nobody comes": ("wgmma", "warpgroup_output_bfloat16", r"bar\.arrive [^;]*;", "", "part of a block waits"),
     "proxies": ("wgmma", "warpgroup_output_bfloat16", r"fence\.proxy\.async[^;]*;", "", "without fence"),
-    "products": ("wgmma", "warpgroup_output_bfloat16", r"wgmma\.wait_group\.sync\.aligned 3;", "", "product under way"),
+    "products": ("wgmma", "warpgroup_output_bfloat16", r"wgmma\.wait_group\.sync\.aligned 2;", "", "product under way"),
     "tables": ("narrow", "narrow_output", r"bar\.sync\s+0;", "", "race"),
     "tiles": ("wgmma", "warpgroup_backward_bfloat16", r"bar\.sync (%r\d+, %r\d+);", "", "race|nobody wrote|since the last"),
 }
@@ -242,8 +242,8 @@ MISSPELLED = {
     "columns": ("dense", "wide_output_tf32x3", INSTRUCTIONS, r"\{%8, %9\}, \{%0", "{%9, %8}, {%0"),
     "halves of the depth": ("sparse", "wide_output_bfloat16", INSTRUCTIONS, r"\{%8, %9, %10, %11\}", "{%10, %11, %8, %9}"),
     "proxy": ("wgmma", "warpgroup_output_bfloat16", GROUPS, r"async\.shared::cta", "async.global"),
-    "lines": ("wgmma", "warpgroup_output_bfloat16", GROUPS, r'b ", kept, 1, 1, " e ";', 'b ", kept, 1, 1, 0;'),
-    "lines of both": ("wgmma", "warpgroup_backward_bfloat16", GROUPS, r'kept, 1, 1, " a2 ", " a3', 'kept, 1, 1, " a2 ", 0"'),
+    "lines": ("wgmma", "warpgroup_output_bfloat16", GROUPS, r'kept, 1, 1, " a2 ", " a3', 'kept, 1, 1, " a3 ", " a2'),
+    "lines of the right": ("wgmma", "warpgroup_backward_bfloat16", GROUPS, r'b ", kept, 1, 1, " e ";', 'b ", kept, 1, 1, 0;'),
 }
 
 

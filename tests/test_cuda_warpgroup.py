@@ -300,10 +300,19 @@ def test_refused_where_it_cannot_serve(place, library, use, monkeypatch, kernel)
 # What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
 OUTPUT, TILE, QUICK = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh", "cuda/quick.cuh"
 PLANTED = {
-    "wait": (TILE, r"products<kSets - 1>", "products<kSets>", "the left operand is written while it is under way"),
+    "wait": (TILE, r"wait_for_products<2>", "wait_for_products<4>", "shared memory is written while a product reads it"),
+    "registers": (TILE, r"products<kSets - 1>", "products<kSets>", "the left operand is written while it is under way"),
     "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
-    "register fence": (TILE, r"order_registers\(\);", "", "registers were written, and no fence followed"),
+    "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
+    "fence of loaded registers": (
+        TILE,
+        r"order_registers\(\);\n      KAN_UNROLL_ALL",
+        "KAN_UNROLL_ALL",
+        "registers were written, and no fence followed",
+    ),
     "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
+    "makers' fence": (TILE, r"if \(!kLoaded\) show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
+    "three stages": (TILE, r"kStages == 3 \? 0 : 1", "1", "shared memory is written while a product reads it"),
     "two shapes": (
         OUTPUT,
         r"if \(kSparse\) wait_for_products<0>\(\);",
@@ -311,19 +320,20 @@ PLANTED = {
         "wgmma_bfloat16 on the sums of a wgmma_sparse_bfloat16 under way",
     ),
     "alone": (
-        TILE,
+        OUTPUT,
         r"order_registers\(\);",
         "order_registers(); if (threadIdx.x / 32 % 4 == 1) order_registers();",
         "the warps of a group did not issue the same products",
     ),
     "made": (TILE, r"if \(kMade\) meet\(", "if (kMade) arrive(", ""),
-    "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", ""),
-    "never read": (TILE, r"kLeftStages < steps\)", "kLeftStages + 1 < steps)", "part of a block waits at a barrier"),
-    "read too often": (TILE, r" && s \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
+    "read": (TILE, r"meet\(kReadBarrier", "arrive(kReadBarrier", "shared memory is written while a product reads it"),
+    "never read": (TILE, r"s - 1 \+ kLeftStages < steps", "s + kLeftStages < steps", "part of a block waits at a barrier"),
+    "read too often": (TILE, r" && s - 1 \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
+    "lines never read": (TILE, r"s \+ kLeftStages < steps\)", "s + kLeftStages + 1 < steps)", "part of a block waits"),
+    "lines read too often": (TILE, r" && s \+ kLeftStages < steps", "", "a block ends with threads at a barrier"),
     "depth in lines": (TILE, r"lane / 16 \* 8 \+ lane % 8, warp", "lane / 8 % 2 * 8 + lane % 8, warp", ""),
     "panels": (TILE, r"warp / 4 \* kPanelBytes", "warp / 4 * 0", ""),
-    "depth in a line": (TILE, r"place \^ k \* 32", "place + k * 32", ""),
-    "too far ahead": (TILE, r"next = kRightStages - 2", "next = kRightStages - 3", ""),
+    "too far ahead": (TILE, r"next = kAhead;", "next = kAhead - 1;", ""),
     "swizzle": (TILE, r"kSwizzle128 = 1", "kSwizzle128 = 2", ""),
     "pieces": ("cuda/window.cuh", r"piece \^ line % 8", "piece ^ line % 4", ""),
     "offsets": (TILE, r"kLeading = kPanelBytes, kStride = kAtomBytes", "kLeading = kAtomBytes, kStride = kPanelBytes", ""),
@@ -342,9 +352,8 @@ SPLIT, WEIGHT = "cuda/warpgroup_split.cuh", "cuda/warpgroup_split_weight.cuh"
 PLANTED_SINGLE = {
     "first of two": (SPLIT, r"begin\(stage, false\);\n      begin", "begin(stage, true); begin", ""),
     "one sum": (SPLIT, r"sums\[0\]\[m\] \+= part", "sums[0][m] = part", ""),
-    "lower halves": (SPLIT, r"2 \* other \+ k", "2 * lower + k", ""),
+    "lower halves": (SPLIT, r"kRights\[\] = \{2, 3, 0, 1", "kRights[] = {0, 1, 0, 1", ""),
     "halves of a line": (WEIGHT, r"line\(\) \+ lower \* kSplitDepth", "line() + (1 - lower) * kSplitDepth", ""),
-    "registers": (SPLIT, r"wait_for_products<1>\(\);", "", "the left operand is written while it is under way"),
     "wait for two": (SPLIT, r"wait_for_products<0>\(\);\n      if", "wait_for_products<1>(); if", ""),
     "read": (SPLIT, r"meet\(kRingRead", "arrive(kRingRead", "shared memory is written while a product reads it"),
     "made": (SPLIT, r"meet\(kRingMade", "arrive(kRingMade", ""),
@@ -366,6 +375,7 @@ def test_planted_bugs_are_found(bug, monkeypatch):
     problems = [(make_problem(None, torch.bfloat16, (70, 40, 136), kind=kind), scaled) for kind, scaled in cases]
     problems[-1][0].x.mul_(0.35)
     lines = make_problem(None, torch.bfloat16, (500, 9, 136))
+    deep = make_problem(None, torch.bfloat16, (70, 20, 264))
 
     def use_all():
         for kernel in reversed(KERNELS):
@@ -374,6 +384,8 @@ def test_planted_bugs_are_found(bug, monkeypatch):
                 assert_wide_close(Place("emulated", CPU), problem, "contract_output", 0, "highest", scaled)
         # The form whose left operand is by lines.
         assert_wide_close(Place("emulated", CPU), lines, "contract_weight", 0, "highest", with_scale=False)
+        # That which has three stages.
+        assert_wide_close(Place("emulated", CPU), deep, "contract_input", 0, "highest", with_scale=False)
 
     with pytest.raises((AssertionError, Fault), match=said or None):
         use_all()

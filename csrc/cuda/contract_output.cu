@@ -19,7 +19,7 @@ template <class C> union OutputMemory {
 // Warps that share rows split the inputs of each step; their sums are added at the end, in a fixed order. Y: the type of the
 // results, T itself or that of the sums of a slice of inputs.
 template <class T, class Y, int kOrder>
-__global__ void __launch_bounds__(kAnyThreads, kResident)
+__global__ void __launch_bounds__(kAnyThreads, 1)
     output_any(Arguments<typename ComputeOf<T>::Type> a, AnyTile tile, Y* y, int64_t slices, int64_t inputs_of_slice) {
   using C = typename ComputeOf<T>::Type;
   const Problem& p = a.p;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kAnyThreads, kResident)
   const T* spline = static_cast<const T*>(p.spline_weight);
   const T* base = static_cast<const T*>(p.base_weight);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, bases = p.bases();
-  const int groups = tile.groups(), row = warp % groups * kRowsOfWarp, side = kAnyWarps / groups;
+  const int groups = tile.groups(), row = warp % groups * kRowsOfWarp, part_of_warp = warp / groups;
   const int64_t outputs = p.out_features, b0 = int64_t(blockIdx.x) * tile.rows;
 
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kAnyThreads, kResident)
     for (int64_t i0 = begin; i0 < end; i0 += tile.inputs()) {
       make_windows<kOrder>(a, tile, b0, i0, memory.making);
       KAN_NO_UNROLL
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const int m = turn * side + warp / groups;
+      for (int turn = 0; turn < tile.turns; ++turn) {
+        const int m = turn * tile.side() + part_of_warp;
         const int64_t i = i0 + m;
         if (i >= end) break;
         contract_rows<kRowsOfWarp, kOrder>(p, memory.making.windows + row * tile.inputs() + m, tile.inputs(), spline + i * bases * outputs + column,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kAnyThreads, kResident)
       const int64_t b = b0 + at;
       if (b >= p.batch || o0 + lane >= outputs) break;
       C sum = 0;
-      for (int part = 0; part < side; ++part) sum += memory.sums[part * groups + at / kRowsOfWarp][at % kRowsOfWarp][lane];
+      for (int part = 0; part < tile.side(); ++part) sum += memory.sums[part * tile.groups() + at / kRowsOfWarp][at % kRowsOfWarp][lane];
       put(y[(slice * p.batch + b) * outputs + o0 + lane], sum);
     }
   }
@@ -72,16 +72,16 @@ template <class T, class Y> int launch_order(const Problem& p, AnyTile tile, Y* 
 
 }  // namespace
 
-template <class T> int launch_output_any(const Problem& p, int rows, const Slices& slices, void* workspace, void* stream) {
+template <class T> int launch_output_any(const Problem& p, AnyTile tile, const Slices& slices, void* workspace, void* stream) {
   using C = typename ComputeOf<T>::Type;
   if (p.batch == 0 || p.out_features == 0) return 0;
-  if (slices.count == 1) return launch_order<T>(p, AnyTile{rows}, static_cast<T*>(p.y), slices, stream);
+  if (slices.count == 1) return launch_order<T>(p, tile, static_cast<T*>(p.y), slices, stream);
   C* parts = reinterpret_cast<C*>(static_cast<char*>(workspace) + slices.offset);
-  if (int error = launch_order<T>(p, AnyTile{rows}, parts, slices, stream)) return error;
+  if (int error = launch_order<T>(p, tile, parts, slices, stream)) return error;
   return launch_add<T>(parts, p.y, p.batch * p.out_features, slices.count, stream);
 }
 
-#define KAN_INSTANTIATE(T) template int launch_output_any<T>(const Problem&, int, const Slices&, void*, void*);
+#define KAN_INSTANTIATE(T) template int launch_output_any<T>(const Problem&, AnyTile, const Slices&, void*, void*);
 KAN_INSTANTIATE(float)
 KAN_INSTANTIATE(double)
 KAN_INSTANTIATE(BFloat16)

@@ -7,11 +7,11 @@ namespace kan::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kBases = 32;
+constexpr int kThreads = 128, kBases = 32, kAhead = 8;
 
 // A tile: one input, `columns` outputs (a power of two up to 32), up to kBases bases and the base branch, one slice of the
 // batch. kThreads / columns rows go side by side; each column of each of them has sums of its own in shared memory, and the
-// first threads add them up at the end. P: the type of the sums that a slice leaves, T itself where there is one slice.
+// first threads add them up at the end. Numbers of g come kAhead rows at a time: each alone would be waited for. P: the type of the sums that a slice leaves, T itself where there is one slice.
 template <class T, class P>
 __global__ void __launch_bounds__(kThreads, kResident)
     weight_any(Arguments<typename ComputeOf<T>::Type> a, P* spline, P* base, int columns, int64_t slices, int64_t rows) {
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int thread = threadIdx.x, column = thread % columns, row = thread / columns, side = kThreads / columns;
   const int bases = p.bases();
   const int64_t outputs = p.out_features, i = blockIdx.x, wide = (outputs + columns - 1) / columns;
-  if (thread == 0) *described = describe(p, knots_of<C>(p, i));
+  describe_inputs(p, i, 1, kThreads, described);
 
   for (int64_t slice = blockIdx.z; slice < slices; slice += gridDim.z)
   for (int64_t part = blockIdx.y; part < wide; part += gridDim.y)
@@ -35,15 +35,24 @@ __global__ void __launch_bounds__(kThreads, kResident)
       barrier();
       make_window<-1>(a, *described, b0 + thread < end ? b0 + thread : p.batch, i, windows[thread]);
       barrier();
-      for (int r = row; r < kThreads; r += side) {
-        if (b0 + r >= end || o >= outputs) break;
-        const Window<C>& window = windows[r];
-        const C g = number(static_cast<const T*>(p.g)[(b0 + r) * outputs + o]);
-        for (int q = 0; q <= p.spline_order; ++q) {
-          const int f = window.first + q - f0;
-          if (f >= 0 && f < kBases && f + f0 < bases) sums[f * kThreads + thread] += window.w[q] * g;
+      for (int r0 = row; r0 < kThreads; r0 += kAhead * side) {
+        C g[kAhead];
+        KAN_UNROLL_ALL
+        for (int m = 0; m < kAhead; ++m) {
+          const int r = r0 + m * side;
+          g[m] = r < kThreads && b0 + r < end && o < outputs ? C(number(static_cast<const T*>(p.g)[(b0 + r) * outputs + o])) : C(0);
         }
-        sums[kBases * kThreads + thread] += window.base * g;
+        KAN_UNROLL_ALL
+        for (int m = 0; m < kAhead; ++m) {
+          const int r = r0 + m * side;
+          if (r >= kThreads || b0 + r >= end) break;
+          const Window<C>& window = windows[r];
+          for (int q = 0; q <= p.spline_order; ++q) {
+            const int f = window.first + q - f0;
+            if (f >= 0 && f < kBases && f + f0 < bases) sums[f * kThreads + thread] += window.w[q] * g[m];
+          }
+          sums[kBases * kThreads + thread] += window.base * g[m];
+        }
       }
     }
     barrier();
@@ -66,9 +75,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class T, class P> __global__ void add_slices(const P* parts, T* to, int64_t size, int64_t slices) {
   const int64_t m = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (m >= size) return;
-  P total = 0;
-  for (int64_t s = 0; s < slices; ++s) total += parts[s * size + m];
-  put(to[m], total);
+  put(to[m], sum_of_slices(parts + m, size, int(slices)));
 }
 
 template <class T> int launch_add(const void* parts, void* to, int64_t size, int64_t slices, void* stream) {

@@ -1,11 +1,12 @@
 // Windows of a tile of rows and inputs in shared memory, made once and read by every thread that needs them.
 #pragma once
 #include "features.cuh"
+#include "launch.h"
 
 namespace kan::cuda {
 
-// Blocks of a multiprocessor at once that kernels are compiled for, at the least. Told no number, nvcc aims at more of them and
-// spills registers for it.
+// Blocks of a multiprocessor at once that kernels of 256 threads are compiled for, at the least. Told no number, nvcc aims at more of them
+// and spills registers for it.
 constexpr int kResident = 2;
 
 template <class C> struct Window {
@@ -31,31 +32,32 @@ template <int kOrder, class C> KAN_DEVICE void make_window(const Arguments<C>& a
   to.base = p.activation == kNone ? C(0) : activate(a.activation, x) * scale;
 }
 
-// The tiles of contract_output and contract_input: one window per thread, rows times inputs of them. A warp takes kRowsOfWarp rows
-// through a part of the inputs, kTurns at a time, for 32 outputs, one a lane: all lanes read the same windows and consecutive
-// weights.
-constexpr int kAnyThreads = 256, kAnyWarps = kAnyThreads / 32, kRowsOfWarp = 8, kTurns = 4;
-
-// Rows of a tile: 8 to 64. Tall ones read weights less often, low ones make more blocks and more warps for the inputs of a row.
-struct AnyTile {
-  int rows;
-
-  KAN_INLINE int inputs() const { return kAnyThreads / rows; }
-  KAN_INLINE int groups() const { return rows / kRowsOfWarp; }
-};
+constexpr int kDescribers = 8;  // lanes that look at an input's knots
 
 template <class C> struct AnyMemory {
   Described<C> described[kAnyThreads / kRowsOfWarp];
   Window<C> windows[kAnyThreads];  // (rows, inputs)
 };
 
+// Described of the inputs from i0 on, `count` of them, kDescribers of the block's `threads` to each. All of them call it.
+template <class C> KAN_DEVICE void describe_inputs(const Problem& p, int64_t i0, int count, int threads, Described<C>* described) {
+  constexpr int kOfWarp = 32 / kDescribers;
+  const int lane = threadIdx.x % kDescribers;
+  for (int m = threadIdx.x / kDescribers; m / kOfWarp * kOfWarp < count; m += threads / kDescribers) {  // the same for all lanes
+    const C* t = knots_of<C>(p, i0 + m < p.in_features ? i0 + m : p.in_features - 1);
+    const bool uniform = is_uniform_by_lanes<kDescribers>(t, p.knots(), lane);
+    if (lane == 0 && m < count) described[m] = describe(p, t, uniform);
+  }
+}
+
 // Makes the windows of rows b0 .. and inputs i0 ..; the same barriers for all threads.
 template <int kOrder, class C> KAN_DEVICE void make_windows(const Arguments<C>& a, AnyTile tile, int64_t b0, int64_t i0, AnyMemory<C>& memory) {
   const int thread = threadIdx.x, inputs = tile.inputs();
   barrier();
-  if (thread < inputs && i0 + thread < a.p.in_features) memory.described[thread] = describe(a.p, knots_of<C>(a.p, i0 + thread));
+  describe_inputs(a.p, i0, inputs, kAnyThreads, memory.described);
   barrier();
-  make_window<kOrder>(a, memory.described[thread % inputs], b0 + thread / inputs, i0 + thread % inputs, memory.windows[thread]);
+  if (thread < tile.windows())
+    make_window<kOrder>(a, memory.described[thread % inputs], b0 + thread / inputs, i0 + thread % inputs, memory.windows[thread]);
   barrier();
 }
 

@@ -32,6 +32,21 @@ template <class C> KAN_DEVICE void write(void* data, int64_t i, int dtype, C val
   else put(static_cast<Float16*>(data)[i], value);
 }
 
+// parts[0] + parts[pitch] + ..., in that order; eight at a time are on their way.
+template <class C> KAN_DEVICE C sum_of_slices(const C* parts, int64_t pitch, int slices) {
+  constexpr int kAhead = 8;
+  C total = 0;
+  KAN_NO_UNROLL
+  for (int s = 0; s < slices; s += kAhead) {
+    C part[kAhead];
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kAhead; ++m) part[m] = s + m < slices ? parts[(s + m) * pitch] : C(0);
+    KAN_UNROLL_ALL
+    for (int m = 0; m < kAhead; ++m) total += part[m];
+  }
+  return total;
+}
+
 KAN_DEVICE float exponential(float x) { return expf(x); }
 KAN_DEVICE double exponential(double x) { return exp(x); }
 KAN_DEVICE float normal_cdf(float x) { return 0.5f * erfcf(-0.70710678118654752f * x); }
@@ -108,6 +123,18 @@ template <class C, int kCount> KAN_DEVICE void activate_all(const Activation<C>&
       x[kCount - 1] = value;
     }
   }
+}
+
+// is_uniform() of bspline.h by kLanes neighbouring lanes, a knot to a lane; all lanes of the warp call it.
+template <int kLanes, class C> KAN_DEVICE bool is_uniform_by_lanes(const C* t, int count, int lane) {
+  const EvenSpacing<C> even(t, count, kEpsilon<C>);
+  int off = 0;
+  for (int j = 1 + lane; j < count - 1; j += kLanes) {
+    const C deviation = even.deviation(t[j], C(j));
+    if (!(deviation <= even.tolerance && deviation >= -even.tolerance)) off = 1;
+  }
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) off |= shuffle_xor(off, mask);
+  return even.h > even.tolerance && off == 0;
 }
 
 // The interval of x, which lies within [d.first, d.last].

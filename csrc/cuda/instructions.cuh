@@ -57,6 +57,7 @@ template <class T> KAN_DEVICE T* pointer_now(T* pointer) {
 KAN_DEVICE void barrier() { __syncthreads(); }
 KAN_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T> KAN_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+template <class T> KAN_DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
 // 1 / x to an ulp; unlike the division it has no slow path, whose call would make the caller spill.
 KAN_DEVICE float reciprocal(float x) {

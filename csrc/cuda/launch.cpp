@@ -74,15 +74,22 @@ const char* why_not_warpgroup(const Problem& p, const Device& device, Operation 
 // now), takes 0.087 ms in place of 0.130 at 4096 x 256 x 256 (2.4e9), 0.078 in place of 0.051 at 1024 x 256 x 256.
 constexpr double kSplitPays = 2e9;
 
-// Triples of row, input and output up to which one launch of plain multiply-adds pays: counted, 1.2 us per 2^20 of them and 5 us at
-// the least, where the wide kernels' tables, steps and sums took an H200 18 us (bfloat16) and 32 us (float32) at 64 x 64 x 64.
-constexpr double kAnyPays = double(1 << 22);
+// Whether one launch of plain multiply-adds is faster than the wide kernels' tables, steps and sums; from 32 rows on. On an H200 it took
+// contract_output of float32 10 us and 2.6 for each million triples of row, input and output, where the wide kernel takes 28 at the least;
+// contract_input 5.5 and 3.2, the wide one 10 and 0.08 for every output. Of 16-bit types, by warpgroups 11 us at the least, both won up to
+// 2^20 triples. contract_weight of 2^16 triples took 8 us either way, and lost beyond.
+bool any_pays(const Problem& p, Operation operation) {
+  const double triples = double(p.batch) * double(p.in_features) * double(p.out_features) * 1e-6;
+  if (operation == Operation::weight) return triples <= 0.1;
+  if (p.weight_dtype != kFloat32) return triples <= 1.05;
+  return operation == Operation::output ? 10 + 2.6 * triples < 28 : 5.5 + 3.2 * triples < 10 + 0.08 * double(p.out_features);
+}
 
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
   if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) {
-    if (double(p.batch) * double(p.in_features) * double(p.out_features) <= kAnyPays) return Family::any;
+    if (any_pays(p, operation)) return Family::any;
     const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
     return pays && why_not_warpgroup(p, device, operation) == nullptr ? Family::wgmma : Family::dense;
   }
@@ -124,7 +131,7 @@ Slices cut(int64_t length, int64_t least, int64_t tiles, int64_t bytes, int per_
 }
 
 // A tile of 16-bit products is 256 outputs wide, which halves the making of the left operand, where that costs no padding. Sparse
-// ones of warpgroups, whose left operand takes registers, always have 128.
+// ones of warpgroups, whose left operand takes registers, always have 128; the dense ones of warpgroups have a plan of their own.
 int columns_of_output(Family family, const Problem& p) {
   return p.weight_dtype != kFloat32 && family != Family::wgmma_sparse && (p.out_features - 1) / 128 % 2 == 1 ? 256 : 128;
 }
@@ -148,13 +155,42 @@ Slices cut_rounds(int64_t length, int64_t least, int64_t tiles, double flops_of_
   return best;
 }
 
-Slices slices_of_output(Family family, const Problem& p, const Device& device) {
+struct OutputPlan {
+  int columns;
+  Slices slices;
+};
+
+// Of 16-bit types by warpgroups: the width of tiles and the slices that are fastest by a model, fitted within 5 % to 75 measurements on an
+// H200 (64 to 4096 rows of 256 to 1024 inputs and outputs, 1 to 16 slices): a round of blocks takes 2.4 us and 0.60 a step of 64 deep
+// where tiles are 128 columns wide, 5.1 us and 0.82 where they are 256; adding slices 2.8 us and 0.8 for each million bytes of theirs.
+// Narrow tiles win where wide ones leave multiprocessors without work.
+OutputPlan plan_output_warpgroup(const Problem& p, const Device& device, size_t offset) {
+  constexpr int64_t kGroup = 8, kMostSlices = 16, kMostBytes = int64_t(256) << 20;
+  const int64_t groups = (p.in_features + kGroup - 1) / kGroup, bytes = p.batch * p.out_features * 4;
+  OutputPlan best{};
+  double fastest = 0;
+  for (int columns = 128; columns <= 256 && (columns == 128 || p.out_features > 128); columns *= 2) {
+    const double of_round = columns == 128 ? 2.4 : 5.1, of_step = columns == 128 ? 0.60 : 0.82;
+    const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
+    for (int64_t wanted = 1; wanted <= kMostSlices && wanted <= groups && (wanted == 1 || wanted * bytes <= kMostBytes); ++wanted) {
+      const int64_t each = (groups + wanted - 1) / wanted, count = (groups + each - 1) / each;
+      const int64_t steps = each * ((p.bases() + 7) / 8) + (p.base_weight != nullptr ? (each + 7) / 8 : 0);
+      const int64_t rounds = (tiles * count + device.multiprocessors - 1) / device.multiprocessors;
+      const double time = double(rounds) * (of_round + double(steps) * of_step) + (count > 1 ? 2.8 + 0.8e-6 * double(count * bytes) : 0.0);
+      if (best.columns == 0 || time < fastest) best = {columns, {count, count > 1 ? each * kGroup : p.in_features, offset}}, fastest = time;
+    }
+  }
+  return best;
+}
+
+OutputPlan plan_output(Family family, const Problem& p, const Device& device) {
   const size_t offset = size_of_described(p) + rounded(size_of_cubics(p));
-  const int64_t columns = columns_of_output(family, p), bytes = p.batch * p.out_features * 4;
-  const int64_t tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
-  if (!is_warpgroup(family)) return cut(p.in_features, 32, tiles, bytes, 2, device, offset);
+  if (family == Family::wgmma && p.weight_dtype != kFloat32) return plan_output_warpgroup(p, device, offset);
+  const int columns = columns_of_output(family, p);
+  const int64_t bytes = p.batch * p.out_features * 4, tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
+  if (!is_warpgroup(family)) return {columns, cut(p.in_features, 32, tiles, bytes, 2, device, offset)};
   const double depth = double(p.in_features) * ((p.bases() + 7) / 8 * 8 + 1);
-  return cut_rounds(p.in_features, 64, tiles, 2.0 * 128 * double(columns) * depth * products_of_one(p), bytes, device, offset);
+  return {columns, cut_rounds(p.in_features, 64, tiles, 2.0 * 128 * double(columns) * depth * products_of_one(p), bytes, device, offset)};
 }
 
 // Of kernels other than those of warpgroups.
@@ -170,21 +206,24 @@ Slices slices_any(const Problem& p, const Device& device) {
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
   return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, 0);
 }
-// Rows of a tile of theirs. Of contract_output tall ones where they make blocks enough all the same, or where there are few inputs to
-// share out; of contract_input, whose lower tiles have as many inputs more, no taller ones than the batch fills.
-int rows_of_output_any(const Problem& p, const Device& device) {
+// Tiles of theirs. Of contract_output tall ones where they make blocks enough all the same, or where there are few inputs to share out; of
+// contract_input no taller ones than the batch fills, and fewer turns where that makes more blocks.
+AnyTile tile_of_output_any(const Problem& p, const Device& device) {
   const int64_t columns = (p.out_features + 31) / 32;
-  int rows = 64;
-  while (rows > 8 && p.in_features > 256 / rows && ((p.batch + rows - 1) / rows) * columns < 2 * device.multiprocessors) rows /= 2;
-  return rows;
+  AnyTile tile{64, kMostTurns};
+  while (tile.rows > kRowsOfWarp && p.in_features > tile.inputs() && (p.batch + tile.rows - 1) / tile.rows * columns < device.multiprocessors) tile.rows /= 2;
+  return tile;
 }
-int rows_of_input_any(const Problem& p) {
-  int rows = 64;
-  while (rows > 8 && p.batch <= rows / 2) rows /= 2;
-  return rows;
+AnyTile tile_of_input_any(const Problem& p, const Device& device) {
+  AnyTile tile{64, kMostTurns};
+  while (tile.rows > kRowsOfWarp && p.batch <= tile.rows / 2) tile.rows /= 2;
+  const int64_t tall = (p.batch + tile.rows - 1) / tile.rows;
+  while (tile.turns > 1 && tall * ((p.in_features + tile.inputs() - 1) / tile.inputs()) < device.multiprocessors) tile.turns /= 2;
+  return tile;
 }
 Slices slices_of_output_any(const Problem& p, const Device& device) {
-  const int64_t rows = rows_of_output_any(p, device), tiles = ((p.batch + rows - 1) / rows) * ((p.out_features + 31) / 32);
+  const int rows = tile_of_output_any(p, device).rows;
+  const int64_t tiles = ((p.batch + rows - 1) / rows) * ((p.out_features + 31) / 32);
   // Of 16-bit types there is a kernel for slices of order 3 alone.
   if (p.spline_order != 3 && (p.weight_dtype == kBFloat16 || p.weight_dtype == kFloat16)) return {1, p.in_features, 0};
   // A second kernel adds the sums: a slice must save as much, two steps of a tile at the least.
@@ -211,23 +250,29 @@ size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {
     default: return call(Products::tf32x3);                         \
   }
 
-template <bool kSparse> int output_wide(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-  const int columns = columns_of_output(kSparse ? Family::sparse : Family::dense, p);
+template <bool kSparse>
+int output_wide(const Problem& p, const WideArguments& a, int columns, float* parts, const Slices& slices, void* stream) {
 #define KAN_CALL(products) launch_output_wide<products, kSparse>(a, columns, parts, slices, stream)
   KAN_BY_PRODUCTS(KAN_CALL)
 #undef KAN_CALL
 }
 
 template <bool kSparse>
-int output_warpgroup(const Problem& p, const WideArguments& a, float* parts, const Slices& slices, void* stream) {
-  const int columns = columns_of_output(kSparse ? Family::wgmma_sparse : Family::wgmma, p);
+int output_warpgroup(const Problem& p, const WideArguments& a, int columns, float* parts, const Slices& slices, void* stream) {
   if (products(p) == Products::bfloat16) return launch_output_warpgroup<Products::bfloat16, kSparse>(a, columns, parts, slices, stream);
   return launch_output_warpgroup<Products::float16, kSparse>(a, columns, parts, slices, stream);
 }
 
-int input_warpgroup(const Problem& p, const WideArguments& a, void* stream) {
-  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, stream);
-  return launch_input_warpgroup<Products::float16>(a, stream);
+// Wide tiles for long products of many tiles, and where narrow ones would leave too many columns without a whole input.
+int columns_of_input(const Problem& p, const Device& device) {
+  const int64_t wide = 256 / (p.bases() + 1), narrow = 128 / (p.bases() + 1);
+  const int64_t tiles = ((p.batch + 127) / 128) * ((p.in_features + wide - 1) / wide);
+  return 2 * wide >= 5 * narrow || (p.out_features >= 512 && tiles >= 8 * device.multiprocessors) ? 256 : 128;
+}
+int input_warpgroup(const Problem& p, const Device& device, const WideArguments& a, void* stream) {
+  const int columns = columns_of_input(p, device);
+  if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, columns, stream);
+  return launch_input_warpgroup<Products::float16>(a, columns, stream);
 }
 
 int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const TileCut& cut, void* stream) {
@@ -287,7 +332,7 @@ size_t workspace_of_output(const Problem& p, const Device& device) {
   if (family == Family::narrow) return 0;
   if (family == Family::any)
     return size_of_parts(slices_of_output_any(p, device), p.batch * p.out_features, compute_size(p));
-  return size_of_output(slices_of_output(family, p, device), p) + (is_split(family, p) ? size_of_halves(p, Operation::output) : 0);
+  return size_of_output(plan_output(family, p, device).slices, p) + (is_split(family, p) ? size_of_halves(p, Operation::output) : 0);
 }
 
 size_t workspace_of_input(const Problem& p, const Device& device) {
@@ -308,10 +353,10 @@ size_t workspace_of_weight(const Problem& p, const Device& device) {
 int launch_contract_output(const Problem& p, const Device& device, void* workspace, void* stream) {
   const Family family = choose(p, device, Operation::output);
   if (family == Family::any)
-    KAN_BY_TYPE(launch_output_any, p, rows_of_output_any(p, device), slices_of_output_any(p, device), workspace, stream)
+    KAN_BY_TYPE(launch_output_any, p, tile_of_output_any(p, device), slices_of_output_any(p, device), workspace, stream)
   if (family == Family::narrow)
     return launch_output_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::output)), stream);
-  const Slices slices = slices_of_output(family, p, device);
+  const auto [columns, slices] = plan_output(family, p, device);
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const auto output = family == Family::wgmma          ? output_warpgroup<false>
@@ -319,7 +364,7 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
                       : family == Family::sparse       ? output_wide<true>
                                                        : output_wide<false>;
   const int error = is_split(family, p) ? output_split(a, static_cast<char*>(workspace) + size_of_output(slices, p), parts, slices, stream)
-                                        : output(p, a, parts, slices, stream);
+                                        : output(p, a, columns, parts, slices, stream);
   if (error != 0 || parts == nullptr) return error;
   KAN_BY_TYPE(launch_add, parts, p.y, p.batch * p.out_features, slices.count, stream)
 }
@@ -328,10 +373,10 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
   const Family family = choose(p, device, Operation::input);
   if (family == Family::narrow)
     return launch_input_narrow(make_narrow<float>(p, plan_narrow(p, device, Operation::input)), stream);
-  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, rows_of_input_any(p), stream)
+  if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, tile_of_input_any(p, device), stream)
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   if (is_split(family, p)) return launch_input_split(a, place_halves(p, Operation::input, static_cast<char*>(workspace) + size_of_input(p)), stream);
-  return is_warpgroup(family) ? input_warpgroup(p, a, stream) : input_wide(p, a, stream);
+  return is_warpgroup(family) ? input_warpgroup(p, device, a, stream) : input_wide(p, a, stream);
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {

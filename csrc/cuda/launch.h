@@ -28,9 +28,24 @@ struct TileCut {
 // What contract_weight by warpgroups does on a GPU of so many multiprocessors.
 TileCut cut_of_weight(const Problem&, const Device&);
 
-// rows of a tile: 8, 16, 32 or 64.
-template <class T> int launch_output_any(const Problem&, int rows, const Slices&, void* workspace, void* stream);
-template <class T> int launch_input_any(const Problem&, int rows, void* stream);
+// The tiles of contract_output and contract_input for every problem. A warp takes kRowsOfWarp rows through a part of the inputs, one after another, for 32
+// outputs, one a lane: all lanes read the same windows and consecutive weights. Each of these turns waits for memory, and so does making
+// windows, which is why blocks are as large as registers allow.
+constexpr int kAnyThreads = 512, kAnyWarps = kAnyThreads / 32, kRowsOfWarp = 4, kMostTurns = 8;
+
+// Rows of a tile: 4 to 64. Tall ones read weights less often, low ones make more blocks and more warps for the inputs of a row. turns: of
+// a warp, 1 to kMostTurns: a thread has one window, or none.
+struct AnyTile {
+  int rows, turns;
+
+  KAN_INLINE int groups() const { return rows / kRowsOfWarp; }
+  KAN_INLINE int side() const { return kAnyWarps / groups(); }  // warps that share rows
+  KAN_INLINE int inputs() const { return turns * side(); }
+  KAN_INLINE int windows() const { return rows * inputs(); }
+};
+
+template <class T> int launch_output_any(const Problem&, AnyTile, const Slices&, void* workspace, void* stream);
+template <class T> int launch_input_any(const Problem&, AnyTile, void* stream);
 template <class T> int launch_weight_any(const Problem&, const Slices&, void* workspace, void* stream);
 
 // y on tensor cores, dense or sparse, in tiles of 128 or (16-bit types) 256 columns; parts (slices, batch, out) where inputs are
@@ -40,7 +55,8 @@ template <Products P, bool kSparse> int launch_output_wide(const WideArguments&,
 // The same by warpgroups, 16-bit types only.
 template <Products P, bool kSparse> int launch_output_warpgroup(const WideArguments&, int columns, float* parts, Slices, void* stream);
 
-template <Products P> int launch_input_warpgroup(const WideArguments&, void* stream);
+// Of columns 128 or 256.
+template <Products P> int launch_input_warpgroup(const WideArguments&, int columns, void* stream);
 // d_spline and d_base, with the sums of their parts, if any: weight_tiles.h says how these lie.
 template <Products P> int launch_weight_warpgroup(const WideArguments&, int columns, float* parts, TileCut, void* stream);
 

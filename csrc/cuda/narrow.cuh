@@ -101,18 +101,6 @@ template <class C> KAN_DEVICE CubicOf<C> beyond(const CubicOf<C>& w, int outside
   return {};
 }
 
-// is_uniform() of bspline.h, a knot to a lane.
-template <class C> KAN_DEVICE bool is_uniform_by_warp(const C* t, int count, int lane) {
-  const EvenSpacing<C> even(t, count, kEpsilon<C>);
-  int off = 0;
-  for (int j = 1 + lane; j < count - 1; j += 32) {
-    const C deviation = even.deviation(t[j], C(j));
-    if (!(deviation <= even.tolerance && deviation >= -even.tolerance)) off = 1;
-  }
-  for (int mask = 16; mask > 0; mask /= 2) off |= shuffle_xor(off, mask);
-  return even.h > even.tolerance && off == 0;
-}
-
 // make_cubics() of uneven knots, straight to shared memory: long, and a call of its own keeps its registers from the kernel.
 template <class C> KAN_DEVICE_CALL void make_uneven_cubics(const C* t, int count, int order, int j, int n, CubicOf<C>* w) {
   make_cubics(t, count, order, j, n, w);
@@ -143,7 +131,7 @@ KAN_DEVICE void make_tables(const Problem& p, const NarrowPlan& plan, const Cubi
 
   for (int i = thread / 32; i < inputs; i += plan.warps) {
     const C* t = knots + i * count;
-    const Described<C> d = describe(p, t, is_uniform_by_warp(t, count, thread % 32));
+    const Described<C> d = describe(p, t, is_uniform_by_lanes<32>(t, count, thread % 32));
     if (thread % 32 != 0) continue;
     described[i] = d;
     const C near = t[0] < 0 ? -t[0] : t[0], far = t[count - 1] < 0 ? -t[count - 1] : t[count - 1];

@@ -3,7 +3,7 @@
 
 namespace kan::cuda {
 
-template int launch_input_warpgroup<Products::float16>(const WideArguments&, void*);
+template int launch_input_warpgroup<Products::float16>(const WideArguments&, int, void*);
 template int launch_weight_warpgroup<Products::float16>(const WideArguments&, int, float*, TileCut, void*);
 
 }  // namespace kan::cuda

@@ -1,6 +1,10 @@
 // contract_input of wide layers on Hopper (sm_90a), 16-bit types: the product g W^T, whose epilogue weighs by phi^(n) and sums over
-// the bases. A block: 128 rows of the batch by as many inputs as have their bases and their base branch among 256 columns. Depth:
+// the bases. A block: 128 rows of the batch by as many inputs as have their bases and their base branch among kColumns columns. Depth:
 // the outputs, contiguous in both operands. Two warpgroups copy and multiply.
+//
+// Of 128 columns two blocks share a multiprocessor, so that one multiplies during the other's epilogue; of 256 a block copies three
+// quarters as much for the same products. On an H200 the former took 0.75 to 0.9 of the latter's time for 64 to 4096 rows of 256 and 784
+// inputs, and 1.05 at 16384 x 1024 x 1024.
 #pragma once
 #include "warpgroup_tile.cuh"
 
@@ -12,10 +16,12 @@ struct alignas(16) TileKnots {
   float scale;
 };
 
-constexpr int kInputColumns = 256, kGroupInputStage = kLeftBytes + kRightBytes<kInputColumns>;
+template <int kColumns> constexpr int kInputStages = kColumns == 256 ? kRightStages : 3;
+template <int kColumns> constexpr int kInputBlocks = kColumns == 256 ? 1 : 2;  // of a multiprocessor
+template <int kColumns> constexpr int kGroupInputStage = kLeftBytes + kRightBytes<kColumns>;
 // After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
-constexpr size_t kGroupInputShared = kAtomBytes + kRightStages * kGroupInputStage + kInputColumns / 2 * sizeof(TileKnots);
-static_assert(size_t(kGroupRows) * kInputColumns * sizeof(float) <= kRightStages * kGroupInputStage);
+template <int kColumns>
+constexpr size_t kGroupInputShared = kAtomBytes + kInputStages<kColumns> * kGroupInputStage<kColumns> + kColumns / 2 * sizeof(TileKnots);
 
 // Of sum (row, column). Neither a warp's fragments, eight rows by eight columns, meet a bank twice when they are written two by two,
 // nor, but for rows 4 apart, 32 rows of a column when they are read.
@@ -23,7 +29,7 @@ template <int kColumns> KAN_DEVICE int place_of_sum(int row, int column) {
   return row * kColumns + column / 32 * 32 + (column % 32 ^ (row % 4 * 8 + row / 8 % 4 * 2));
 }
 
-KAN_INLINE int inputs_of_tile(const Problem& p) { return kInputColumns / (p.bases() + 1); }
+KAN_INLINE int inputs_of_tile(const Problem& p, int columns) { return columns / (p.bases() + 1); }
 
 struct OutputStep {
   int64_t o, end;
@@ -34,8 +40,8 @@ struct OutputStep {
 
 // One thread's pieces of every step: 8 outputs of every 32nd row of g, and of every 32nd column. Columns: the bases of the tile's
 // inputs, then their base branch. Only `o` changes from step to step.
-template <class T> struct OperandCopies {
-  static constexpr int kNext = kMultipliers / 8, kRows = kGroupRows / kNext, kTileColumns = kInputColumns / kNext;
+template <int kColumns, class T> struct OperandCopies {
+  static constexpr int kNext = kMultipliers / 8, kRows = kGroupRows / kNext, kTileColumns = kColumns / kNext;
   const T *rows, *columns[kTileColumns];
   uint32_t missing = 0;  // bit m: row or, 8 bits higher, column m
   int place;
@@ -44,7 +50,7 @@ template <class T> struct OperandCopies {
     const int line = int(threadIdx.x) / 8, number = int(threadIdx.x) % 8 * 8;
     place = swizzled(line, number);
     rows = static_cast<const T*>(p.g) + (b0 + line) * p.out_features + number;
-    const int inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
+    const int inputs = inputs_of_tile(p, kColumns), of_spline = inputs * p.bases();
     const int64_t inside = p.in_features - i0 < inputs ? p.in_features - i0 : inputs;
     KAN_UNROLL_ALL
     for (int m = 0; m < kRows; ++m) missing |= uint32_t(b0 + line + m * kNext >= p.batch) << m;
@@ -84,19 +90,43 @@ template <class T> struct OperandCopies {
   }
 };
 
-// dx of inputs i .. i + 3 of row b.
-KAN_DEVICE void write_four(const Problem& p, int64_t b, int64_t i, int count, bool vectors, const float (&value)[4]) {
+// How many neighbouring inputs of x and dx are read and written at once, of a tile's from i0 on: 4, 2 or 1.
+KAN_DEVICE int inputs_together(const Problem& p, int64_t i0) {
+  return inputs_in_vectors(p, 4) && i0 % 4 == 0 ? 4 : inputs_in_vectors(p, 2) && i0 % 2 == 0 ? 2 : 1;
+}
+// x of inputs i .. i + 3 of row b, as far as they lie below `end`.
+KAN_DEVICE void load_four(Stored<4>& to, const Problem& p, int64_t b, int64_t i, int64_t end, int together) {
+  if (together != 2) return load_inputs(to, p, b, i, end, together == 4);
+  KAN_UNROLL_ALL
+  for (int m = 0; m < 4; ++m) to.raw[m] = 0;
+  const void* row = rows_from(p, p.x, b);
+  KAN_UNROLL_ALL
+  for (int m = 0; m < 4; m += 2) {
+    if (b >= p.batch || i + m >= end) continue;
+    if (p.x_dtype == kFloat32) *reinterpret_cast<Words<2>*>(to.raw + m) = *reinterpret_cast<const Words<2>*>(static_cast<const float*>(row) + i + m);
+    else to.raw[m / 2] = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(row) + i + m);
+  }
+}
+// dx of the same, of which `count` exist.
+KAN_DEVICE void write_four(const Problem& p, int64_t b, int64_t i, int count, int together, const float (&value)[4]) {
   const int64_t at = b * p.in_features + i;
-  if (vectors && count == 4 && p.x_dtype != kFloat32) {
+  int done = 0;
+  if (together > 1 && p.x_dtype != kFloat32) {
     const bool bfloat16 = p.x_dtype == kBFloat16;
     const Words<2> words = {{bfloat16 ? pack_bfloat16(value[0], value[1]) : pack_float16(value[0], value[1]),
                           bfloat16 ? pack_bfloat16(value[2], value[3]) : pack_float16(value[2], value[3])}};
-    *reinterpret_cast<Words<2>*>(static_cast<uint16_t*>(p.dx) + at) = words;
-    return;
+    uint16_t* to = static_cast<uint16_t*>(p.dx) + at;
+    if (together == 4 && count >= 4) {
+      *reinterpret_cast<Words<2>*>(to) = words;
+      return;
+    }
+    if (count > 1) *reinterpret_cast<uint32_t*>(to) = words.w[0];
+    if (count > 3) *reinterpret_cast<uint32_t*>(to + 2) = words.w[1];
+    done = count < 4 ? count / 2 * 2 : 4;
   }
   KAN_UNROLL_ALL
   for (int m = 0; m < 4; ++m)
-    if (m < count) write<float>(p.dx, at + m, p.x_dtype, value[m]);
+    if (done <= m && m < count) write<float>(p.dx, at + m, p.x_dtype, value[m]);
 }
 
 // The sums of one input's bases, sum(f), weighed by phi^(n) at x where even_window serves and nothing is extended. No branches: several
@@ -117,7 +147,7 @@ template <class Sum> KAN_DEVICE float weigh_sums(const WideArguments& a, const T
 }
 
 // dx of inputs i .. i + 3, of which `count` exist, from the sums of their bases, `spline` and on, and of their base branch, `base` and on.
-// x moves along where an input needs the general way: registers have no index.
+// The quick way takes the last input again for those that do not exist. x moves along where an input needs the general way: registers have no index.
 template <class Sum>
 KAN_DEVICE void weigh_four(const WideArguments& a, const TileKnots* knots, int64_t i, int count, int spline, int base, float (&x)[4], Sum sum,
                            float (&total)[4]) {
@@ -130,12 +160,14 @@ KAN_DEVICE void weigh_four(const WideArguments& a, const TileKnots* knots, int64
     KAN_UNROLL_ALL
     for (int m = 0; m < 4; ++m) total[m] = m < count ? factor[m] * sum(base + m) : 0.0f;
   }
-  bool even = a.continuous && 4 <= count && !(p.outside == kLinear && p.n == 0);
+  bool even = a.continuous && !(p.outside == kLinear && p.n == 0);
+  auto there = [&](int m) { return m < count ? m : count - 1; };
   KAN_UNROLL_ALL
-  for (int m = 0; m < 4; ++m) even = even && knots[m].even.inverse_h > 0;
+  for (int m = 0; m < 4; ++m) even = even && knots[there(m)].even.inverse_h > 0;
   if (even) {
     KAN_UNROLL_ALL
-    for (int m = 0; m < 4; ++m) total[m] += weigh_sums(a, knots[m], x[m], [&](int f) { return sum(spline + m * p.bases() + f); });
+    for (int m = 0; m < 4; ++m)
+      total[m] += weigh_sums(a, knots[there(m)], x[m], [&](int f) { return sum(spline + there(m) * p.bases() + f); });
   } else {
     KAN_NO_UNROLL
     for (int m = 0; m < 4 && m < count; ++m) {
@@ -152,60 +184,63 @@ KAN_DEVICE void weigh_four(const WideArguments& a, const TileKnots* knots, int64
   }
 }
 
-template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_warpgroup(WideArguments a) {
+template <Products P, int kColumns> __global__ void __launch_bounds__(kMultipliers, kInputBlocks<kColumns>) input_warpgroup(WideArguments a) {
 #if KAN_WARPGROUPS
+  static_assert(kGroupRows * kColumns * int(sizeof(float)) <= kInputStages<kColumns> * kGroupInputStage<kColumns>);
   using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
   char* stages = first_atom();
   float* values = reinterpret_cast<float*>(stages);
-  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kRightStages * kGroupInputStage);
-  const int thread = int(threadIdx.x), inputs = inputs_of_tile(p), of_spline = inputs * p.bases();
+  TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kInputStages<kColumns> * kGroupInputStage<kColumns>);
+  const int inputs = inputs_of_tile(p, kColumns);
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
 
   for (int64_t i0 = int64_t(blockIdx.y) * inputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * inputs) {
-    const int count = p.in_features - i0 < inputs ? int(p.in_features - i0) : inputs;
-    for (int j = thread; j < count; j += kMultipliers) {
+    auto count = [&] { return p.in_features - i0 < inputs ? int(p.in_features - i0) : inputs; };
+    for (int j = int(threadIdx.x); j < count(); j += kMultipliers) {
       const Even even = even_knots(a.described[i0 + j]);
       knots[j] = {even, 1};
       for (int m = 0; m < p.n; ++m) knots[j].scale *= even.inverse_h;
     }
-    const LeftPieces<false> pieces;
-    uint32_t registers[kLeftSets<kInputColumns>][4];
-    GroupSums<kInputColumns> sums = {};
-    const OperandCopies<T> copies(p, b0, i0);
-    multiply_steps<false>(
+    const int group = multiplier_group();
+    GroupSums<kColumns> sums = {};
+    const OperandCopies<kColumns, T> copies(p, b0, i0);
+    multiply_steps<false, kInputStages<kColumns>>(
         OutputStep{0, p.out_features},
         [&](const OutputStep& step, int stage) {
-          char* left = stages + stage * kGroupInputStage;
+          char* left = stages + stage * kGroupInputStage<kColumns>;
           copies.copy(a, step, left, left + kLeftBytes);
         },
-        [&](bool, int, int stage, auto copy_now, auto) {
-          const char* left = stages + stage * kGroupInputStage;
-          multiply_and_copy<P, false, false>(sums, registers, pieces, left, describe_tile(left + kLeftBytes), copy_now);
+        [&](bool, int, int stage) {
+          const char* left = stages + stage * kGroupInputStage<kColumns>;
+          order_registers();
+          multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
+          commit_products();
         });
     // A thread's share of the epilogue: one row, every other four inputs. Their x comes while the sums are moved.
-    constexpr int kAhead = 4, kNext = kMultipliers / kGroupRows * 4;
+    constexpr int kAhead = kColumns / 64, kNext = kMultipliers / kGroupRows * 4;
+    const int thread = int(thread_now()), of_spline = inputs * p.bases(), end = count();
     const int64_t b = b0 + thread % kGroupRows;
-    const bool vectors = inputs_in_vectors(p, 4) && i0 % 4 == 0;
+    const int together = inputs_together(p, i0);
     Stored<4> ahead[kAhead];
-    auto load = [&](Stored<4>& to, int j) { load_inputs(to, p, b, i0 + j, i0 + count, vectors); };
+    auto load = [&](Stored<4>& to, int j) { load_four(to, p, b, i0 + j, i0 + end, together); };
     KAN_UNROLL_ALL
     for (int m = 0; m < kAhead; ++m) load(ahead[m], thread / kGroupRows * 4 + m * kNext);
     meet(kTileBarrier, kMultipliers);  // both groups have read the stages
     for_every_pair(sums, [&](int row, int column, float low, float high) {
-      *reinterpret_cast<Pair*>(values + place_of_sum<kInputColumns>(row, column)) = {low, high};
+      *reinterpret_cast<Pair*>(values + place_of_sum<kColumns>(row, column)) = {low, high};
     });
     meet(kTileBarrier, kMultipliers);
-    auto sum = [&](int column) { return values[place_of_sum<kInputColumns>(thread % kGroupRows, column)]; };
+    auto sum = [&](int column) { return values[place_of_sum<kColumns>(thread % kGroupRows, column)]; };
     KAN_NO_UNROLL
-    for (int j = thread / kGroupRows * 4; b < p.batch && j < count; j += kNext) {
+    for (int j = thread / kGroupRows * 4; b < p.batch && j < end; j += kNext) {
       float x[4], total[4];
       ahead[0].widen(p.x_dtype, x);
       KAN_UNROLL_ALL
       for (int m = 1; m < kAhead; ++m) ahead[m - 1] = ahead[m];
       load(ahead[kAhead - 1], j + kAhead * kNext);
-      weigh_four(a, knots + j, i0 + j, count - j, j * p.bases(), of_spline + j, x, sum, total);
-      write_four(p, b, i0 + j, count - j < 4 ? count - j : 4, vectors, total);
+      weigh_four(a, knots + j, i0 + j, end - j, j * p.bases(), of_spline + j, x, sum, total);
+      write_four(p, b, i0 + j, end - j, together, total);
     }
     meet(kTileBarrier, kMultipliers);  // the sums have been read
   }
@@ -214,11 +249,12 @@ template <Products P> __global__ void __launch_bounds__(kMultipliers, 1) input_w
 #endif
 }
 
-template <Products P> int launch_input_warpgroup(const WideArguments& a, void* stream) {
+template <Products P> int launch_input_warpgroup(const WideArguments& a, int columns, void* stream) {
   if (int error = launch_cubics(a, stream)) return error;
-  const int64_t inputs = inputs_of_tile(a.p);
+  const int64_t inputs = inputs_of_tile(a.p, columns);
   const Blocks blocks{(a.p.batch + kGroupRows - 1) / kGroupRows, (a.p.in_features + inputs - 1) / inputs};
-  return launch(input_warpgroup<P>, blocks, kMultipliers, kGroupInputShared, stream, a);
+  if (columns == 256) return launch(input_warpgroup<P, 256>, blocks, kMultipliers, kGroupInputShared<256>, stream, a);
+  return launch(input_warpgroup<P, 128>, blocks, kMultipliers, kGroupInputShared<128>, stream, a);
 }
 
 }  // namespace kan::cuda

@@ -9,11 +9,8 @@
 // A multiprocessor's four schedulers have four warps each: two that multiply, two that make. Within 2048 cycles, what the tensor
 // cores take for two steps of 256 columns, a maker's warp must make one: see quick.cuh.
 //
-// The multipliers take the left operand into registers, by ldmatrix. A stage is then free as soon as it has been loaded, and no proxy
-// fence is needed for it.
-//
-// Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, with metadata that the
-// maker leaves beside it.
+// Sparse form: see fragments.cuh. A row of the left operand is then 64 bytes, four numbers an item, and comes into the
+// multipliers' registers by ldmatrix, along with the metadata that the maker left beside it.
 //
 // 16-bit types only. Of 32-bit numbers the instruction wants the depth contiguous (only .f16 and .bf16 have imm-trans-b), and ours
 // have the columns so. And it would read weights cut off to tf32, where wide_output.cuh rounds them.
@@ -153,7 +150,7 @@ KAN_DEVICE void make_left(const WideArguments& a, const GroupMemory<kColumns>& m
   int coming = first.chunks == 1 ? first.block + maker * kGroupInputs : first.block;  // the input whose x they are
   KAN_UNROLL_ALL
   for (int half = 0; half < 2; ++half) load_inputs(ahead[half], p, b, coming + 4 * half, first.end, vectors);
-  make_steps(first, maker, [&](const GroupStep& step, int stage) {
+  make_steps<false>(first, maker, [&](const GroupStep& step, int stage) {
     char* base = memory.base + (step.block - first.block) / kGroupDepth % kBaseStages * kLeftBytes;
     if (step.is_base()) return fill_base(base, row, (step.end - step.block + kGroupInputs - 1) / kGroupInputs);
     char* left = memory.left + stage * kLeftBytes;
@@ -196,7 +193,7 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
   const void* x_row = rows_from(p, p.x, row());
   char* left = pointer_now(memory.left + swizzled(place(), 0));
   WarpKnots knots(knots_of_warp(memory.knots));
-  OwnSteps own;
+  OwnSteps<> own;
   int number = own.first();  // of the block's steps
   Stored<kQuickInputs> ahead;
   auto load = [&](int i) { ahead.load_whole(x_row, x_dtype, i < first.end - kQuickInputs ? i : first.end - kQuickInputs); };
@@ -249,25 +246,22 @@ template <Products P, bool kSparse, int kColumns>
 KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t o0, GroupSums<kColumns>& sums) {
   using T = typename StorageOf<P>::Type;
   WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
-  const uint64_t rights = describe_tile(memory.right);
-  const LeftPieces<false> pieces;
+  const uint64_t lefts = describe_tile(memory.left + multiplier_group() * (kLeftBytes / 2)), rights = describe_tile(memory.right);
   int base_stage = 0;
-  uint32_t left[kSparse ? 2 : kLeftSets<kColumns>][4], metadata[2];  // in use until the product has been waited for
+  uint32_t left[2][4], metadata[2];  // of the sparse form: in use until the product has been waited for
   auto copy = [&](const GroupStep& step, int stage) {
     copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
   };
-  auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now, auto left_read) {
-    const uint64_t right = further(rights, stage * kRightBytes<kColumns>);
+  auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now) {
     if (!kSparse || is_base) {
       if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
       // The base branch's stages follow the splines'.
-      const char* tile = memory.left + (is_base ? kLeftStages + base_stage : left_stage) * kLeftBytes;
-      multiply_and_copy<P, false, true>(sums, left, pieces, tile, right, copy_now);
-      left_read();
+      const int tile = is_base ? kLeftStages + base_stage : left_stage;
+      multiply_and_copy<P, false, true>(sums, further(lefts, tile * kLeftBytes), further(rights, stage * kRightBytes<kColumns>), copy_now);
     } else if constexpr (kSparse) {
       // The other group multiplies while this one waits.
       wait_for_products<0>();
-      const int here = int(thread_now()), warp = here / 32, lane = here % 32;
+      const int thread = int(thread_now()), warp = thread / 32, lane = thread % 32;
       const char* rows = memory.left + left_stage * kLeftBytes + (16 * warp + lane % 16) * kGroupDepth;
       const char* bits = memory.metadata + left_stage * kMetadataBytes + warp * 64 + lane / 4 * 8 + lane % 2 * 4;
       KAN_UNROLL_ALL
@@ -275,14 +269,13 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
         load_matrices(left[k], rows + ((2 * k + lane / 16) ^ lane / 2 % 4) * 16);
         metadata[k] = *reinterpret_cast<const uint32_t*>(bits + k * (kMetadataBytes / 2));
       }
-      left_read();
-      constexpr uint64_t kPart = 2 * kPanelBytes >> 4;  // 128 columns further
       KAN_UNROLL_ALL
       for (int k = 0; k < 2; ++k) {
         order_registers();
         KAN_UNROLL_ALL
         for (int part = 0; part < kColumns / 128; ++part)
-          multiply_sparse<P>(sums[part], left[k], right + part * kPart + 2 * k * kSixteenLines, metadata[k]);
+          multiply_sparse<P>(sums[part], left[k], further(rights, stage * kRightBytes<kColumns> + part * 2 * kPanelBytes) + 2 * k * kSixteenLines,
+                             metadata[k]);
         commit_products();
         if (k == 0) copy_now();
       }

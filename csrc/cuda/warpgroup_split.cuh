@@ -8,7 +8,8 @@ namespace kan::cuda {
 
 constexpr int kSplitInputs = kSplitDepth / kStepBases;  // of a step
 // A tile is 128 columns wide: a thread's sums twice are as many registers as those of 256 are once.
-constexpr int kSplitColumns = 128;
+constexpr int kSplitColumns = 128, kSplitMultipliersRegisters = kMultipliersRegisters<256>,
+              kSplitMakersRegisters = kMakersRegisters<256>;
 
 // A ring of stages, which have both operands of a step, the left one first; makers copy the right one. One stage is multiplied,
 // each group of makers has one; the others are in hand for whoever is late.
@@ -39,26 +40,16 @@ template <class Make> KAN_DEVICE void make_ring(int steps, Make make) {
 struct SplitSums {
   GroupSums<kSplitColumns> sums = {}, part;
 
-  // left, right: 64 deep, upper halves first. Three products of 32, with the left operand in `registers`, by halves: lower ones first, so
-  // that small products are not cut off at large sums.
-  using LeftRegisters = uint32_t[2][2][4];
-  template <bool kRightByLines, class Pieces>
-  KAN_DEVICE void multiply(LeftRegisters& registers, const Pieces& pieces, const char* left, const char* right, bool kept) {
-    const uint64_t b = describe_tile(right);
+  // left, right: 64 lines or pieces deep, upper halves first. Three products of 32.
+  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void multiply(const char* left, const char* right, bool kept) {
+    const uint64_t a = describe_tile(left), b = describe_tile(right);
+    constexpr int kLefts[] = {0, 1, 2, 3, 0, 1}, kRights[] = {2, 3, 0, 1, 0, 1};
+    order_registers();
     KAN_UNROLL_ALL
-    for (int lower = 1; lower >= 0; --lower) {
-      wait_for_products<1>();  // what is still under way has the other half's registers
-      KAN_UNROLL_ALL
-      for (int k = 0; k < 2; ++k) pieces.load(registers[lower][k], left, 2 * lower + k);
-      order_registers();
-      KAN_UNROLL_ALL
-      for (int other = 1 - lower; other >= 0; --other)
-        KAN_UNROLL_ALL
-        for (int k = 0; k < 2; ++k)
-          wgmma_float16<kRightByLines>(part[0], registers[lower][k], b + (2 * other + k) * (kRightByLines ? kSixteenLines : kSixteenInLine),
-                                       kept || lower == 0 || k > 0);
-      commit_products();
-    }
+    for (int k = 0; k < 6; ++k)
+      wgmma_float16<kLeftByLines, kRightByLines>(part[0], a + kLefts[k] * (kLeftByLines ? kSixteenLines : kSixteenInLine),
+                                                 b + kRights[k] * (kRightByLines ? kSixteenLines : kSixteenInLine), kept || k > 0);
+    commit_products();
   }
   KAN_DEVICE void collect() {
     KAN_UNROLL_ALL
@@ -66,15 +57,12 @@ struct SplitSums {
   }
 
   // The multipliers' loop, two steps at a time: where registers of products under way meet those of another path, nvcc waits for
-  // them.
-  template <bool kLeftByLines, bool kRightByLines> KAN_DEVICE void add_ring(int steps, const char* stages) {
+  // them. left(stage): where the rows of this warpgroup begin.
+  template <bool kLeftByLines, bool kRightByLines, class Left> KAN_DEVICE void add_ring(int steps, const char* stages, Left left) {
     int stage = 0;
-    const LeftPieces<kLeftByLines> pieces;
-    LeftRegisters registers;
     auto begin = [&](int at, bool kept) {
       meet(kRingMade + at, kHandover);
-      const char* left = stages + at * kRingStageBytes;
-      multiply<kRightByLines>(registers, pieces, left, left + kLeftBytes, kept);
+      multiply<kLeftByLines, kRightByLines>(left(at), stages + at * kRingStageBytes + kLeftBytes, kept);
     };
     int s = 0;
     KAN_NO_UNROLL

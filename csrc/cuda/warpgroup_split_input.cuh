@@ -6,9 +6,6 @@
 
 namespace kan::cuda {
 
-// A multiplier's: with fewer they spill.
-constexpr int kInputSplitRegisters = 168;
-
 // After the products the sums (128 rows) lie where the stages were. Behind them the knots of the tile's inputs.
 constexpr size_t kSplitInputShared = kAtomBytes + kRingBytes + kSplitColumns / 2 * sizeof(TileKnots);
 static_assert(kGroupRows * kSplitColumns * int(sizeof(float)) <= kRingBytes);
@@ -96,15 +93,15 @@ KAN_DEVICE void copy_ring(const SplitCopies& copies, int steps, char* stages) {
 struct SplitEpilogue {
   static constexpr int kNext = kGroupThreads / kGroupRows * 4;
   int i0, count;
-  bool vectors;
+  int together;
   Stored<4> ahead;
 
   KAN_DEVICE static int row() { return int(thread_now()) % kGroupRows; }
   KAN_DEVICE static int64_t batch_row() { return int64_t(blockIdx.x) * kGroupRows + row(); }
   KAN_DEVICE static int first() { return int(thread_now()) / kGroupRows * 4; }
-  KAN_DEVICE void load(const Problem& p, int j) { load_inputs(ahead, p, batch_row(), i0 + j, i0 + count, vectors); }
+  KAN_DEVICE void load(const Problem& p, int j) { load_four(ahead, p, batch_row(), i0 + j, i0 + count, together); }
   KAN_DEVICE SplitEpilogue(const Problem& p, int64_t i0)
-      : i0(int(i0)), count(inputs_there(p, i0)), vectors(inputs_in_vectors(p, 4) && i0 % 4 == 0) {
+      : i0(int(i0)), count(inputs_there(p, i0)), together(inputs_together(p, i0)) {
     load(p, first());
   }
   KAN_DEVICE void run(const WideArguments& a, const float* scales, const TileKnots* knots, const float* values) {
@@ -119,7 +116,7 @@ struct SplitEpilogue {
       weigh_four(a, knots + j, i0 + j, count - j, j * p.bases(), of_spline + j, x, sum, total);
       KAN_UNROLL_ALL
       for (int m = 0; m < 4; ++m) total[m] *= inverse_of_scale(scales[batch_row()]);
-      write_four(p, batch_row(), i0 + j, count - j < 4 ? count - j : 4, vectors, total);
+      write_four(p, batch_row(), i0 + j, count - j, together, total);
     }
   }
 };
@@ -139,7 +136,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) input_split(WideArguments a,
     }
   };
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<256 - kInputSplitRegisters>();
+    set_registers<kSplitMakersRegisters>();
     for_every_input_tile([&](int64_t i0) {
       copy_ring(SplitCopies(p, h, int64_t(blockIdx.x) * kGroupRows, i0), steps, stages);
       for (int j = int(threadIdx.x) - kMultipliers; j < inputs_there(p, i0); j += kMakers) {
@@ -152,10 +149,12 @@ __global__ void __launch_bounds__(kGroupThreads, 1) input_split(WideArguments a,
       epilogue.run(a, h.rows, knots, values);
     });
   } else {
-    set_registers<kInputSplitRegisters>();
+    set_registers<kSplitMultipliersRegisters>();
     for_every_input_tile([&](int64_t i0) {
+      const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<false, false>(steps, stages);
+      sums.add_ring<false, false>(steps, stages,
+                                  [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
       meet(kRingTile, kMultipliers);  // both groups have read the stages
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         *reinterpret_cast<Pair*>(values + place_of_sum<kSplitColumns>(row, column)) = {low, high};

@@ -6,9 +6,6 @@
 
 namespace kan::cuda {
 
-// A multiplier's: with more the makers spill.
-constexpr int kOutputSplitRegisters = 152;
-
 // The steps of a slice of inputs, in order: four of them with eight bases each, one chunk of bases after the other; behind all of
 // them the base branch.
 struct SplitStep {
@@ -109,15 +106,17 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   char* knots = stages + kRingBytes;
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<256 - kOutputSplitRegisters>();
+    set_registers<kSplitMakersRegisters>();
     for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t) {
       make_split_left<kQuick>(a, h, first, b0, o0, stages, knots);
     });
   } else {
-    set_registers<kOutputSplitRegisters>();
+    set_registers<kSplitMultipliersRegisters>();
     for_every_tile<kSplitColumns, kRingTile, SplitStep>(p, slices, inputs_per_slice, [&](const SplitStep& first, int64_t o0, int64_t slice) {
+      const int group = multiplier_group();
       SplitSums sums;
-      sums.add_ring<false, true>(first.count(), stages);
+      sums.add_ring<false, true>(first.count(), stages,
+                                 [&](int stage) { return stages + stage * kRingStageBytes + group * (kLeftBytes / 2); });
       for_every_pair(sums.sums, [&](int row, int column, float low, float high) {
         const int64_t b = b0 + row, o = o0 + column;
         if (b >= p.batch || o >= p.out_features) return;

@@ -6,8 +6,6 @@
 
 namespace kan::cuda {
 
-constexpr int kWeightSplitRegisters = 160;  // a multiplier's
-
 // The rows of a slice.
 struct Rows {
   int64_t begin, end;
@@ -96,13 +94,14 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_split(KAN_ARGUMENT Wi
   const FeatureTile& tile = block.tile.features;
   const Rows rows{block.begin, block.end};
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<256 - kWeightSplitRegisters>();
+    set_registers<kSplitMakersRegisters>();
     if (tile.is_base) make_split_lines<kQuick, true>(a, h, tile, rows, block.tile.o0, stages, knots);
     else make_split_lines<kQuick, false>(a, h, tile, rows, block.tile.o0, stages, knots);
   } else {
-    set_registers<kWeightSplitRegisters>();
+    set_registers<kSplitMultipliersRegisters>();
+    const int group = multiplier_group();
     SplitSums sums;
-    sums.add_ring<true, true>(rows.steps(), stages);
+    sums.add_ring<true, true>(rows.steps(), stages, [&](int stage) { return stages + stage * kRingStageBytes + group * kPanelBytes; });
     float* to = static_cast<float*>(tile.is_base ? p.d_base : p.d_spline);
     for_every_weight<kSplitColumns>(p, block, parts, sums.sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
       const float of_feature = tile.is_base ? inverse_of_scale(h.inputs[row]) : 1 / kSplitTop;

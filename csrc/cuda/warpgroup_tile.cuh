@@ -12,10 +12,11 @@
 namespace kan::cuda {
 
 constexpr int kMultipliers = 256, kMakers = 256, kGroupThreads = kMultipliers + kMakers;
-// Of the 65536 registers of a multiprocessor, which the launch shares out evenly: 128 each. ptxas keeps 24 below the sums and wants two
-// more than the left operand's above: with fewer every product waits for the one before (C7512).
-template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 168 : 120;
+// Of the 65536 registers of a multiprocessor, which the launch shares out evenly: 128 each.
+template <int kColumns> constexpr int kMultipliersRegisters = kColumns == 256 ? 160 : 112;
 template <int kColumns> constexpr int kMakersRegisters = 256 - kMultipliersRegisters<kColumns>;
+// Of the threads that multiply: which of the two warpgroups, the same in all lanes as nvcc sees it.
+KAN_DEVICE int multiplier_group() { return shuffle(int(threadIdx.x) / 128, 0); }
 constexpr int kGroupRows = 128, kGroupDepth = 64, kGroupInputs = kGroupDepth / kStepBases;
 // Left: while one is multiplied each group of makers has one. Copied: one is multiplied, one may still be by whoever is behind, the
 // others are on their way.
@@ -49,53 +50,73 @@ constexpr uint64_t kSixteenInLine = 32 >> 4, kSixteenLines = 2 * kAtomBytes >> 4
 // compiled for 512 threads, however many registers the multipliers take later.
 template <int kColumns> using GroupSums = float[kColumns / 128][64];
 
-// Where a multiplier's thread finds its part of the left operand, 16 deep. An instruction that reads that operand in shared memory
-// itself does so once for every 128 columns: m64n256k16 alone comes to 625 TFLOP/s that way on an H200, and to 933 with it in
-// registers. By lines: a line is one depth, and a group's 64 rows are a panel; else a line is a row.
-template <bool kByLines> struct LeftPieces {
-  int place;
-
-  KAN_DEVICE LeftPieces() {
-    const int warp = int(thread_now()) / 32, lane = int(thread_now()) % 32;
-    if (kByLines) place = warp / 4 * kPanelBytes + swizzled_piece(lane / 16 * 8 + lane % 8, warp % 4 * 2 + lane / 8 % 2);
-    else place = swizzled_piece(warp * 16 + lane % 16, lane / 16);
-  }
-  // Of the depths 16 k and on.
-  KAN_DEVICE void load(uint32_t (&left)[4], const char* tile, int k) const {
-    if constexpr (kByLines) load_matrices_transposed(left, tile + place + k * 16 * 2 * kLineNumbers);
-    else load_matrices(left, tile + (place ^ k * 32));
-  }
-};
-
-template <Products P, bool kRightByLines, int kSums> KAN_DEVICE void multiply_dense(float (&c)[kSums], const uint32_t (&left)[4], uint64_t right) {
-  if constexpr (P == Products::bfloat16) wgmma_bfloat16<kRightByLines>(c, left, right);
-  else wgmma_float16<kRightByLines>(c, left, right);
-}
-
-// A step's product as multiply_steps wants it, in turns through kSets sets of registers, so that some instructions are under way while
-// the next registers are loaded. copy_now(), which begins copies, comes once the first instructions are on their way: those behind them
-// wait for room among the tensor cores' work, and so would what follows them all. The registers are in use until the product has been
-// waited for.
-template <Products P, bool kLeftByLines, bool kRightByLines, int kSets, int kParts, class Copy>
-KAN_DEVICE void multiply_and_copy(float (&sums)[kParts][64], uint32_t (&left)[kSets][4], const LeftPieces<kLeftByLines>& pieces,
-                                  const char* tile, uint64_t right, Copy copy_now) {
+// A step's product, of depths kFirst .. kLast - 1 of kGroupDepth / 16. By lines: of that operand a line is one depth.
+template <Products P, bool kLeftByLines, bool kRightByLines, int kFirst = 0, int kLast = kGroupDepth / 16, int kParts>
+KAN_DEVICE void multiply_group(float (&sums)[kParts][64], uint64_t left, uint64_t right) {
   // 128 columns further: two panels of lines, or 128 lines.
   constexpr uint64_t kPart = (kRightByLines ? 2 * kPanelBytes : 128 * 2 * kLineNumbers) >> 4;
   KAN_UNROLL_ALL
-  for (int k = 0; k < kGroupDepth / 16; ++k) {
-    // What these registers were in is done; what is still under way has the others.
-    wait_for_products<kSets - 1>();
-    pieces.load(left[k % kSets], tile, k);
-    order_registers();
+  for (int k = kFirst; k < kLast; ++k)
     KAN_UNROLL_ALL
-    for (int part = 0; part < kParts; ++part)
-      multiply_dense<P, kRightByLines>(sums[part], left[k % kSets], right + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart);
-    commit_products();
-    if (k == kSets - 1) copy_now();  // elsewhere ptxas gives up on the order of these registers (C7513)
-  }
+    for (int part = 0; part < kParts; ++part) {
+      const uint64_t left_k = left + k * (kLeftByLines ? kSixteenLines : kSixteenInLine);
+      const uint64_t right_k = right + k * (kRightByLines ? kSixteenLines : kSixteenInLine) + part * kPart;
+      if constexpr (P == Products::bfloat16) wgmma_bfloat16<kLeftByLines, kRightByLines>(sums[part], left_k, right_k);
+      else wgmma_float16<kLeftByLines, kRightByLines>(sums[part], left_k, right_k);
+    }
 }
-// So many sets that about four instructions are under way.
-template <int kColumns> constexpr int kLeftSets = kColumns == 256 ? 2 : 4;
+template <Products P, bool kLeftByLines, bool kRightByLines, int kParts>
+KAN_DEVICE void multiply_group(float (&sums)[kParts][64], const char* left, const char* right) {
+  multiply_group<P, kLeftByLines, kRightByLines>(sums, describe_tile(left), describe_tile(right));
+}
+
+// A step's product as multiply_steps wants it, in two commits. copy_now(), which begins copies, comes once the first instructions are on
+// their way: those behind them wait for room among the tensor cores' work, and so would what follows them all.
+template <Products P, bool kLeftByLines, bool kRightByLines, int kParts, class Copy>
+KAN_DEVICE void multiply_and_copy(float (&sums)[kParts][64], uint64_t left, uint64_t right, Copy copy_now) {
+  order_registers();
+  multiply_group<P, kLeftByLines, kRightByLines, 0, 1>(sums, left, right);
+  commit_products();
+  copy_now();
+  order_registers();
+  multiply_group<P, kLeftByLines, kRightByLines, 1>(sums, left, right);
+  commit_products();
+}
+
+// The same with the left operand in registers, by lines: read from shared memory once for all columns. In turns through two or four sets of
+// registers, so that about four instructions are under way while the next ones are loaded. left_read() comes when all are. The registers
+// are in use until the product has been waited for.
+template <int kColumns> constexpr int kLoadedSets = kColumns == 256 ? 2 : 4;
+template <int kColumns> constexpr int kLoadedRegisters = kMultipliersRegisters<kColumns> + 8;
+struct LoadedLeft {
+  int place;
+
+  KAN_DEVICE LoadedLeft() {
+    const int warp = int(thread_now()) / 32, lane = int(thread_now()) % 32;
+    place = warp / 4 * kPanelBytes + swizzled_piece(lane / 16 * 8 + lane % 8, warp % 4 * 2 + lane / 8 % 2);
+  }
+  template <Products P, int kSets, int kParts, class Copy, class Read>
+  KAN_DEVICE void multiply_and_copy(float (&sums)[kParts][64], uint32_t (&registers)[kSets][4], const char* left, uint64_t right, Copy copy_now,
+                                    Read left_read) const {
+    constexpr uint64_t kPart = 2 * kPanelBytes >> 4;  // 128 columns further
+    constexpr int kTurns = kGroupDepth / 16;
+    KAN_UNROLL_ALL
+    for (int k = 0; k < kTurns; ++k) {
+      wait_for_products<kSets - 1>();  // what is still under way has the other registers
+      load_matrices_transposed(registers[k % kSets], left + place + k * 16 * 2 * kLineNumbers);
+      order_registers();
+      KAN_UNROLL_ALL
+      for (int part = 0; part < kParts; ++part) {
+        const uint64_t right_k = right + k * kSixteenLines + part * kPart;
+        if constexpr (P == Products::bfloat16) wgmma_bfloat16<true>(sums[part], registers[k % kSets], right_k);
+        else wgmma_float16<true>(sums[part], registers[k % kSets], right_k);
+      }
+      commit_products();
+      if (k == kSets - 1) copy_now();  // elsewhere ptxas gives up on the order of these registers (C7513)
+    }
+    left_read();
+  }
+};
 
 // 8 numbers of every one of kRows rows, to shared memory: row `row`, `next` rows further and so on, as far as they lie below
 // `end`; only `left` columns exist. What does not exist becomes zeros.
@@ -123,7 +144,7 @@ struct PanelPieces {
   static constexpr int kNext = kGroupDepth / 2;
   int row, column;
 
-  KAN_DEVICE PanelPieces() : row(int(thread_now() / 8)), column(int(thread_now() % 8 * 8)) {
+  KAN_DEVICE PanelPieces() : row(int(threadIdx.x) / 8), column(int(threadIdx.x) % 8 * 8) {
     static_assert(kMultipliers / 8 == kNext);
   }
   // To shared memory, from the two rows, of which columns `column` and further are at hand: `left` of them exist, of a row that is there.
@@ -175,24 +196,27 @@ KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
 // Of the makers' groups the one that the thread belongs to.
 KAN_DEVICE int makers_group() { return int(thread_now()) / (kMakers / 2) % 2; }
 
-// Around what a maker writes to `stage`, for the multipliers' threads to load.
+// Around what a maker writes to `stage`, for the tensor cores, or for the multipliers' threads to load.
 KAN_DEVICE void begin_step(int stage) { meet(kReadBarrier + stage + kLeftStages * makers_group(), kHandover); }
-KAN_DEVICE void end_step(int stage) { arrive(kMadeBarrier + stage, kHandover); }
+template <bool kLoaded = false> KAN_DEVICE void end_step(int stage) {
+  if (!kLoaded) show_to_tensor_cores();
+  arrive(kMadeBarrier + stage, kHandover);
+}
 
 // The steps of a makers' group: of all steps the two groups take turns, for making one may take as long as multiplying two.
-struct OwnSteps {
+template <bool kLoaded = false> struct OwnSteps {
   int stage = first();
 
   KAN_DEVICE static int first() { return makers_group(); }
   KAN_DEVICE void begin() const { begin_step(stage); }
   KAN_DEVICE void end() {
-    end_step(stage);
+    end_step<kLoaded>(stage);
     stage = stage > 0 ? stage - 1 : kLeftStages - 1;  // two further
   }
 };
-// Of `steps` steps a group's own: make(stage) writes what the multipliers will load.
-template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
-  OwnSteps own;
+// Of `steps` steps a group's own: make(stage) writes what the tensor cores will read.
+template <bool kLoaded, class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
+  OwnSteps<kLoaded> own;
   KAN_NO_UNROLL
   for (int s = own.first(); s < steps; s += 2) {
     own.begin();
@@ -201,7 +225,7 @@ template <class Make> KAN_DEVICE void make_own_steps(int steps, Make make) {
   }
 }
 // The same for steps that have to be gone through one by one: make(step, stage).
-template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
+template <bool kLoaded, class Step, class Make> KAN_DEVICE void make_steps(Step step, int group, Make make) {
   const int steps = step.count();
   int stage = 0;
   KAN_NO_UNROLL
@@ -209,18 +233,23 @@ template <class Step, class Make> KAN_DEVICE void make_steps(Step step, int grou
     if ((s & 1) == group) {
       begin_step(stage);
       make(step, stage);
-      end_step(stage);
+      end_step<kLoaded>(stage);
     }
     step.advance();
     stage = next_of<kLeftStages>(stage);
   }
 }
 
-// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage, copy_now, left_read)
-// begins its product, commits it, calls copy_now once meanwhile, which begins further copies, and left_read once the left operand is in
-// registers; it has waited for the step before when it returns. Without makers (kMade) the left operand is copied along with the right
-// one, and only the multipliers meet.
-template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
+// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
+// product, with a fence before and a commit behind; with a fourth parameter it calls that once meanwhile,
+// which begins further copies, and commits twice; with a fifth one it calls that once the left operand is in registers, and waits for
+// products itself. Without makers only the multipliers meet.
+//
+// kStages: of what is copied. With three a step's product ends before the next one begins, for the copies that begin then are to lie
+// where it is read.
+template <bool kMade, int kStages = kRightStages, class Step, class Copy, class Multiply>
+KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
+  constexpr int kAhead = kRightStages - 2;  // steps whose copies are under way
   const int steps = coming.count();
   uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
   int uncopied = steps;
@@ -230,24 +259,37 @@ template <bool kMade, class Step, class Copy, class Multiply> KAN_DEVICE void mu
     commit_copies();
     coming.advance();
   };
-  for (int s = 0; s < kRightStages - 2; ++s) copy_next(s);
+  for (int s = 0; s < kAhead; ++s) copy_next(s);
   KAN_UNROLL_ALL
   for (int s = 0; kMade && s < kLeftStages; ++s)
     if (s < steps) arrive(kReadBarrier + s + kLeftStages * (s & 1), kHandover);
-  int left = 0, right = 0, next = kRightStages - 2;
+  int left = 0, before = kLeftStages - 1, right = 0, next = kAhead;
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
     // This step's copies are there, and what has been made, for everybody. What the step before last used has been read by both groups.
-    wait_for_copies<kRightStages - 3>();
+    wait_for_copies<kAhead - 1>();
     show_to_tensor_cores();
     if (kMade) meet(kMadeBarrier + left, kHandover);
     else meet(kTileBarrier, kMultipliers);
-    const bool is_base = kinds >> (kRightStages - 3) & 1u;
+    const bool is_base = kinds >> (kAhead - 1) & 1u;
     auto copy_now = [&] { copy_next(next); };
-    multiply(is_base, left, right, copy_now, [&] {
+    auto left_read = [&] {
       if (kMade && s + kLeftStages < steps) arrive(kReadBarrier + left + kLeftStages * (~s & 1), kHandover);
-    });
-    left = next_of<kLeftStages>(left), right = next_of<kRightStages>(right), next = next_of<kRightStages>(next);
+    };
+    constexpr bool kLoaded = requires { multiply(is_base, left, right, copy_now, left_read); };
+    if constexpr (kLoaded) {
+      multiply(is_base, left, right, copy_now, left_read);
+    } else if constexpr (requires { multiply(is_base, left, right, copy_now); }) {
+      multiply(is_base, left, right, copy_now);
+      wait_for_products<2>();
+    } else {
+      multiply(is_base, left, right);
+      copy_now();
+      wait_for_products<kStages == 3 ? 0 : 1>();
+    }
+    if (kMade && !kLoaded && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
+    before = left;
+    left = next_of<kLeftStages>(left), right = next_of<kStages>(right), next = next_of<kStages>(next);
   }
   wait_for_products<0>();
   wait_for_copies<0>();

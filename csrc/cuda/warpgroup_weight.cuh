@@ -36,7 +36,7 @@ KAN_DEVICE void make_lines(const WideArguments& a, const FeatureTile& tile, cons
   };
   KAN_UNROLL_ALL
   for (int half = 0; half < 2; ++half) load(half, first.b + maker * kGroupDepth + line);
-  make_steps(first, maker, [&](const BatchStep& step, int stage) {
+  make_steps<true>(first, maker, [&](const BatchStep& step, int stage) {
     char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
     const int64_t b = step.b + line;
     KAN_UNROLL_ALL
@@ -57,7 +57,7 @@ struct QuickRows {
   const char* here;
 
   KAN_DEVICE QuickRows(const Problem& p, const BatchStep& first, int line) {
-    const int64_t b = first.b + OwnSteps::first() * kGroupDepth + line;
+    const int64_t b = first.b + OwnSteps<true>::first() * kGroupDepth + line;
     here = static_cast<const char*>(rows_from(p, p.x, b < first.end ? b : first.end - 1));
   }
   // How many of all steps have row `line`.
@@ -86,7 +86,7 @@ KAN_DEVICE void make_lines_quickly(const WideArguments& a, const FeatureTile& ti
   WarpKnots knots(knots_of_warp(memory));
   knots.load(a, input());
   knots.arrive();
-  OwnSteps own;
+  OwnSteps<true> own;
   int s = own.first();
   Stored<kQuickInputs> ahead;
   QuickRows rows(p, first, line());
@@ -116,9 +116,9 @@ template <Products P> KAN_DEVICE void make_base_lines(const WideArguments& a, co
   const bool vectors = inputs_in_vectors(p, kQuickInputs);
   Stored<kQuickInputs> ahead;
   auto load = [&](int64_t b, int i) { load_inputs(ahead, p, b < first.end ? b : p.batch, i, p.in_features, vectors); };
-  int64_t b = first.b + line + OwnSteps::first() * kGroupDepth;
+  int64_t b = first.b + line + OwnSteps<true>::first() * kGroupDepth;
   load(b, i0);
-  make_own_steps(first.count(), [&](int stage) {
+  make_own_steps<true>(first.count(), [&](int stage) {
     char* lines = left + stage * kLeftBytes + panel * kPanelBytes;
     KAN_NO_UNROLL
     for (int m = 0; m < kGroupDepth; m += kQuickInputs) {
@@ -147,7 +147,7 @@ KAN_DEVICE void make_base_lines_quickly(const WideArguments& a, const FeatureTil
   auto load = [&](int m, int i) { ahead[m].load_whole(rows.here, x_dtype, quick_input(p, i)); };
   KAN_UNROLL_ALL
   for (int m = 0; m < kAhead; ++m) load(m, i0 + m * kQuickInputs);
-  OwnSteps own;
+  OwnSteps<true> own;
   KAN_NO_UNROLL
   for (int s = own.first(); s < steps; s += 2) {
     own.begin();
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_warpgroup(KAN_ARGUMEN
   const FeatureTile& tile = block.tile.features;
   const BatchStep first{block.begin, block.end};
   if (int(threadIdx.x) >= kMultipliers) {
-    set_registers<kMakersRegisters<kColumns>>();
+    set_registers<256 - kLoadedRegisters<kColumns>>();
     if constexpr (kQuick) {
       const bool silu = a.activation.kind == kSilu && a.activation.n == 0, usual = p.x_dtype == kStoredAs<P> && (tile.is_base ? silu : a.quick.mirrored);
       if (tile.is_base && usual) make_base_lines_quickly<P, true>(a, tile, first, left);
@@ -230,18 +230,17 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_warpgroup(KAN_ARGUMEN
       else make_lines<P>(a, tile, first, left);
     }
   } else {
-    set_registers<kMultipliersRegisters<kColumns>>();
+    set_registers<kLoadedRegisters<kColumns>>();
     const uint64_t rights = describe_tile(right);
-    const LeftPieces<true> pieces;
-    uint32_t registers[kLeftSets<kColumns>][4];
+    const LoadedLeft loaded;
+    uint32_t registers[kLoadedSets<kColumns>][4];
     GroupSums<kColumns> sums = {};
     GradientCopies<kColumns, T> copies(p, first, block.tile.o0);
     multiply_steps<true>(
         first, [&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); },
         [&](bool, int left_stage, int stage, auto copy_now, auto left_read) {
-          multiply_and_copy<P, true, true>(sums, registers, pieces, left + left_stage * kLeftBytes,
-                                           further(rights, stage * kRightBytes<kColumns>), copy_now);
-          left_read();
+          loaded.multiply_and_copy<P>(sums, registers, left + left_stage * kLeftBytes, further(rights, stage * kRightBytes<kColumns>), copy_now,
+                                      left_read);
         });
     T* to = static_cast<T*>(tile.is_base ? p.d_base : p.d_spline);
     for_every_weight<kColumns>(p, block, parts, sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
@@ -263,8 +262,7 @@ __global__ void __launch_bounds__(kAddThreads) add_parts(Problem p, int columns,
   const WeightTile tile(p, columns, cut.whole + number);
   const int64_t row = tile.features.row(p, at / pitch), o = tile.o0 + at % pitch;
   if (row < 0 || o >= p.out_features) return;
-  float total = 0;
-  for (int slice = 0; slice < cut.slices; ++slice) total += parts[(int64_t(slice) * cut.rest + number) * size + at];
+  const float total = sum_of_slices(parts + int64_t(number) * size + at, int64_t(cut.rest) * size, cut.slices);
   put(static_cast<T*>(tile.features.is_base ? p.d_base : p.d_spline)[row * p.out_features + o], total);
 }
 template <class T> int launch_add_parts(const Problem& p, int columns, const TileCut& cut, const float* parts, void* stream) {

@@ -113,6 +113,7 @@ template <class T> T exchange(const char* name, T value, int source) {
   return mine.result;
 }
 template <class T> T shuffle_xor(T value, int mask) { return exchange("shuffle_xor", value, emulation::self->lane ^ mask); }
+template <class T> T shuffle(T value, int lane) { return exchange("shuffle", value, lane & 31); }
 
 inline float reciprocal(float x) { return 1 / x; }
 inline double reciprocal(double x) { return 1 / x; }
