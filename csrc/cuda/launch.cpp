@@ -76,22 +76,28 @@ constexpr double kSplitPays = 2e9;
 
 // Whether one launch of plain multiply-adds is faster than the wide kernels' tables, steps and sums; from 32 rows on. On an H200 it took
 // contract_output of float32 10 us and 2.6 for each million triples of row, input and output, where the wide kernel takes 28 at the least;
-// contract_input 5.5 and 3.2, the wide one 10 and 0.08 for every output. Of 16-bit types, by warpgroups 11 us at the least, both won up to
-// 2^20 triples. contract_weight of 2^16 triples took 8 us either way, and lost beyond.
-bool any_pays(const Problem& p, Operation operation) {
+// contract_input 5.5 and 3.2, the wide one 10 and 0.08 for every output. Of 16-bit types, by warpgroups 8 to 9 us at the least,
+// contract_input won up to half a million triples. contract_weight of 2^16 took 8 us either way, and lost beyond.
+bool any_pays(const Problem& p, Operation operation, bool by_warpgroups) {
   const double triples = double(p.batch) * double(p.in_features) * double(p.out_features) * 1e-6;
   if (operation == Operation::weight) return triples <= 0.1;
-  if (p.weight_dtype != kFloat32) return triples <= 1.05;
+  if (p.weight_dtype != kFloat32) return triples <= (by_warpgroups ? 0.5 : 1.0);
   return operation == Operation::output ? 10 + 2.6 * triples < 28 : 5.5 + 3.2 * triples < 10 + 0.08 * double(p.out_features);
 }
 
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
-  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) {
-    if (any_pays(p, operation)) return Family::any;
-    const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
-    return pays && why_not_warpgroup(p, device, operation) == nullptr ? Family::wgmma : Family::dense;
+  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8) {
+    const bool warpgroups = why_not_warpgroup(p, device, operation) == nullptr;
+    // For 1 and 16 rows of 64 inputs and 32 or 64 outputs it took 8 us, plain multiply-adds 10.5.
+    const bool enough = p.batch >= 32 || p.in_features * p.out_features >= 2048;
+    if (warpgroups && enough && p.weight_dtype != kFloat32 && operation == Operation::output) return Family::wgmma;
+    if (p.batch >= 32) {
+      if (any_pays(p, operation, warpgroups)) return Family::any;
+      const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
+      return pays && warpgroups ? Family::wgmma : Family::dense;
+    }
   }
   constexpr int64_t kNarrowTables = 72 * 1024;
   const bool narrow = why_not_narrow(p, device, operation) == nullptr && plan_narrow(p, device, operation).shared <= kNarrowTables;
@@ -201,24 +207,34 @@ Slices slices_of_weight(const Problem& p, const Device& device) {
   return cut(p.batch, 128, tiles, bytes, 2, device, offset);
 }
 
+constexpr int64_t kSliceOfAny = 64;  // inputs at the least: a second kernel adds the sums, and a slice must save as much
+
 // Of the kernels for every problem.
 Slices slices_any(const Problem& p, const Device& device) {
   const int64_t bytes = p.in_features * (p.bases() + 1) * p.out_features * int64_t(compute_size(p));
   return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, 0);
 }
-// Tiles of theirs. Of contract_output tall ones where they make blocks enough all the same, or where there are few inputs to share out; of
-// contract_input no taller ones than the batch fills, and fewer turns where that makes more blocks.
+// Tiles of theirs, as low, or as few turns, as give no more blocks than multiprocessors. Of contract_output warps with rows of their own
+// are left something to do; there is a kernel for less than kRowsOfWarp rows for order 3 alone, and none for slices. Of contract_input tiles
+// are no taller than the batch fills.
 AnyTile tile_of_output_any(const Problem& p, const Device& device) {
   const int64_t columns = (p.out_features + 31) / 32;
+  const int least = p.spline_order == 3 && p.in_features < 2 * kSliceOfAny ? 1 : kRowsOfWarp;
   AnyTile tile{64, kMostTurns};
-  while (tile.rows > kRowsOfWarp && p.in_features > tile.inputs() && (p.batch + tile.rows - 1) / tile.rows * columns < device.multiprocessors) tile.rows /= 2;
+  for (AnyTile lower = tile; tile.rows > least && p.in_features > tile.side(); tile = lower) {
+    lower.rows = tile.rows == kRowsOfWarp ? 1 : tile.rows / 2;
+    if ((p.batch + lower.rows - 1) / lower.rows * columns > device.multiprocessors && p.batch > lower.rows) break;
+  }
   return tile;
 }
 AnyTile tile_of_input_any(const Problem& p, const Device& device) {
   AnyTile tile{64, kMostTurns};
   while (tile.rows > kRowsOfWarp && p.batch <= tile.rows / 2) tile.rows /= 2;
   const int64_t tall = (p.batch + tile.rows - 1) / tile.rows;
-  while (tile.turns > 1 && tall * ((p.in_features + tile.inputs() - 1) / tile.inputs()) < device.multiprocessors) tile.turns /= 2;
+  for (AnyTile shorter = tile; tile.turns > 1; tile = shorter) {
+    shorter.turns = tile.turns / 2;
+    if (tall * ((p.in_features + shorter.inputs() - 1) / shorter.inputs()) > device.multiprocessors) break;
+  }
   return tile;
 }
 Slices slices_of_output_any(const Problem& p, const Device& device) {
@@ -226,8 +242,7 @@ Slices slices_of_output_any(const Problem& p, const Device& device) {
   const int64_t tiles = ((p.batch + rows - 1) / rows) * ((p.out_features + 31) / 32);
   // Of 16-bit types there is a kernel for slices of order 3 alone.
   if (p.spline_order != 3 && (p.weight_dtype == kBFloat16 || p.weight_dtype == kFloat16)) return {1, p.in_features, 0};
-  // A second kernel adds the sums: a slice must save as much, two steps of a tile at the least.
-  return cut(p.in_features, 64, tiles, p.batch * p.out_features * int64_t(compute_size(p)), 1, device, 0);
+  return cut(p.in_features, kSliceOfAny, tiles, p.batch * p.out_features * int64_t(compute_size(p)), 1, device, 0);
 }
 
 size_t size_of_parts(const Slices& slices, int64_t one, size_t number) {

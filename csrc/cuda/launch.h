@@ -28,17 +28,18 @@ struct TileCut {
 // What contract_weight by warpgroups does on a GPU of so many multiprocessors.
 TileCut cut_of_weight(const Problem&, const Device&);
 
-// The tiles of contract_output and contract_input for every problem. A warp takes kRowsOfWarp rows through a part of the inputs, one after another, for 32
-// outputs, one a lane: all lanes read the same windows and consecutive weights. Each of these turns waits for memory, and so does making
-// windows, which is why blocks are as large as registers allow.
+// The tiles of contract_output and contract_input for every problem. A warp takes some rows, 4 or 1, through a part of the inputs, one
+// after another, for 32 outputs, one a lane: all lanes read the same windows and consecutive weights. Each of these turns waits for memory,
+// and so does making windows, which is why blocks are as large as registers allow.
 constexpr int kAnyThreads = 512, kAnyWarps = kAnyThreads / 32, kRowsOfWarp = 4, kMostTurns = 8;
 
-// Rows of a tile: 4 to 64. Tall ones read weights less often, low ones make more blocks and more warps for the inputs of a row. turns: of
+// Rows of a tile: 1 to 64. Tall ones read weights less often, low ones make more blocks and more warps for the inputs of a row. turns: of
 // a warp, 1 to kMostTurns: a thread has one window, or none.
 struct AnyTile {
   int rows, turns;
 
-  KAN_INLINE int groups() const { return rows / kRowsOfWarp; }
+  KAN_INLINE int rows_of_warp() const { return rows < kRowsOfWarp ? 1 : kRowsOfWarp; }
+  KAN_INLINE int groups() const { return rows / rows_of_warp(); }
   KAN_INLINE int side() const { return kAnyWarps / groups(); }  // warps that share rows
   KAN_INLINE int inputs() const { return turns * side(); }
   KAN_INLINE int windows() const { return rows * inputs(); }
