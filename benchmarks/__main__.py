@@ -22,14 +22,15 @@ TOPICS = {
     "network": ("benchmarks.network", "KANs against MLPs, and the published KAN-benchmarking protocol"),
     "training": ("benchmarks.training", "accuracy at equal parameters and equal training time (--tasks)"),
     "latency": ("benchmarks.latency", "small calls against an MLP, and what the host needs to plan a launch"),
+    "contractions": ("benchmarks.contractions", "the three contractions of a layer alone, on a GPU as CUDA graphs"),
     "kernels": ("benchmarks.kernels", "the Triton kernels compiled offline, not run: registers, spills, shared memory"),
     "bars": ("benchmarks.bars", "the CPU speed bars against nn.Linear of equal parameter count"),
 }
 # Options of some topics only: given to another, they would be ignored.
 TAKES = {
-    "backend": {"layer", "sweep", "network", "training", "latency", "bars"},
-    "shapes": {"layer", "sweep", "bars"},
-    "dtype": {"layer", "sweep"},
+    "backend": {"layer", "sweep", "network", "training", "latency", "contractions", "bars"},
+    "shapes": {"layer", "sweep", "contractions", "bars"},
+    "dtype": {"layer", "sweep", "contractions"},
     "peers": {"layer", "sweep", "network"},
     "minutes": {"layer"},
     "phases": {"layer", "sweep"},

@@ -160,12 +160,16 @@ IFS=: read -ra folders <<< "${PEER_PATHS:-}"
 for folder in "${folders[@]}"; do rivals+=(--peer-path "$folder"); done
 bench() { local name=$1 limit=$2; shift 2; stage "$name" "$limit" "$PYTHON" -m benchmarks --out "$rows" "${rivals[@]}" "$@"; }
 if [ $gpu = 1 ]; then
-  bench bench-layer 90 --device cuda --dtype float32 bfloat16 --seconds 0.25 --minutes 1.4 --memory --phases forward step \
-    --peers linear cox-de-boor efficient-kan inkan fast-kan
+  for dtype in bfloat16 float32; do
+    bench bench-layer-$dtype 60 --device cuda --dtype $dtype --seconds 0.2 --minutes 0.9 --phases forward step \
+      --peers linear cox-de-boor efficient-kan inkan fast-kan
+  done
   bench bench-latency 25 --device cuda --what latency --seconds 0.3
+  bench bench-contractions 25 --device cuda --backend native --what contractions --dtype float32 bfloat16 --seconds 0.05
 else
   bench bench-layer 90 --device cpu --threads 1 --shapes 64,16,16,5 --seconds 0.02 --memory --peers cox-de-boor
   bench bench-latency 60 --device cpu --threads 1 --what latency --seconds 0.02
+  bench bench-contractions 60 --device cpu --threads 1 --what contractions --shapes 64,16,16,5 --seconds 0.02
   missing bench-cuda,bench-dense,bench-sparse,bench-wgmma,bench-wgmma_sparse "no GPU"
 fi
 

@@ -187,8 +187,8 @@ def accuracy(rows: list[Row]) -> str:
     return _rivals(exact, "error", cell)
 
 
-def latency(rows: list[Row]) -> str:
-    chosen = [row for row in latest(rows, what="latency", device="cpu") if "forward_us" in row]
+def latency(rows: list[Row], device: str = "cpu") -> str:
+    chosen = [row for row in latest(rows, what="latency", device=device) if "forward_us" in row]
     if not chosen:
         return NOT_YET
     body = [
@@ -206,8 +206,8 @@ def latency(rows: list[Row]) -> str:
     return markdown(["network", "against", "batch", "forward", "step"], body) + circumstances(chosen)
 
 
-def network(rows: list[Row]) -> str:
-    chosen = [row for row in latest(rows, what="network", device="cpu") if "forward_ms" in row]
+def network(rows: list[Row], device: str = "cpu") -> str:
+    chosen = [row for row in latest(rows, what="network", device=device) if "forward_ms" in row]
     if not chosen:
         return NOT_YET
     body = [
@@ -221,10 +221,10 @@ def network(rows: list[Row]) -> str:
     return markdown(head, body) + circumstances(chosen)
 
 
-def protocol(rows: list[Row]) -> str:
+def protocol(rows: list[Row], device: str = "cpu") -> str:
     from benchmarks.network import PROTOCOL_PUBLISHED, PROTOCOL_SOURCE
 
-    chosen = latest(rows, what="protocol", device="cpu")
+    chosen = latest(rows, what="protocol", device=device)
     if not chosen:
         return NOT_YET
     body = []
@@ -273,20 +273,68 @@ def gpu(rows: list[Row]) -> str:
             mine = [row for row in chosen if row["shape"] == shape.key() and row["dtype"] == dtype and row["ours"]]
             best = min((row for row in mine if "step_ms" in row), key=lambda row: row["step_ms"], default={})
             used += [best] if best else []
+            linear = [
+                row["forward_graph_ms"]
+                for row in chosen
+                if row["contestant"] == "linear equal"
+                and all(row[key] == best.get(key) for key in ("shape", "dtype", "commit"))
+                and "forward_graph_ms" in row
+            ]
 
             def cell(key: str, row: Row = best, form: str = ".3g") -> str:
                 return f"{row[key]:{form}}" if key in row else NOT_YET if not row else "-"
 
             body.append([
-                f"{shape}, {dtype}", cell("forward_ms"), cell("forward_graph_ms"), cell("forward_ratio", form=".2f"),
+                f"{shape}, {dtype}", cell("forward_ms"), cell("forward_ratio", form=".2f"),
+                cell("forward_graph_ms"),
+                f"{best['forward_graph_ms'] / linear[0]:.2f}" if linear and "forward_graph_ms" in best else cell(""),
                 cell("step_ms"), cell("step_ratio", form=".2f"), cell("step_ratio_to_fastest_rival", form=".2f"),
                 cell("error", form=".1e"), str(best.get("contestant", NOT_YET)).removeprefix("kan_fast "),
             ])  # fmt: skip
     head = [
-        "batch x in x out", "forward, ms", "as a CUDA graph, ms", "to linear", "step, ms", "to linear",
+        "batch x in x out", "forward, ms", "to linear", "as a CUDA graph, ms", "to linear", "step, ms", "to linear",
         "to the fastest rival", "error to float64", "backend",
     ]
     return markdown(head, body) + circumstances(used)
+
+
+def gpu_more(rows: list[Row]) -> str:
+    """Steps with an optimiser, and of differential equations."""
+    timed = ("optimiser_ms", "second_derivative_ms")
+    chosen = [row for row in latest(rows, what="layer", device="cuda") if any(key in row for key in timed)]
+    if not chosen:
+        return NOT_YET
+    body = [
+        [
+            f"{Shape.parse(row['shape'])}, {row['dtype']}", row["contestant"],
+            *(f"{row[key]:{form}}" if row.get(key) is not None else "-" for key, form in (
+                ("optimiser_ms", ".3g"), ("optimiser_ratio", ".2f"), ("second_derivative_ms", ".3g"))),
+        ]
+        for row in chosen
+    ]  # fmt: skip
+    head = ["batch x in x out", "", "step with optimiser, ms", "to linear", "step with second derivatives, ms"]
+    return markdown(head, body) + circumstances(chosen)
+
+
+def gpu_contractions(rows: list[Row]) -> str:
+    """The latest microseconds, and in brackets those of the earliest commit."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.get("what") == "contractions" and row["device"] == "cuda" and "output_us" in row:
+            found.setdefault((row["dtype"], row["shape"]), []).append(row)
+    if not found:
+        return NOT_YET
+
+    def cell(before: Row, now: Row, name: str) -> str:
+        text = f"{now[f'{name}_us']:.1f}"
+        return text if before["commit"] == now["commit"] else f"{text} ({before[f'{name}_us']:.1f})"
+
+    body = [
+        [f"{Shape.parse(shape)}, {dtype}", *(cell(mine[0], mine[-1], name) for name in ("output", "input", "weight"))]
+        for (dtype, shape), mine in found.items()
+    ]
+    head = ["batch x in x out", "contract_output, us", "contract_input, us", "contract_weight, us"]
+    return markdown(head, body) + circumstances([row for mine in found.values() for row in (mine[-1], mine[0])])
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -304,4 +352,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "protocol": protocol,
     "training": training,
     "gpu": gpu,
+    "gpu_more": gpu_more,
+    "gpu_contractions": gpu_contractions,
+    "gpu_network": lambda rows: network(rows, "cuda"),
+    "gpu_protocol": lambda rows: protocol(rows, "cuda"),
+    "gpu_latency": lambda rows: latency(rows, "cuda"),
 }

@@ -35,8 +35,8 @@ def test_command_line_writes_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--what latency --shapes 8,4,4", "--shapes: expected with --what bars or layer or sweep alone, got --what latency"),
-        ("--what bars --dtype bfloat16", "--dtype: expected with --what layer or sweep alone, got --what bars"),
+        ("--what latency --shapes 8,4,4", "--shapes: expected with --what bars or contractions or layer or sweep alone, got --what latency"),
+        ("--what bars --dtype bfloat16", "--dtype: expected with --what contractions or layer or sweep alone, got --what bars"),
         ("--extras", "--extras: expected with --what bars alone, got --what layer"),
         ("--what bars --device cuda", "--device cuda: expected cpu with --what bars"),
         ("--peers linear fastest", "argument --peers: invalid choice: 'fastest'"),
@@ -186,7 +186,7 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
         env={"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    for stage in ("info", "twins", "small-set", "bench-layer", "bitwise", "plot"):
+    for stage in ("info", "twins", "small-set", "bench-layer", "bench-contractions", "bitwise", "plot"):
         assert f"ok        {stage} " in done.stdout
     assert "LEFT OUT  memcheck,racecheck: no GPU" in done.stdout
     assert int(re.search(r"(\d+)/\d+ tests collected", done.stdout)[1]) > 1000  # what would run on a GPU

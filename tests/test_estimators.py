@@ -4,21 +4,22 @@ import pickle
 import subprocess
 import sys
 
-import matplotlib as mpl
 import numpy as np
-import pandas as pd
 import pytest
-import sympy
 import torch
-from sklearn.base import clone
-from sklearn.datasets import load_wine
-from sklearn.feature_selection import SelectFromModel
-from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from kan_fast import KAN, KANClassifier, KANRegressor
+# Optional packages: where they are absent, the tests of a GPU are collected all the same.
+mpl, pd, sympy = (pytest.importorskip(name) for name in ("matplotlib", "pandas", "sympy"))
+pytest.importorskip("sklearn")
+from sklearn.base import clone  # noqa: E402
+from sklearn.datasets import load_wine  # noqa: E402
+from sklearn.feature_selection import SelectFromModel  # noqa: E402
+from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import StandardScaler  # noqa: E402
+from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+
+from kan_fast import KAN, KANClassifier, KANRegressor  # noqa: E402
 
 mpl.use("agg")
 

@@ -32,21 +32,6 @@ template <class C> KAN_DEVICE void write(void* data, int64_t i, int dtype, C val
   else put(static_cast<Float16*>(data)[i], value);
 }
 
-// parts[0] + parts[pitch] + ..., in that order; eight at a time are on their way.
-template <class C> KAN_DEVICE C sum_of_slices(const C* parts, int64_t pitch, int slices) {
-  constexpr int kAhead = 8;
-  C total = 0;
-  KAN_NO_UNROLL
-  for (int s = 0; s < slices; s += kAhead) {
-    C part[kAhead];
-    KAN_UNROLL_ALL
-    for (int m = 0; m < kAhead; ++m) part[m] = s + m < slices ? parts[(s + m) * pitch] : C(0);
-    KAN_UNROLL_ALL
-    for (int m = 0; m < kAhead; ++m) total += part[m];
-  }
-  return total;
-}
-
 KAN_DEVICE float exponential(float x) { return expf(x); }
 KAN_DEVICE double exponential(double x) { return exp(x); }
 KAN_DEVICE float normal_cdf(float x) { return 0.5f * erfcf(-0.70710678118654752f * x); }

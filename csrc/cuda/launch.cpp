@@ -75,29 +75,25 @@ const char* why_not_warpgroup(const Problem& p, const Device& device, Operation 
 constexpr double kSplitPays = 2e9;
 
 // Whether one launch of plain multiply-adds is faster than the wide kernels' tables, steps and sums; from 32 rows on. On an H200 it took
-// contract_output of float32 10 us and 2.6 for each million triples of row, input and output, where the wide kernel takes 28 at the least;
-// contract_input 5.5 and 3.2, the wide one 10 and 0.08 for every output. Of 16-bit types, by warpgroups 8 to 9 us at the least,
-// contract_input won up to half a million triples. contract_weight of 2^16 took 8 us either way, and lost beyond.
+// contract_output of float32 6 us (64 rows of 64 inputs and outputs) to 23 (64 of 256), where the wide kernel takes 28 at the least;
+// contract_input 5.5 and 3.2 for each million triples of row, input and output, the wide one 10 and 0.08 for every output. Of 16-bit types,
+// by warpgroups 8 to 9 us at the least, contract_input won up to half a million triples. contract_weight of 2^16 took 8 us either way, and
+// lost beyond.
 bool any_pays(const Problem& p, Operation operation, bool by_warpgroups) {
   const double triples = double(p.batch) * double(p.in_features) * double(p.out_features) * 1e-6;
   if (operation == Operation::weight) return triples <= 0.1;
   if (p.weight_dtype != kFloat32) return triples <= (by_warpgroups ? 0.5 : 1.0);
-  return operation == Operation::output ? 10 + 2.6 * triples < 28 : 5.5 + 3.2 * triples < 10 + 0.08 * double(p.out_features);
+  return operation == Operation::output ? triples < 6 : 5.5 + 3.2 * triples < 10 + 0.08 * double(p.out_features);
 }
 
 // A tensor instruction is 8 outputs wide: with fewer than 16 most of it is padding. A block is 128 rows tall. Tables beyond
 // kNarrowTables leave room for too few warps on a multiprocessor.
 Family choose_freely(const Problem& p, const Device& device, Operation operation) {
-  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8) {
+  if (why_not_wide(p) == nullptr && p.out_features >= 16 && p.in_features >= 8 && p.batch >= 32) {
     const bool warpgroups = why_not_warpgroup(p, device, operation) == nullptr;
-    // For 1 and 16 rows of 64 inputs and 32 or 64 outputs it took 8 us, plain multiply-adds 10.5.
-    const bool enough = p.batch >= 32 || p.in_features * p.out_features >= 2048;
-    if (warpgroups && enough && p.weight_dtype != kFloat32 && operation == Operation::output) return Family::wgmma;
-    if (p.batch >= 32) {
-      if (any_pays(p, operation, warpgroups)) return Family::any;
-      const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
-      return pays && warpgroups ? Family::wgmma : Family::dense;
-    }
+    if (any_pays(p, operation, warpgroups)) return Family::any;
+    const bool pays = p.weight_dtype != kFloat32 || double(p.batch) * double(p.in_features) * double(p.out_features) * (p.bases() + 1) >= kSplitPays;
+    return pays && warpgroups ? Family::wgmma : Family::dense;
   }
   constexpr int64_t kNarrowTables = 72 * 1024;
   const bool narrow = why_not_narrow(p, device, operation) == nullptr && plan_narrow(p, device, operation).shared <= kNarrowTables;

@@ -253,30 +253,23 @@ __global__ void __launch_bounds__(kGroupThreads, 1) weight_warpgroup(KAN_ARGUMEN
 #endif
 }
 
-constexpr int kAddThreads = 256, kAddNumbers = 4, kAddSize = kAddThreads * kAddNumbers;
-// The tiles that were cut: d_spline and d_base from their parts, slice by slice. A thread has kAddNumbers numbers of a tile: finding out
-// which tile it is takes longer than adding one.
+constexpr int kAddThreads = 256;  // of the numbers of a part, whose pitch is even, a divisor
+// The tiles that were cut: d_spline and d_base from their parts, slice by slice. A thread a number: with four, or with eight loads under
+// way by hand, it took an H200 1 to 3 us longer.
 template <class T>
 __global__ void __launch_bounds__(kAddThreads) add_parts(Problem p, int columns, TileCut cut, const float* parts) {
-  const int pitch = part_pitch(p, columns), size = kTileFeatures * pitch, blocks = (size + kAddSize - 1) / kAddSize;
-  const int number = int(blockIdx.x) / blocks, first = int(blockIdx.x) % blocks * kAddSize + int(threadIdx.x);
+  const int pitch = part_pitch(p, columns), size = kTileFeatures * pitch, blocks = size / kAddThreads;
+  const int number = int(blockIdx.x) / blocks, at = int(blockIdx.x) % blocks * kAddThreads + int(threadIdx.x);
   const WeightTile tile(p, columns, cut.whole + number);
-  float total[kAddNumbers];
-  KAN_UNROLL_ALL
-  for (int m = 0; m < kAddNumbers; ++m) {
-    const int at = first + m * kAddThreads;
-    total[m] = at < size ? sum_of_slices(parts + int64_t(number) * size + at, int64_t(cut.rest) * size, cut.slices) : 0.0f;
-  }
-  KAN_UNROLL_ALL
-  for (int m = 0; m < kAddNumbers; ++m) {
-    const int at = first + m * kAddThreads;
-    const int64_t row = at < size ? tile.features.row(p, at / pitch) : -1, o = tile.o0 + at % pitch;
-    if (row >= 0 && o < p.out_features) put(static_cast<T*>(tile.features.is_base ? p.d_base : p.d_spline)[row * p.out_features + o], total[m]);
-  }
+  const int64_t row = tile.features.row(p, at / pitch), o = tile.o0 + at % pitch;
+  if (row < 0 || o >= p.out_features) return;
+  float total = 0;
+  for (int slice = 0; slice < cut.slices; ++slice) total += parts[(int64_t(slice) * cut.rest + number) * size + at];
+  put(static_cast<T*>(tile.features.is_base ? p.d_base : p.d_spline)[row * p.out_features + o], total);
 }
 template <class T> int launch_add_parts(const Problem& p, int columns, const TileCut& cut, const float* parts, void* stream) {
   if (cut.rest == 0) return 0;
-  const int64_t blocks = int64_t(cut.rest) * ((kTileFeatures * part_pitch(p, columns) + kAddSize - 1) / kAddSize);
+  const int64_t blocks = int64_t(cut.rest) * (kTileFeatures * part_pitch(p, columns) / kAddThreads);
   return launch(add_parts<T>, Blocks{blocks}, kAddThreads, 0, stream, p, columns, cut, parts);
 }
 
