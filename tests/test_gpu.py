@@ -46,6 +46,20 @@ def test_kernels_run_on_the_current_stream(place, size):
 
 @every_kernel
 @every_size
+def test_later_calls_give_the_numbers_of_the_first(place, size):
+    """Of Triton these are remembered launches; of other tensors they have to be right as well."""
+    layer, x, g = make(place, size)
+    other = x.flip(0).contiguous().requires_grad_()
+    expected = results(layer, x.requires_grad_(), g)
+    for _ in range(3):
+        assert all(map(torch.equal, results(layer, x, g), expected))
+    y, dx, *_ = results(layer, other, g.flip(0).contiguous())
+    torch.testing.assert_close(y, expected[0].flip(0))
+    torch.testing.assert_close(dx, expected[1].flip(0))
+
+
+@every_kernel
+@every_size
 def test_a_captured_step_can_be_replayed(place, size):
     layer, first, g = make(place, size)
     x = first.clone().requires_grad_()

@@ -47,6 +47,11 @@ def test_what_backends_are_asked_in_the_interpreter(select, fewest):
     run_kernels("1", fewest, ["tests/test_native.py", "-k", f"triton-cpu and ({select})"])
 
 
+def test_remembered_launches():
+    pytest.importorskip("triton")
+    run_kernels("0", 23, ["tests/recipes_without_gpu.py"])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_the_gpu():

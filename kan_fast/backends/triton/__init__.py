@@ -1,6 +1,7 @@
 """The contractions in Triton, for CUDA and ROCm devices; interpreted on CPU tensors when TRITON_INTERPRET=1.
 
     launch.py            from tensors to launches: tiles, arguments
+    recipes.py           launches remembered, so that most calls need no plan
     tiles.py             which tile each kernel works in, and why
     tuning.py            optional: tiles chosen by measuring, kept on disk
     kernels/             the kernels, file by file as in csrc/, and kan_fast/spline.py and activations.py in Triton
@@ -91,7 +92,8 @@ def contract_output(
         y = _unknown(x, scale).sum(1, keepdim=True, dtype=spline_weight.dtype)
         return y.expand(problem.batch, problem.out_features).contiguous()
     y = spline_weight.new_empty((problem.batch, problem.out_features))
-    _run("contract_output", x, scale, spline_weight.contiguous(), _contiguous(base_weight), grid.contiguous(), y, problem)
+    weights = {"spline_weight": spline_weight.contiguous(), "base_weight": _contiguous(base_weight)}
+    _run("contract_output", problem, {"x": x, "scale": scale, **weights, "grid": grid.contiguous(), "y": y})
     return y
 
 
@@ -115,7 +117,8 @@ def contract_input(
     if 0 in (problem.batch, problem.in_features, problem.out_features) or not (problem.spline or problem.base):
         return _unknown(x, None) + (g * 0).sum(1, keepdim=True, dtype=x.dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _run("contract_input", x, spline_weight.contiguous(), _contiguous(base_weight), g, grid.contiguous(), dx, problem)
+    weights = {"spline_weight": spline_weight.contiguous(), "base_weight": _contiguous(base_weight)}
+    _run("contract_input", problem, {"x": x, **weights, "g": g, "grid": grid.contiguous(), "dx": dx})
     return dx
 
 
@@ -148,7 +151,8 @@ def contract_weight(
     if empty:
         d_base.zero_()
     elif problem.spline or problem.base:
-        _run("contract_weight", x, scale, g, grid.contiguous(), d_spline, d_base, problem)
+        operands = {"x": x, "scale": scale, "g": g, "grid": grid.contiguous(), "d_spline": d_spline, "d_base": d_base}
+        _run("contract_weight", problem, operands)
     return d_spline, d_base
 
 
@@ -182,13 +186,10 @@ def _problem(
     return Problem(batch, in_features, features, out_features, order, activation, outside, n, weight_dtype, target)
 
 
-def _run(name: str, *arguments: object) -> None:
-    """Plan and launch, on the device of the first tensor."""
-    from kan_fast.backends.triton import launch
+def _run(name: str, problem: "Problem", operands: dict[str, Tensor | None]) -> None:
+    from kan_fast.backends.triton import recipes
 
-    x = arguments[0]
-    assert isinstance(x, Tensor)
-    launch.run(getattr(launch, f"plan_{name}")(*arguments), x.device)
+    recipes.execute(name, problem, operands)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -38,9 +38,9 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """On the current device and stream."""
-        self.kernel[self.programs](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """On the current device and stream; returns the compiled kernel."""
+        return self.kernel[self.programs](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,20 @@ def target_of(device: torch.device) -> Target:
     return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def run(launches: list[Launch], device: torch.device) -> None:
-    """Make the launches of a plan on a device, on that device's current stream; interpreted if Triton is."""
+def run(launches: list[Launch], device: torch.device) -> list[Any]:
+    """Make the launches of a plan on a device, on that device's current stream; interpreted if Triton is.
+
+    Returns the compiled kernels, none if interpreted.
+    """
     if interpreted():
         from kan_fast.backends.triton import interpreter
 
         interpreter.run(launches)
-    elif device.index == torch.cuda.current_device():
-        for step in launches:
-            step.run()
-    else:
-        with torch.cuda.device(device):
-            for step in launches:
-                step.run()
+        return []
+    if device.index == torch.cuda.current_device():
+        return [step.run() for step in launches]
+    with torch.cuda.device(device):
+        return [step.run() for step in launches]
 
 
 def plan_contract_output(

@@ -39,6 +39,12 @@ ROWS = 128  # of the batch that a candidate's results are checked on
 ROUNDS = 4  # times that the best tile so far is varied
 _known: dict[tuple[str, "Problem", torch.device], Tile] = {}
 _mode: str | None = None
+_uses = 0  # how often `use` was entered or left
+
+
+def state() -> tuple[str, int]:
+    """What tiles depend on besides the problem and the device: while it is the same, so are they."""
+    return mode(), _uses
 
 
 def mode() -> str:
@@ -57,16 +63,18 @@ def _asked() -> str:
 @contextmanager
 def use(mode: str) -> Iterator[None]:
     """Within it, `mode` ("off", "read" or "tune") replaces what the environment says; what was known is asked for again."""
-    global _mode
+    global _mode, _uses
     if mode not in MODES.values():
         raise ValueError(f"mode: expected one of {sorted(set(MODES.values()))}, got {mode!r}")
     before, _mode = _mode, mode
     _known.clear()
+    _uses += 1
     try:
         yield
     finally:
         _mode = before
         _known.clear()
+        _uses += 1
 
 
 def tile(kernel: str, problem: "Problem", device: torch.device) -> Tile:
