@@ -11,6 +11,21 @@ Row = dict[str, Any]
 NOT_YET = "not yet measured"
 
 
+PHASES = ("forward", "backward", "step", "optimiser", "second_derivative")
+
+
+def _renewed(old: Row, new: Row) -> Row:
+    """A subject's rows as one: phases that the newer one does not have stay, of those that it has nothing older does."""
+    if "failed" in new:
+        return new
+    measured = [phase for phase in PHASES if any(f"{phase}_{end}" in new for end in ("ms", "us", "failed"))]
+
+    def stays(key: str) -> bool:
+        return "memory" in key or not any(key.startswith(f"{phase}_") for phase in measured)
+
+    return {**{key: value for key, value in old.items() if stays(key) and key != "failed"}, **new}
+
+
 def latest(rows: list[Row], **wanted: Any) -> list[Row]:
     """Rows that have these values, the last one of every subject, in order of first appearance."""
     found: dict[tuple[Any, ...], Row] = {}
@@ -21,7 +36,7 @@ def latest(rows: list[Row], **wanted: Any) -> list[Row]:
                 row.get("task"), row.get("model"), row.get("instruction"), row.get("axis"), row.get("value"),
                 row.get("device"), row.get("device_name"), row.get("backend") if row.get("what") == "sweep" else None,
             )
-            found[subject] = {**found.get(subject, {}), **row}
+            found[subject] = _renewed(found.get(subject, {}), row)
     return list(found.values())
 
 

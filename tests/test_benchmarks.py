@@ -330,6 +330,20 @@ def test_latest_row_wins() -> None:
     assert merged == [{**row, "forward_ms": 2, "step_ms": 5}]
 
 
+def test_a_newer_row_leaves_nothing_older_of_its_phases() -> None:
+    row = {"what": "layer", "shape": SMALL.key(), "contestant": "a", "device": "cpu"}
+    old = {**row, "forward_ms": 1, "forward_graph_ms": 0.5, "forward_memory_mib": 3, "step_ms": 5, "commit": "old"}
+    for new, expected in (
+        ({"forward_ms": 2}, {"forward_ms": 2, "forward_memory_mib": 3, "step_ms": 5}),
+        ({"forward_failed": "error"}, {"forward_failed": "error", "forward_memory_mib": 3, "step_ms": 5}),
+        ({"failed": "wrong"}, {"failed": "wrong"}),
+        ({"absent": "not installed"}, {**old, "absent": "not installed"}),
+    ):
+        now = {**row, **new, "commit": "new"}
+        assert tables.latest([old, now], what="layer") == [{**row, **expected, "commit": "new"}]
+    assert tables.latest([{**row, "failed": "wrong"}, {**row, "step_ms": 1}], what="layer") == [{**row, "step_ms": 1}]
+
+
 @pytest.mark.parametrize("name", list(tables.TABLES))
 def test_every_table_of_the_committed_rows(name: str) -> None:
     found = plot.committed()
