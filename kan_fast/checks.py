@@ -6,6 +6,7 @@ csrc/ops.cpp makes the same demands of the native backend.
 
 import math
 import operator
+import os
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ def expect(fits: bool, name: str, wanted: str, value: Any) -> None:
     if not fits:
         shown = repr(value) if value is None or isinstance(value, str | int | float) else type(value).__name__
         raise TypeError(f"{name}: expected {wanted}, got {shown}")
+
+
+def check_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """value, a file's path. An int, which open() takes for a file that is open already, is none."""
+    expect(isinstance(value, str | os.PathLike), name, "a path", value)
+    path: str | os.PathLike[str] = value
+    return path
 
 
 def check_int(name: str, value: Any, least: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kan_fast import edges, ops
 from kan_fast.backends import reference
-from kan_fast.checks import expect
+from kan_fast.checks import check_path, expect
 
 _aten = torch.ops.aten
 # Beyond this a protobuf, which ends at 2 GiB, keeps its weights in a second file.
@@ -74,7 +74,7 @@ def export_aoti(
     path ends with ".pt2". example, dynamic_batch: see export_program. options: Inductor's. Needs a C++ compiler.
     torch._inductor.aoti_load_package(path)(x), or AOTIModelPackageLoader in C++, runs it.
     """
-    path = os.fspath(path)
+    path = os.fspath(check_path("path", path))
     if not path.endswith(".pt2"):
         raise ValueError(f"path: expected a name that ends with .pt2, got {path!r}")
     from torch._inductor import aoti_compile_and_package
@@ -96,6 +96,7 @@ def export_onnx(
     example, dynamic_batch: see export_program. options go to torch.onnx.export: input_names, output_names, opset_version.
     Weights of 2 GiB and more go to a second file beside it, path + ".data". Needs the extra kan_fast[export].
     """
+    check_path("path", path)
     try:
         import onnxscript  # noqa: F401 - torch.onnx needs it, and says so less clearly
     except ImportError as error:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kan_fast.checkpoints import load_model_state, load_optimizer_state, model_state, write
-from kan_fast.checks import check_int, check_iterable, check_number, expect
+from kan_fast.checks import check_int, check_iterable, check_number, check_path, expect
 from kan_fast.grid import InputsNotFinite, update_grid
 from kan_fast.history import History
 from kan_fast.optimizers import make_optimizer, make_scheduler
@@ -109,6 +109,8 @@ def train_kan(
         expect(function is None or callable(function), name, "a function or None", function)
     expect(metrics is None or isinstance(metrics, Mapping), "metrics", "a dict of functions or None", metrics)
     expect(autocast is None or isinstance(autocast, torch.dtype), "autocast", "a torch.dtype or None", autocast)
+    if checkpoint_dir is not None:
+        check_path("checkpoint_dir", checkpoint_dir)
     if device is not None:
         model.to(device)
     run = _Run(model, make_optimizer(model, optimizer, lr, weight_decay), loss or nn.functional.mse_loss, autocast)

@@ -12,6 +12,7 @@ X, Y = torch.rand(16, 2), torch.rand(16, 1)
 TRAIN = {"model": KAN([2, 3, 1]), "train_loader": [(X, Y)], "val_loader": None, "epochs": 1, "progress": False}
 MODEL_AND_X = {"model": TRAIN["model"], "loader_or_x": X}
 REFINE = {"model": TRAIN["model"], "loader": X}
+EXPORT = {"model": TRAIN["model"], "example": X}
 PRUNE = {"model": TRAIN["model"], "threshold": 0.0, "data": X}
 ITERABLE = "expected a tensor, or an iterable of inputs or .input, .... tuples, got"
 
@@ -74,6 +75,9 @@ BAD = [
     ("SparseKANLayer", {"in_features": 3, "out_features": 2}, "fan_in", 4, "expected 1 to in_features = 3, got 4"),
     ("SparseKANLayer", {"out_features": 2, "fan_in": 1}, "in_features", "a", "expected an int, got 'a'"),
     ("SparseKANLayer", {"in_features": 3, "fan_in": 1}, "out_features", -1, "expected 0 or more, got -1"),
+    ("train_kan", TRAIN, "checkpoint_dir", 3, "expected a path, got 3"),
+    ("export_onnx", EXPORT, "path", 3, "expected a path, got 3"),
+    ("export_aoti", EXPORT, "path", None, "expected a path, got None"),
     ("KANFeedForward", {}, "d_model", "a", "expected an int, got 'a'"),
     ("KANConv2d", {"out_channels": 2, "kernel_size": 3}, "in_channels", "a", "expected an int, got 'a'"),
 ]
@@ -97,6 +101,8 @@ def test_arguments_of_methods():
         (lambda: model.regularization_loss("a"), "regularization_factor: expected a number, got 'a'"),
         (lambda: KAN.from_layers([layer, 3]), r"layers\[1\]: expected a KANLayer or SparseKANLayer, got 3"),
         (lambda: KAN.from_layers(None), "layers: expected layers, got None"),
+        (lambda: model.save(3), "path: expected a path, got 3"),
+        (lambda: KAN.load(3), "path: expected a path, got 3"),
         (lambda: kan_fast.KANConv2d(1, 2, 3)(None), "x: expected a tensor, got None"),
         (lambda: kan_fast.train_kan(model, [([0.0], [0.0])]), "loader: expected batches .x, y. of tensors, got list"),
     ):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kan_fast.atomic import replacing
+from kan_fast.checks import check_path
 
 _DTYPES = {
     "F64": torch.float64,
@@ -63,7 +64,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors (on the CPU) and strings of a file; raises ValueError, with the path, for one that is not whole."""
     _check_byte_order()
-    with open(path, "rb") as file:
+    with open(check_path("path", path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header, start = _read_header(path, file, size)
         metadata = header.pop("__metadata__", {})
