@@ -64,7 +64,7 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Short commit of the working tree, with "+" if tracked files differ from it; "unknown" outside a checkout.
+    """Short commit of the working tree, with "+" if its code differs from it; "unknown" outside a checkout.
 
     KAN_FAST_COMMIT says it instead, for a copy that came to another machine without its history.
     """
@@ -77,7 +77,8 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "kan_fast", "csrc", "benchmarks")
+        code = ("kan_fast", "csrc", "benchmarks", ":!benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
