@@ -330,7 +330,9 @@ template <class T> void contract_backward(const Problem<T>& p, const Runtime& ru
     return;
   }
   if (narrow::serves_backward(p)) return narrow::contract_backward(p, runtime);
-  const int64_t threads = smaller<int64_t>(runtime.threads, larger<int64_t>(1, p.batch * I * p.out_features / kMinimumWork));
+  // The weights and their gradients pass whole however few rows there are: a single row of 256 x 256 takes as long as ten more do.
+  const int64_t work = (p.batch + p.bases()) * I * p.out_features;
+  const int64_t threads = smaller<int64_t>(runtime.threads, larger<int64_t>(1, work / kMinimumWork));
   int64_t per_task = (I + threads - 1) / threads;
   if (per_task > 16) per_task = (per_task + 15) / 16 * 16;
   BackwardTask<T> task{p, runtime, per_task};

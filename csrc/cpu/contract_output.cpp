@@ -216,7 +216,7 @@ template <class T> void contract_output(const Problem<T>& p, const Runtime& runt
     memset(p.y, 0, (p.w_storage == Storage::same ? sizeof(T) : 2) * size_t(p.batch) * size_t(p.out_features));
     return;
   }
-  if (narrow::serves_output(p)) return narrow::contract_output(p, runtime);
+  if (!few::serves(p) && narrow::serves_output(p)) return narrow::contract_output(p, runtime);
   const Partition<T> cut(p, runtime.threads);
   OutputTask<T> task{p, runtime, cut};
   auto body = [](void* context, int64_t index) {
