@@ -138,6 +138,12 @@ def roofline(rows: list[Row], folder: Path) -> list[Path]:
     return made
 
 
+def _ticks(shape: Shape) -> str:
+    """A shape in three short lines: neighbours would run into each other in one."""
+    grid = str(shape).split(", ", 1)[1]
+    return f"{shape.batch}\n{shape.in_features} x {shape.out_features}\n{grid}"
+
+
 def rivals(rows: list[Row], folder: Path) -> list[Path]:
     """Ratios to the linear layer of equal parameters, all contestants, one group of bars a shape."""
     made = []
@@ -164,7 +170,7 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
             panel.set_ylim(0.1, panel.get_ylim()[1] * 4)  # room for the legend
             panel.set_ylabel(f"{phase}: time / nn.Linear's\nof equal parameters")
             panel.grid(True, axis="y", alpha=0.3)
-        panels[1].set_xticks(range(len(shapes)), [str(shape).replace(", ", "\n") for shape in shapes], fontsize=9)
+        panels[1].set_xticks(range(len(shapes)), [_ticks(shape) for shape in shapes], fontsize=9)
         panels[0].legend(ncol=4, fontsize=8, frameon=False, loc="upper left")
         panels[0].set_title(f"Below 1 is faster than a linear layer of equal parameters ({_where(mine)})", fontsize=11)
         figure.tight_layout()
