@@ -1,14 +1,16 @@
-"""Remembered Triton launches against those that Triton makes itself, run by test_triton.py in a process of its own.
+"""What the Triton backend asks of Triton, remembered launches and compiling ahead, by test_triton.py in a process of its own.
 
 A driver that has no GPU says it is one of compute capability 9.0: kernels are compiled for it, and launches written down
 instead of made. What Triton passes at the first call is the truth for what is passed at the second.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 
 import kan_fast.backends.triton as backend
@@ -162,3 +164,20 @@ def test_tiles_that_may_be_others_are_asked_for_again(monkeypatch):
     monkeypatch.setattr(recipes, "_MOST", 3)
     call("contract_input", o)
     assert len(recipes._recipes) == 1
+
+
+@pytest.mark.parametrize("kernel", ["contract_output", "contract_input", "contract_weight"])
+def test_tiles_are_compiled_before_they_are_tried(kernel):
+    n = int(kernel == "contract_input")
+    problem = launch.Problem(256, 32, 8, 64, 3, "silu", "zero", n, torch.float32, launch.target_of(None))
+    trial = tuning.Trial(kernel, problem, torch.device("cpu"))
+    candidates = tuning.neighbours(kernel, tuning._default(kernel, problem))[:3]
+    refused = replace(candidates[0], depth=24)  # tl.arange asks for a power of two
+    trial.compile([refused, *candidates])
+    steps = [step for tile in candidates for rows in (128, None) for step in trial._plan(tile, rows)[0]]
+    known = {step.kernel: len(step.kernel.device_caches[0][0]) for step in steps}
+    launch.run(steps, torch.device("cpu"))
+    assert {step.kernel: len(step.kernel.device_caches[0][0]) for step in steps} == known
+    assert len(WRITTEN) == len(steps)
+    with pytest.raises(CompilationError):
+        launch.run(trial._plan(refused, None)[0], torch.device("cpu"))

@@ -47,9 +47,9 @@ def test_what_backends_are_asked_in_the_interpreter(select, fewest):
     run_kernels("1", fewest, ["tests/test_native.py", "-k", f"triton-cpu and ({select})"])
 
 
-def test_remembered_launches():
+def test_what_triton_is_asked_without_a_gpu():
     pytest.importorskip("triton")
-    run_kernels("0", 23, ["tests/recipes_without_gpu.py"])
+    run_kernels("0", 26, ["tests/recipes_without_gpu.py"])
 
 
 @pytest.mark.gpu

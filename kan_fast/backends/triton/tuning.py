@@ -1,7 +1,8 @@
 """Tiles chosen by measuring, kept on disk. Optional: unless it is asked for, tiles.py alone decides and nothing is written.
 
     KAN_FAST_TUNE=read   tuned tiles where the cache has them, those of tiles.py elsewhere
-    KAN_FAST_TUNE=1      the same, and what the cache lacks is measured by the first call that needs it: some seconds a kernel
+    KAN_FAST_TUNE=1      the same, and what the cache lacks is measured by the first call that needs it: 10 to 50 tiles a
+                         kernel, compiled side by side on the host's cores (13 take two cores 3 to 6 s)
     KAN_FAST_CACHE=DIR   where the cache lies; default $XDG_CACHE_HOME/kan_fast or ~/.cache/kan_fast
 
 A file holds one tile: for a device, a kernel, a dtype and a class of shapes (sizes rounded up to powers of two), and for
@@ -16,7 +17,8 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from kan_fast.atomic import replacing
 from kan_fast.backends import reference
-from kan_fast.backends.triton import tiles
+from kan_fast.backends.triton import interpreted, tiles
 from kan_fast.backends.triton.tiles import Tile
 from kan_fast.spline import uniform_grid
 
@@ -111,9 +113,9 @@ def tune(kernel: str, problem: "Problem", device: torch.device, clock: Callable[
     times = {default: trial.time(default, measure)}
     for _ in range(ROUNDS):
         start = best
-        for candidate in neighbours(kernel, start):
-            if candidate in times:
-                continue
+        candidates = [candidate for candidate in neighbours(kernel, start) if candidate not in times]
+        trial.compile(candidates)
+        for candidate in candidates:
             times[candidate] = float("inf")
             try:
                 if trial.error(candidate) <= allowed:
@@ -152,6 +154,18 @@ class Trial:
         self.spline = normal(p.in_features, p.features, p.out_features)
         self.base = normal(p.in_features, p.out_features) if p.base else None
         self.g = normal(p.batch, p.out_features)
+
+    def compile(self, candidates: list[Tile]) -> None:
+        """All of them, on as many threads as there are cores. What fails is silent here, and fails again when it is run."""
+        if interpreted():
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ThreadPoolExecutor(cores) as executor, triton.AsyncCompileMode(executor, ignore_errors=True):
+            for candidate in candidates:
+                for rows in (min(ROWS, self.problem.batch), None):
+                    with suppress(Exception):  # of the many kinds that Triton's have, see tune
+                        for step in self._plan(candidate, rows)[0]:
+                            step.kernel.warmup(grid=step.programs, **step.arguments, **step.options)
 
     def time(self, tile: Tile, clock: Callable[[list["Launch"]], float]) -> float:
         """Seconds that the launches of the whole problem take in this tile."""
