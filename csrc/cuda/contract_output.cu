@@ -67,7 +67,9 @@ template <class T, class Y> int launch_order(const Problem& p, AnyTile tile, Y* 
   auto kernel = output_any<T, Y, 3, kRowsOfWarp>;
   if constexpr (std::is_same_v<T, Y>) {
     if (p.spline_order != 3) kernel = output_any<T, Y, -1, kRowsOfWarp>;
-    else if (tile.rows_of_warp() == 1) kernel = output_any<T, Y, 3, 1>;
+    else if constexpr (sizeof(T) < 8) {
+      if (tile.rows_of_warp() == 1) kernel = output_any<T, Y, 3, 1>;
+    }
   }
   return launch(kernel, blocks, kAnyThreads, sizeof(OutputMemory<C>), stream, a, tile, y, slices.count, slices.rows);
 }

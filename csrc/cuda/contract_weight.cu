@@ -7,11 +7,11 @@ namespace kan::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kBases = 32, kAhead = 8;
+constexpr int kThreads = 128, kBases = 32;
 
 // A tile: one input, `columns` outputs (a power of two up to 32), up to kBases bases and the base branch, one slice of the
 // batch. kThreads / columns rows go side by side; each column of each of them has sums of its own in shared memory, and the
-// first threads add them up at the end. Numbers of g come kAhead rows at a time: each alone would be waited for. P: the type of the sums that a slice leaves, T itself where there is one slice.
+// first threads add them up at the end. P: the type of the sums that a slice leaves, T itself where there is one slice.
 template <class T, class P>
 __global__ void __launch_bounds__(kThreads, kResident)
     weight_any(Arguments<typename ComputeOf<T>::Type> a, P* spline, P* base, int columns, int64_t slices, int64_t rows) {
@@ -35,24 +35,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
       barrier();
       make_window<-1>(a, *described, b0 + thread < end ? b0 + thread : p.batch, i, windows[thread]);
       barrier();
-      for (int r0 = row; r0 < kThreads; r0 += kAhead * side) {
-        C g[kAhead];
-        KAN_UNROLL_ALL
-        for (int m = 0; m < kAhead; ++m) {
-          const int r = r0 + m * side;
-          g[m] = r < kThreads && b0 + r < end && o < outputs ? C(number(static_cast<const T*>(p.g)[(b0 + r) * outputs + o])) : C(0);
+      for (int r = row; r < kThreads; r += side) {
+        if (b0 + r >= end || o >= outputs) break;
+        const Window<C>& window = windows[r];
+        const C g = number(static_cast<const T*>(p.g)[(b0 + r) * outputs + o]);
+        for (int q = 0; q <= p.spline_order; ++q) {
+          const int f = window.first + q - f0;
+          if (f >= 0 && f < kBases && f + f0 < bases) sums[f * kThreads + thread] += window.w[q] * g;
         }
-        KAN_UNROLL_ALL
-        for (int m = 0; m < kAhead; ++m) {
-          const int r = r0 + m * side;
-          if (r >= kThreads || b0 + r >= end) break;
-          const Window<C>& window = windows[r];
-          for (int q = 0; q <= p.spline_order; ++q) {
-            const int f = window.first + q - f0;
-            if (f >= 0 && f < kBases && f + f0 < bases) sums[f * kThreads + thread] += window.w[q] * g[m];
-          }
-          sums[kBases * kThreads + thread] += window.base * g[m];
-        }
+        sums[kBases * kThreads + thread] += window.base * g;
       }
     }
     barrier();

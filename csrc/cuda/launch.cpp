@@ -211,11 +211,11 @@ Slices slices_any(const Problem& p, const Device& device) {
   return cut(p.batch, 512, p.in_features * ((p.out_features + 31) / 32), bytes, 4, device, 0);
 }
 // Tiles of theirs, as low, or as few turns, as give no more blocks than multiprocessors. Of contract_output warps with rows of their own
-// are left something to do; there is a kernel for less than kRowsOfWarp rows for order 3 alone, and none for slices. Of contract_input tiles
+// are left something to do; there is a kernel for less than kRowsOfWarp rows for order 3 alone, and none for slices or float64. Of contract_input tiles
 // are no taller than the batch fills.
 AnyTile tile_of_output_any(const Problem& p, const Device& device) {
   const int64_t columns = (p.out_features + 31) / 32;
-  const int least = p.spline_order == 3 && p.in_features < 2 * kSliceOfAny ? 1 : kRowsOfWarp;
+  const int least = p.spline_order == 3 && p.in_features < 2 * kSliceOfAny && p.weight_dtype != kFloat64 ? 1 : kRowsOfWarp;
   AnyTile tile{64, kMostTurns};
   for (AnyTile lower = tile; tile.rows > least && p.in_features > tile.side(); tile = lower) {
     lower.rows = tile.rows == kRowsOfWarp ? 1 : tile.rows / 2;
