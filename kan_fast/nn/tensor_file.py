@@ -39,6 +39,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
     Raises TypeError for a dtype that the format does not have, and for subclasses of Tensor such as DTensor.
     """
+    check_path("path", path)
     _check_byte_order()
     # Widest first, then by name, as the safetensors package does: every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
