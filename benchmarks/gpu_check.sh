@@ -221,6 +221,8 @@ if [ $gpu = 1 ]; then
   stage bench-narrow 40 env KAN_FAST_CUDA_KERNEL=narrow "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" --device cuda \
     --backend native --shapes 65536,2,5,5 1000000,2,5,5 1048576,5,1,5 --dtype float32 bfloat16 --seconds 0.2 \
     --phases forward step --peers linear
+  bench bench-memory 90 --device cuda --dtype float32 bfloat16 --phases --memory \
+    --peers linear cox-de-boor efficient-kan inkan fast-kan
   bench bench-network 60 --device cuda --what network --seconds 0.5 --peers linear cox-de-boor efficient-kan fast-kan
   bench bench-layer-more 120 --device cuda --dtype float32 --seconds 0.4 --phases optimiser second_derivative \
     --peers cox-de-boor efficient-kan
@@ -233,7 +235,7 @@ if [ $gpu = 1 ]; then
     bench bench-kernels 240 --device cuda --what kernels
   fi
 else
-  missing bench-network,bench-layer-more,bench-sweep,bench-tuned,bench-kernels "no GPU"
+  missing bench-memory,bench-network,bench-layer-more,bench-sweep,bench-tuned,bench-kernels "no GPU"
 fi
 
 # 7. Pictures and tables of these rows.

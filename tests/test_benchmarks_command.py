@@ -35,8 +35,11 @@ def test_command_line_writes_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--what latency --shapes 8,4,4", "--shapes: expected with --what bars or contractions or layer or sweep alone, got"),
-        ("--what bars --dtype bfloat16", "--dtype: expected with --what contractions or layer or sweep alone, got"),
+        (
+            "--what latency --shapes 8,4,4",
+            "--shapes: expected with --what bars or contractions or layer or sweep alone, got --what latency",
+        ),
+        ("--what bars --dtype bfloat16", "--dtype: expected with --what contractions or layer or sweep alone, got --what bars"),
         ("--extras", "--extras: expected with --what bars alone, got --what layer"),
         ("--what bars --device cuda", "--device cuda: expected cpu with --what bars"),
         ("--peers linear fastest", "argument --peers: invalid choice: 'fastest'"),

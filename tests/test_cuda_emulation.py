@@ -259,7 +259,7 @@ def test_wide_kernels_carry_nan(place, use, kernel):
 # Of output tiles on GPUs of 1 to 132 multiprocessors: 1 to 64 rows, inputs in one slice and in several.
 TILES_OF_ANY = [
     (1, 300, 40, 33), (4, 70, 130, 9), (16, 100, 40, 40), (32, 100, 70, 40), (132, 33, 70, 40), (132, 3, 300, 70),
-    (132, 200, 9, 5),
+    (132, 200, 9, 5), (4, 130, 20, 40),
 ]  # fmt: skip
 
 

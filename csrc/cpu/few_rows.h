@@ -119,7 +119,8 @@ void accumulate(const Problem<T>& p, const Row<T>& row, int end, int64_t o0, int
 }
 
 template <class T> inline bool serves(const Problem<T>& p) {
-  return p.batch <= (p.out_features < Simd<T>::N ? kRowsOfNarrow : kRows) && p.n_output == 0 && p.w_storage == Storage::same && p.x_storage == Storage::same;
+  const int most = p.out_features < Simd<T>::N ? kRowsOfNarrow : kRows;
+  return p.batch <= most && p.n_output == 0 && p.w_storage == Storage::same && p.x_storage == Storage::same;
 }
 
 // Rows [b0, b1) x outputs [o0, o1).
