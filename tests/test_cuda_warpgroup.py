@@ -302,7 +302,7 @@ OUTPUT, TILE, QUICK = "cuda/warpgroup_output.cuh", "cuda/warpgroup_tile.cuh", "c
 PLANTED = {
     "wait": (TILE, r"wait_for_products<2>", "wait_for_products<4>", "shared memory is written while a product reads it"),
     "registers": (TILE, r"products<kSets - 1>", "products<kSets>", "the left operand is written while it is under way"),
-    "last wait": (TILE, r"wait_for_products<0>\(\);\n  wait_for_copies", "wait_for_copies", ""),
+    "last wait": (TILE, r"wait_for_products<0>\(\);\n  if", "if", ""),
     "register fence": (OUTPUT, r"order_registers\(\);", "", "registers were written, and no fence followed"),
     "fence of loaded registers": (
         TILE,
@@ -310,7 +310,12 @@ PLANTED = {
         "KAN_UNROLL_ALL",
         "registers were written, and no fence followed",
     ),
-    "copies' fence": (TILE, r"show_to_tensor_cores\(\);\n    if", "if", "a copy that no proxy fence followed"),
+    "copies' fence": (
+        TILE,
+        r"wait_for_copies<kLater>\(\);\n    show_to_tensor_cores\(\);",
+        "wait_for_copies<kLater>();",
+        "a copy that no proxy fence followed",
+    ),
     "makers' fence": (TILE, r"if \(!kLoaded\) show_to_tensor_cores\(\);", "", "a copy that no proxy fence followed"),
     "three stages": (TILE, r"kStages == 3 \? 0 : 1", "1", "shared memory is written while a product reads it"),
     "two shapes": (

@@ -44,18 +44,20 @@ KAN_DEVICE void show_signals() { KAN_ASM("fence.mbarrier_init.release.cluster;" 
 KAN_DEVICE void announce_bytes(Signal* signal, int bytes) {
   KAN_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(signal)), "r"(bytes) : "memory");
 }
-// One arrival at that of block `block` of the cluster, which lies where this block's does.
+// One arrival at that of block `block` of the cluster, which lies where this block's does. It says that products have read what the copy
+// engine may now write; what this thread wrote others see within its block alone (".cta", the default: ".cluster" is a fence of the whole GPU).
 KAN_DEVICE void arrive_at(Signal* signal, int block) {
-  KAN_ASM("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(
+  KAN_ASM("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
               shared_address(signal)),
           "r"(block)
           : "memory");
 }
-// Until the phase of that parity has ended: phases are counted from 0, and that before the first has. Nobody may be two phases behind.
+// Until the phase of that parity has ended: phases are counted from 0, and that before the first has. Nobody may be two phases behind. What
+// the copy engine wrote is seen then, and what threads of this block wrote before they arrived.
 KAN_DEVICE void wait_for(Signal* signal, uint32_t parity) {
   uint32_t ended = 0;
   while (ended == 0) {
-    KAN_ASM("{ .reg .pred ended; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2; selp.b32 %0, 1, 0, ended; }"
+    KAN_ASM("{ .reg .pred ended; mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2; selp.b32 %0, 1, 0, ended; }"
             : "=r"(ended)
             : "r"(shared_address(signal)), "r"(parity)
             : "memory");

@@ -6,6 +6,7 @@
 //   sparse  the same with contract_output's operand in its structured-sparse form; the others are dense
 //   wgmma, wgmma_sparse  the two for bfloat16 and float16 by warpgroups: compute capability 9.0 alone. wgmma: float32 too, where
 //                        split.h serves it
+//   cluster  wgmma for bfloat16 and float16 where blocks share what they copy: never chosen yet, for no GPU has run it
 //
 // KAN_FAST_CUDA_KERNEL names one for tests; what it cannot serve then is an error. Warpgroups are chosen by measurement (H200,
 // 16384 x 1024 x 1024, G = 5: bfloat16 output 0.51 ms, dense 1.89; input 0.71, 1.39; weight 0.67, 2.64; their sparse form 2.28; float32
@@ -23,9 +24,9 @@ namespace kan::cuda {
 
 namespace {
 
-enum class Family { any, narrow, dense, sparse, wgmma, wgmma_sparse };
+enum class Family { any, narrow, dense, sparse, wgmma, wgmma_sparse, cluster };
 
-bool is_warpgroup(Family family) { return family == Family::wgmma || family == Family::wgmma_sparse; }
+bool is_warpgroup(Family family) { return family >= Family::wgmma; }
 
 // Set by the build where it compiles for 9.0a, which alone has the instructions.
 #ifdef KAN_BUILT_SM90A
@@ -70,6 +71,18 @@ const char* why_not_warpgroup(const Problem& p, const Device& device, Operation 
   return nullptr;
 }
 
+// The copy engine counts in 32 bits, and copies from multiples of 16 bytes.
+const char* why_not_cluster(const Problem& p, const Device& device, Operation operation) {
+  constexpr int64_t kMost = int64_t(1) << 30;
+  auto misplaced = [](const void* numbers) { return reinterpret_cast<uintptr_t>(numbers) % 16 != 0; };
+  if (p.weight_dtype == kFloat32) return "float32";
+  if (p.out_features % 8 != 0 || misplaced(p.spline_weight) || misplaced(p.base_weight) || misplaced(p.g)) return "rows at other than multiples of 16 bytes";
+  if (p.batch > kMost || p.out_features > kMost || p.in_features * p.bases() > kMost) return "sizes beyond 2^30";
+  if (operation == Operation::input && p.bases() >= 128) return "contract_input of 128 bases or more";
+  if (operation == Operation::weight && !pairs_features(p, cut_of_weight(p, device))) return "contract_weight of tiles that are no pairs";
+  return nullptr;
+}
+
 // Multiply-adds from which on making halves of float32 operands pays: on an H200 contract_output, when that took six kernels (three
 // now), takes 0.087 ms in place of 0.130 at 4096 x 256 x 256 (2.4e9), 0.078 in place of 0.051 at 1024 x 256 x 256.
 constexpr double kSplitPays = 2e9;
@@ -103,17 +116,18 @@ Family choose_freely(const Problem& p, const Device& device, Operation operation
 Family choose(const Problem& p, const Device& device, Operation operation) {
   const char* wanted = std::getenv("KAN_FAST_CUDA_KERNEL");
   if (wanted == nullptr || *wanted == '\0') return choose_freely(p, device, operation);
-  constexpr const char* kNames[] = {"any", "narrow", "dense", "sparse", "wgmma", "wgmma_sparse"};
+  constexpr const char* kNames[] = {"any", "narrow", "dense", "sparse", "wgmma", "wgmma_sparse", "cluster"};
   constexpr int kNumber = sizeof(kNames) / sizeof(*kNames);
   const std::string name = wanted;
   int found = 0;
   while (found < kNumber && name != kNames[found]) ++found;
   if (found == kNumber)
-    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, narrow, dense, sparse, wgmma or wgmma_sparse");
+    throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": expected any, narrow, dense, sparse, wgmma, wgmma_sparse or cluster");
   const Family family = Family(found);
   const char* no = family == Family::narrow ? why_not_narrow(p, device, operation) : why_not_wide(p);
   if (no == nullptr && is_warpgroup(family)) no = why_not_warpgroup(p, device, operation);
   if (no == nullptr && family == Family::wgmma_sparse && p.weight_dtype == kFloat32) no = "float32";
+  if (no == nullptr && family == Family::cluster) no = why_not_cluster(p, device, operation);
   if (family != Family::any && no != nullptr) throw std::runtime_error("KAN_FAST_CUDA_KERNEL=" + name + ": it does not serve " + no);
   return family;
 }
@@ -189,6 +203,7 @@ OutputPlan plan_output(Family family, const Problem& p, const Device& device) {
   const size_t offset = size_of_described(p) + rounded(size_of_cubics(p));
   if (family == Family::wgmma && p.weight_dtype != kFloat32) return plan_output_warpgroup(p, device, offset);
   const int columns = columns_of_output(family, p);
+  if (family == Family::cluster) return {columns, {1, p.in_features, offset}};
   const int64_t bytes = p.batch * p.out_features * 4, tiles = ((p.batch + 127) / 128) * ((p.out_features + columns - 1) / columns);
   if (!is_warpgroup(family)) return {columns, cut(p.in_features, 32, tiles, bytes, 2, device, offset)};
   const double depth = double(p.in_features) * ((p.bases() + 7) / 8 * 8 + 1);
@@ -268,6 +283,11 @@ int output_wide(const Problem& p, const WideArguments& a, int columns, float* pa
 #undef KAN_CALL
 }
 
+int output_cluster(const Problem& p, const WideArguments& a, int columns, float*, const Slices&, void* stream) {
+  if (products(p) == Products::bfloat16) return launch_output_cluster<Products::bfloat16>(a, columns, stream);
+  return launch_output_cluster<Products::float16>(a, columns, stream);
+}
+
 template <bool kSparse>
 int output_warpgroup(const Problem& p, const WideArguments& a, int columns, float* parts, const Slices& slices, void* stream) {
   if (products(p) == Products::bfloat16) return launch_output_warpgroup<Products::bfloat16, kSparse>(a, columns, parts, slices, stream);
@@ -280,14 +300,22 @@ int columns_of_input(const Problem& p, const Device& device) {
   const int64_t tiles = ((p.batch + 127) / 128) * ((p.in_features + wide - 1) / wide);
   return 2 * wide >= 5 * narrow || (p.out_features >= 512 && tiles >= 8 * device.multiprocessors) ? 256 : 128;
 }
-int input_warpgroup(const Problem& p, const Device& device, const WideArguments& a, void* stream) {
+int input_cluster(const Problem& p, const WideArguments& a, int columns, void* stream) {
+  if (products(p) == Products::bfloat16) return launch_input_cluster<Products::bfloat16>(a, columns, stream);
+  return launch_input_cluster<Products::float16>(a, columns, stream);
+}
+int input_warpgroup(Family family, const Problem& p, const Device& device, const WideArguments& a, void* stream) {
   const int columns = columns_of_input(p, device);
+  if (family == Family::cluster) return input_cluster(p, a, 128 / (p.bases() + 1) >= 2 ? columns : 256, stream);  // two inputs at the least
   if (products(p) == Products::bfloat16) return launch_input_warpgroup<Products::bfloat16>(a, columns, stream);
   return launch_input_warpgroup<Products::float16>(a, columns, stream);
 }
 
-int weight_warpgroup(const Problem& p, const WideArguments& a, float* parts, const TileCut& cut, void* stream) {
+int weight_warpgroup(Family family, const Problem& p, const WideArguments& a, float* parts, const TileCut& cut, void* stream) {
   const int columns = columns_of_weight(p);
+  if (family == Family::cluster)
+    return products(p) == Products::bfloat16 ? launch_weight_cluster<Products::bfloat16>(a, columns, parts, cut, stream)
+                                             : launch_weight_cluster<Products::float16>(a, columns, parts, cut, stream);
   if (products(p) == Products::bfloat16) return launch_weight_warpgroup<Products::bfloat16>(a, columns, parts, cut, stream);
   return launch_weight_warpgroup<Products::float16>(a, columns, parts, cut, stream);
 }
@@ -372,6 +400,7 @@ int launch_contract_output(const Problem& p, const Device& device, void* workspa
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;
   const auto output = family == Family::wgmma          ? output_warpgroup<false>
                       : family == Family::wgmma_sparse ? output_warpgroup<true>
+                      : family == Family::cluster      ? output_cluster
                       : family == Family::sparse       ? output_wide<true>
                                                        : output_wide<false>;
   const int error = is_split(family, p) ? output_split(a, static_cast<char*>(workspace) + size_of_output(slices, p), parts, slices, stream)
@@ -387,7 +416,7 @@ int launch_contract_input(const Problem& p, const Device& device, void* workspac
   if (family == Family::any) KAN_BY_TYPE(launch_input_any, p, tile_of_input_any(p, device), stream)
   const WideArguments a = make_wide(p, workspace, size_of_described(p));
   if (is_split(family, p)) return launch_input_split(a, place_halves(p, Operation::input, static_cast<char*>(workspace) + size_of_input(p)), stream);
-  return is_warpgroup(family) ? input_warpgroup(p, device, a, stream) : input_wide(p, a, stream);
+  return is_warpgroup(family) ? input_warpgroup(family, p, device, a, stream) : input_wide(p, a, stream);
 }
 
 int launch_contract_weight(const Problem& p, const Device& device, void* workspace, void* stream) {
@@ -400,7 +429,7 @@ int launch_contract_weight(const Problem& p, const Device& device, void* workspa
     const TileCut cut = cut_of_weight(p, device);
     char* memory = static_cast<char*>(workspace);
     float* parts = cut.rest > 0 ? reinterpret_cast<float*>(memory + cut.offset) : nullptr;
-    return is_split(family, p) ? weight_split(a, memory + size_of_weight(cut, p), parts, cut, stream) : weight_warpgroup(p, a, parts, cut, stream);
+    return is_split(family, p) ? weight_split(a, memory + size_of_weight(cut, p), parts, cut, stream) : weight_warpgroup(family, p, a, parts, cut, stream);
   }
   const Slices slices = slices_of_weight(p, device);
   float* parts = slices.count > 1 ? reinterpret_cast<float*>(static_cast<char*>(workspace) + slices.offset) : nullptr;

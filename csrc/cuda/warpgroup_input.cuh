@@ -184,64 +184,74 @@ KAN_DEVICE void weigh_four(const WideArguments& a, const TileKnots* knots, int64
   }
 }
 
+// The knots of a tile's `count` inputs from i0 on, by thread `thread` of kMultipliers.
+KAN_DEVICE void load_tile_knots(const WideArguments& a, TileKnots* knots, int64_t i0, int count, int thread) {
+  for (int j = thread; j < count; j += kMultipliers) {
+    const Even even = even_knots(a.described[i0 + j]);
+    knots[j] = {even, 1};
+    for (int m = 0; m < a.p.n; ++m) knots[j].scale *= even.inverse_h;
+  }
+}
+
+// The epilogue of a tile whose first `count` inputs exist: dx from the multipliers' sums, which go through `values`, where the stages
+// were. A thread's share: one row, every other four inputs. Their x comes while the sums are moved.
+template <int kColumns>
+KAN_DEVICE void weigh_tile(const WideArguments& a, const TileKnots* knots, float* values, int inputs, int64_t b0, int64_t i0, int count,
+                           const GroupSums<kColumns>& sums) {
+  constexpr int kAhead = kColumns / 64, kNext = kMultipliers / kGroupRows * 4;
+  const Problem& p = a.p;
+  const int thread = int(thread_now()), of_spline = inputs * p.bases();
+  const int64_t b = b0 + thread % kGroupRows;
+  const int together = inputs_together(p, i0);
+  Stored<4> ahead[kAhead];
+  auto load = [&](Stored<4>& to, int j) { load_four(to, p, b, i0 + j, i0 + count, together); };
+  KAN_UNROLL_ALL
+  for (int m = 0; m < kAhead; ++m) load(ahead[m], thread / kGroupRows * 4 + m * kNext);
+  meet(kTileBarrier, kMultipliers);  // both groups have read the stages
+  for_every_pair(sums, [&](int row, int column, float low, float high) {
+    *reinterpret_cast<Pair*>(values + place_of_sum<kColumns>(row, column)) = {low, high};
+  });
+  meet(kTileBarrier, kMultipliers);
+  auto sum = [&](int column) { return values[place_of_sum<kColumns>(thread % kGroupRows, column)]; };
+  KAN_NO_UNROLL
+  for (int j = thread / kGroupRows * 4; b < p.batch && j < count; j += kNext) {
+    float x[4], total[4];
+    ahead[0].widen(p.x_dtype, x);
+    KAN_UNROLL_ALL
+    for (int m = 1; m < kAhead; ++m) ahead[m - 1] = ahead[m];
+    load(ahead[kAhead - 1], j + kAhead * kNext);
+    weigh_four(a, knots + j, i0 + j, count - j, j * p.bases(), of_spline + j, x, sum, total);
+    write_four(p, b, i0 + j, count - j, together, total);
+  }
+}
+
 template <Products P, int kColumns> __global__ void __launch_bounds__(kMultipliers, kInputBlocks<kColumns>) input_warpgroup(WideArguments a) {
 #if KAN_WARPGROUPS
   static_assert(kGroupRows * kColumns * int(sizeof(float)) <= kInputStages<kColumns> * kGroupInputStage<kColumns>);
   using T = typename StorageOf<P>::Type;
   const Problem& p = a.p;
   char* stages = first_atom();
-  float* values = reinterpret_cast<float*>(stages);
   TileKnots* knots = reinterpret_cast<TileKnots*>(stages + kInputStages<kColumns> * kGroupInputStage<kColumns>);
   const int inputs = inputs_of_tile(p, kColumns);
   const int64_t b0 = int64_t(blockIdx.x) * kGroupRows;
 
   for (int64_t i0 = int64_t(blockIdx.y) * inputs; i0 < p.in_features; i0 += int64_t(gridDim.y) * inputs) {
     auto count = [&] { return p.in_features - i0 < inputs ? int(p.in_features - i0) : inputs; };
-    for (int j = int(threadIdx.x); j < count(); j += kMultipliers) {
-      const Even even = even_knots(a.described[i0 + j]);
-      knots[j] = {even, 1};
-      for (int m = 0; m < p.n; ++m) knots[j].scale *= even.inverse_h;
-    }
+    load_tile_knots(a, knots, i0, count(), int(threadIdx.x));
     const int group = multiplier_group();
     GroupSums<kColumns> sums = {};
     const OperandCopies<kColumns, T> copies(p, b0, i0);
-    multiply_steps<false, kInputStages<kColumns>>(
-        OutputStep{0, p.out_features},
-        [&](const OutputStep& step, int stage) {
-          char* left = stages + stage * kGroupInputStage<kColumns>;
-          copies.copy(a, step, left, left + kLeftBytes);
-        },
-        [&](bool, int, int stage) {
-          const char* left = stages + stage * kGroupInputStage<kColumns>;
-          order_registers();
-          multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
-          commit_products();
-        });
-    // A thread's share of the epilogue: one row, every other four inputs. Their x comes while the sums are moved.
-    constexpr int kAhead = kColumns / 64, kNext = kMultipliers / kGroupRows * 4;
-    const int thread = int(thread_now()), of_spline = inputs * p.bases(), end = count();
-    const int64_t b = b0 + thread % kGroupRows;
-    const int together = inputs_together(p, i0);
-    Stored<4> ahead[kAhead];
-    auto load = [&](Stored<4>& to, int j) { load_four(to, p, b, i0 + j, i0 + end, together); };
-    KAN_UNROLL_ALL
-    for (int m = 0; m < kAhead; ++m) load(ahead[m], thread / kGroupRows * 4 + m * kNext);
-    meet(kTileBarrier, kMultipliers);  // both groups have read the stages
-    for_every_pair(sums, [&](int row, int column, float low, float high) {
-      *reinterpret_cast<Pair*>(values + place_of_sum<kColumns>(row, column)) = {low, high};
+    CopiedByThreads copied{[&](const OutputStep& step, int stage) {
+      char* left = stages + stage * kGroupInputStage<kColumns>;
+      copies.copy(a, step, left, left + kLeftBytes);
+    }};
+    multiply_steps<false, kInputStages<kColumns>>(OutputStep{0, p.out_features}, copied, [&](bool, int, int stage) {
+      const char* left = stages + stage * kGroupInputStage<kColumns>;
+      order_registers();
+      multiply_group<P, false, false>(sums, left + group * (kLeftBytes / 2), left + kLeftBytes);
+      commit_products();
     });
-    meet(kTileBarrier, kMultipliers);
-    auto sum = [&](int column) { return values[place_of_sum<kColumns>(thread % kGroupRows, column)]; };
-    KAN_NO_UNROLL
-    for (int j = thread / kGroupRows * 4; b < p.batch && j < end; j += kNext) {
-      float x[4], total[4];
-      ahead[0].widen(p.x_dtype, x);
-      KAN_UNROLL_ALL
-      for (int m = 1; m < kAhead; ++m) ahead[m - 1] = ahead[m];
-      load(ahead[kAhead - 1], j + kAhead * kNext);
-      weigh_four(a, knots + j, i0 + j, end - j, j * p.bases(), of_spline + j, x, sum, total);
-      write_four(p, b, i0 + j, end - j, together, total);
-    }
+    weigh_tile<kColumns>(a, knots, reinterpret_cast<float*>(stages), inputs, b0, i0, count(), sums);
     meet(kTileBarrier, kMultipliers);  // the sums have been read
   }
 #else

@@ -242,16 +242,12 @@ KAN_DEVICE void make_left_quickly(const WideArguments& a, const GroupMemory<kCol
   }
 }
 
-template <Products P, bool kSparse, int kColumns>
-KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t o0, GroupSums<kColumns>& sums) {
-  using T = typename StorageOf<P>::Type;
-  WeightCopies<kSparse, kColumns, T> copies(a.p, first, o0);
+// stages: as CopiedByThreads.
+template <Products P, bool kSparse, int kColumns, class Stages>
+KAN_DEVICE void multiply_left(const GroupMemory<kColumns>& memory, const GroupStep& first, Stages& stages, GroupSums<kColumns>& sums) {
   const uint64_t lefts = describe_tile(memory.left + multiplier_group() * (kLeftBytes / 2)), rights = describe_tile(memory.right);
   int base_stage = 0;
   uint32_t left[2][4], metadata[2];  // of the sparse form: in use until the product has been waited for
-  auto copy = [&](const GroupStep& step, int stage) {
-    copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>);
-  };
   auto multiply = [&](bool is_base, int left_stage, int stage, auto copy_now) {
     if (!kSparse || is_base) {
       if (kSparse) wait_for_products<0>();  // products of two shapes may not be under way on the same sums
@@ -282,7 +278,7 @@ KAN_DEVICE void multiply_left(const WideArguments& a, const GroupMemory<kColumns
     }
     if (is_base) base_stage = 1 - base_stage;
   };
-  multiply_steps<true>(first, copy, multiply);
+  multiply_steps<true>(first, stages, multiply);
 }
 
 // body(steps, o0, slice) for the block's tiles. In between, nobody makes or copies what belongs to the next tile while this one's
@@ -299,7 +295,31 @@ KAN_DEVICE void for_every_tile(const Problem& p, int64_t slices, int64_t inputs_
     }
 }
 
-// kQuick: where a.quick serves. Both ways in one kernel would compete for registers.
+// The makers' part of a tile. kQuick: where a.quick serves. Both ways in one kernel would compete for registers.
+template <Products P, bool kSparse, bool kQuick, int kColumns>
+KAN_DEVICE void make_tile(const WideArguments& a, const GroupMemory<kColumns>& memory, const GroupStep& first, int64_t b0) {
+  if constexpr (kQuick) {
+    const bool usual = a.quick.mirrored && first.chunks == 1 && first.has_base && a.activation.kind == kSilu && a.p.x_dtype == kStoredAs<P>;
+    if (usual) make_left_quickly<P, true>(a, memory, first, b0);
+    else make_left_quickly<P, false>(a, memory, first, b0);
+  } else {
+    make_left<P, kSparse>(a, memory, first, b0);
+  }
+}
+
+// The multipliers' sums: to y, or to `parts` (batch, out).
+template <Products P, int kParts>
+KAN_DEVICE void write_tile(const WideArguments& a, float* parts, int64_t b0, int64_t o0, const float (&sums)[kParts][64]) {
+  using T = typename StorageOf<P>::Type;
+  const Problem& p = a.p;
+  for_every_pair(sums, [&](int row, int column, float low, float high) {
+    const int64_t b = b0 + row, o = o0 + column;
+    if (b >= p.batch || o >= p.out_features) return;
+    if (parts != nullptr) write_pair(parts + b * p.out_features, o, p.out_features, a.aligned, low, high);
+    else write_pair<P>(static_cast<T*>(p.y) + b * p.out_features, o, p.out_features, a.aligned, low, high);
+  });
+}
+
 template <Products P, bool kSparse, int kColumns, bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     output_warpgroup(WideArguments a, float* parts, int64_t slices, int64_t inputs_per_slice) {
@@ -310,26 +330,16 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   if (thread >= kMultipliers) {
     set_registers<kMakersRegisters<kColumns>>();
     for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t, int64_t) {
-      if constexpr (kQuick) {
-        const bool usual = a.quick.mirrored && first.chunks == 1 && first.has_base && a.activation.kind == kSilu && a.p.x_dtype == kStoredAs<P>;
-        if (usual) make_left_quickly<P, true>(a, memory, first, b0);
-        else make_left_quickly<P, false>(a, memory, first, b0);
-      }
-      else make_left<P, kSparse>(a, memory, first, b0);
+      make_tile<P, kSparse, kQuick>(a, memory, first, b0);
     });
   } else {
     set_registers<kMultipliersRegisters<kColumns>>();
     for_every_tile<kColumns, kTileBarrier, GroupStep>(a.p, slices, inputs_per_slice, [&](const GroupStep& first, int64_t o0, int64_t slice) {
       GroupSums<kColumns> sums = {};
-      multiply_left<P, kSparse>(a, memory, first, o0, sums);
-      using T = typename StorageOf<P>::Type;
-      const Problem& p = a.p;
-      for_every_pair(sums, [&](int row, int column, float low, float high) {
-        const int64_t b = b0 + row, o = o0 + column;
-        if (b >= p.batch || o >= p.out_features) return;
-        if (parts != nullptr) write_pair(parts + (slice * p.batch + b) * p.out_features, o, p.out_features, a.aligned, low, high);
-        else write_pair<P>(static_cast<T*>(p.y) + b * p.out_features, o, p.out_features, a.aligned, low, high);
-      });
+      WeightCopies<kSparse, kColumns, typename StorageOf<P>::Type> copies(a.p, first, o0);
+      CopiedByThreads stages{[&](const GroupStep& step, int stage) { copies.copy(a, step, memory.right + stage * kRightBytes<kColumns>); }};
+      multiply_left<P, kSparse>(memory, first, stages, sums);
+      write_tile<P>(a, parts != nullptr ? parts + slice * a.p.batch * a.p.out_features : nullptr, b0, o0, sums);
     });
   }
 #else

@@ -187,6 +187,11 @@ template <int kStages> KAN_DEVICE int next_of(int stage) {
   else return stage + 1 < kStages ? stage + 1 : 0;
 }
 
+template <int kStages> KAN_DEVICE int before_of(int stage) {
+  if constexpr ((kStages & (kStages - 1)) == 0) return (stage - 1) & (kStages - 1);
+  else return stage > 0 ? stage - 1 : kStages - 1;
+}
+
 // Every maker's warp has its part.
 constexpr int kKnotsBytes = kMakers / 32 * WarpKnots::kBytes;
 KAN_DEVICE QuickKnots* knots_of_warp(char* knots) {
@@ -211,7 +216,7 @@ template <bool kLoaded = false> struct OwnSteps {
   KAN_DEVICE void begin() const { begin_step(stage); }
   KAN_DEVICE void end() {
     end_step<kLoaded>(stage);
-    stage = stage > 0 ? stage - 1 : kLeftStages - 1;  // two further
+    stage = before_of<kLeftStages>(stage);  // two further
   }
 };
 // Of `steps` steps a group's own: make(stage) writes what the tensor cores will read.
@@ -240,23 +245,42 @@ template <bool kLoaded, class Step, class Make> KAN_DEVICE void make_steps(Step 
   }
 }
 
-// The multipliers' loop. copy(step, stage) begins the copies of a step; multiply(is_base, left stage, right stage) begins its
+// How a step's operands come to shared memory: copy(step, stage) by the multipliers' threads, or by the copy engine (cluster_tile.cuh).
+template <class Copy> struct CopiedByThreads {
+  static constexpr bool kMeet = true;  // what the others have copied is there once all have met
+  Copy copy;
+
+  template <class Step> KAN_DEVICE void begin(const Step& step, int stage, bool exists) {
+    if (exists) copy(step, stage);
+    commit_copies();
+  }
+  // Until the copies of a step are there, but for those of `kLater` steps that began behind them.
+  template <int kLater> KAN_DEVICE void wait(int) {
+    wait_for_copies<kLater>();
+    show_to_tensor_cores();
+  }
+  // This warpgroup's products have read the stage.
+  KAN_DEVICE void release(int) {}
+  KAN_DEVICE void end() { wait_for_copies<0>(); }
+};
+template <class Copy> CopiedByThreads(Copy) -> CopiedByThreads<Copy>;
+
+// The multipliers' loop. copies: as CopiedByThreads; multiply(is_base, left stage, right stage) begins a step's
 // product, with a fence before and a commit behind; with a fourth parameter it calls that once meanwhile,
 // which begins further copies, and commits twice; with a fifth one it calls that once the left operand is in registers, and waits for
 // products itself. Without makers only the multipliers meet.
 //
 // kStages: of what is copied. With three a step's product ends before the next one begins, for the copies that begin then are to lie
 // where it is read.
-template <bool kMade, int kStages = kRightStages, class Step, class Copy, class Multiply>
-KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
+template <bool kMade, int kStages = kRightStages, class Step, class Copies, class Multiply>
+KAN_DEVICE void multiply_steps(Step coming, Copies& copies, Multiply multiply) {
   constexpr int kAhead = kRightStages - 2;  // steps whose copies are under way
   const int steps = coming.count();
   uint32_t kinds = 0;  // is_base of the steps whose copies have begun, the last one's in bit 0
   int uncopied = steps;
   auto copy_next = [&](int stage) {
     kinds = kinds << 1 | uint32_t(coming.is_base());
-    if (uncopied-- > 0) copy(coming, stage);
-    commit_copies();
+    copies.begin(coming, stage, uncopied-- > 0);
     coming.advance();
   };
   for (int s = 0; s < kAhead; ++s) copy_next(s);
@@ -267,10 +291,9 @@ KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
   KAN_NO_UNROLL
   for (int s = 0; s < steps; ++s) {
     // This step's copies are there, and what has been made, for everybody. What the step before last used has been read by both groups.
-    wait_for_copies<kAhead - 1>();
-    show_to_tensor_cores();
+    copies.template wait<kAhead - 1>(right);
     if (kMade) meet(kMadeBarrier + left, kHandover);
-    else meet(kTileBarrier, kMultipliers);
+    else if (Copies::kMeet) meet(kTileBarrier, kMultipliers);
     const bool is_base = kinds >> (kAhead - 1) & 1u;
     auto copy_now = [&] { copy_next(next); };
     auto left_read = [&] {
@@ -287,12 +310,15 @@ KAN_DEVICE void multiply_steps(Step coming, Copy copy, Multiply multiply) {
       copy_now();
       wait_for_products<kStages == 3 ? 0 : 1>();
     }
+    if (kStages == 3) copies.release(right);
+    else if (s > 0) copies.release(before_of<kStages>(right));
     if (kMade && !kLoaded && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
     before = left;
     left = next_of<kLeftStages>(left), right = next_of<kStages>(right), next = next_of<kStages>(next);
   }
   wait_for_products<0>();
-  wait_for_copies<0>();
+  if (kStages > 3 && steps > 0) copies.release(before_of<kStages>(right));
+  copies.end();
 }
 
 // Two sums at once, as the floats that they are: their bits, as other registers, would be taken before the products are waited for.

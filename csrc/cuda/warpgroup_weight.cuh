@@ -205,48 +205,63 @@ KAN_DEVICE void for_every_weight(const Problem& p, const WeightBlock& block, flo
   });
 }
 
-// kQuick: where a.quick serves.
+// The makers' part of a block. kQuick: where a.quick serves.
+template <Products P, bool kQuick>
+KAN_DEVICE void make_features(const WideArguments& a, const FeatureTile& tile, const BatchStep& first, char* left, char* knots) {
+  if constexpr (kQuick) {
+    const bool silu = a.activation.kind == kSilu && a.activation.n == 0;
+    const bool usual = a.p.x_dtype == kStoredAs<P> && (tile.is_base ? silu : a.quick.mirrored);
+    if (tile.is_base && usual) make_base_lines_quickly<P, true>(a, tile, first, left);
+    else if (tile.is_base) make_base_lines_quickly<P, false>(a, tile, first, left);
+    else if (usual) make_lines_quickly<P, true>(a, tile, first, left, knots);
+    else make_lines_quickly<P, false>(a, tile, first, left, knots);
+  } else {
+    if (tile.is_base) make_base_lines<P>(a, tile, first, left);
+    else make_lines<P>(a, tile, first, left);
+  }
+}
+
+// The multipliers' products. stages: as CopiedByThreads.
+template <Products P, int kColumns, class Stages>
+KAN_DEVICE void multiply_features(const BatchStep& first, const char* left, const char* right, Stages& stages, GroupSums<kColumns>& sums) {
+  const uint64_t rights = describe_tile(right);
+  const LoadedLeft loaded;
+  uint32_t registers[kLoadedSets<kColumns>][4];
+  multiply_steps<true>(first, stages, [&](bool, int left_stage, int stage, auto copy_now, auto left_read) {
+    loaded.multiply_and_copy<P>(sums, registers, left + left_stage * kLeftBytes, further(rights, stage * kRightBytes<kColumns>), copy_now, left_read);
+  });
+}
+
+// Their sums: to the block's part, or where they belong.
+template <Products P, int kColumns>
+KAN_DEVICE void write_features(const WideArguments& a, const WeightBlock& block, float* parts, const GroupSums<kColumns>& sums) {
+  using T = typename StorageOf<P>::Type;
+  const Problem& p = a.p;
+  T* to = static_cast<T*>(block.tile.features.is_base ? p.d_base : p.d_spline);
+  for_every_weight<kColumns>(p, block, parts, sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
+    if (place == nullptr) write_pair<P>(to + row * p.out_features, o, p.out_features, a.aligned, low, high);
+    else write_pair(place, 0, 2, true, low, high);
+  });
+}
+
 template <Products P, int kColumns, bool kQuick>
 __global__ void __launch_bounds__(kGroupThreads, 1) weight_warpgroup(KAN_ARGUMENT WideArguments a, float* parts, TileCut cut) {
 #if KAN_WARPGROUPS
-  using T = typename StorageOf<P>::Type;
-  const Problem& p = a.p;
   char* right = first_atom();
   char* left = right + kRightStages * kRightBytes<kColumns>;
   char* knots = left + kLeftStages * kLeftBytes;
-  const WeightBlock block(p, kColumns, cut, int(blockIdx.x));
-  const FeatureTile& tile = block.tile.features;
+  const WeightBlock block(a.p, kColumns, cut, int(blockIdx.x));
   const BatchStep first{block.begin, block.end};
   if (int(threadIdx.x) >= kMultipliers) {
     set_registers<256 - kLoadedRegisters<kColumns>>();
-    if constexpr (kQuick) {
-      const bool silu = a.activation.kind == kSilu && a.activation.n == 0, usual = p.x_dtype == kStoredAs<P> && (tile.is_base ? silu : a.quick.mirrored);
-      if (tile.is_base && usual) make_base_lines_quickly<P, true>(a, tile, first, left);
-      else if (tile.is_base) make_base_lines_quickly<P, false>(a, tile, first, left);
-      else if (usual) make_lines_quickly<P, true>(a, tile, first, left, knots);
-      else make_lines_quickly<P, false>(a, tile, first, left, knots);
-    } else {
-      if (tile.is_base) make_base_lines<P>(a, tile, first, left);
-      else make_lines<P>(a, tile, first, left);
-    }
+    make_features<P, kQuick>(a, block.tile.features, first, left, knots);
   } else {
     set_registers<kLoadedRegisters<kColumns>>();
-    const uint64_t rights = describe_tile(right);
-    const LoadedLeft loaded;
-    uint32_t registers[kLoadedSets<kColumns>][4];
     GroupSums<kColumns> sums = {};
-    GradientCopies<kColumns, T> copies(p, first, block.tile.o0);
-    multiply_steps<true>(
-        first, [&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); },
-        [&](bool, int left_stage, int stage, auto copy_now, auto left_read) {
-          loaded.multiply_and_copy<P>(sums, registers, left + left_stage * kLeftBytes, further(rights, stage * kRightBytes<kColumns>), copy_now,
-                                      left_read);
-        });
-    T* to = static_cast<T*>(tile.is_base ? p.d_base : p.d_spline);
-    for_every_weight<kColumns>(p, block, parts, sums, [&](int64_t row, int64_t o, float* place, float low, float high) {
-      if (place == nullptr) write_pair<P>(to + row * p.out_features, o, p.out_features, a.aligned, low, high);
-      else write_pair(place, 0, 2, true, low, high);
-    });
+    GradientCopies<kColumns, typename StorageOf<P>::Type> copies(a.p, first, block.tile.o0);
+    CopiedByThreads stages{[&](const BatchStep& step, int stage) { copies.copy(a, step, right + stage * kRightBytes<kColumns>); }};
+    multiply_features<P, kColumns>(first, left, right, stages, sums);
+    write_features<P, kColumns>(a, block, parts, sums);
   }
 #else
   __trap();  // never launched: launch.cpp asks for the architecture and for the build

@@ -62,6 +62,9 @@ struct WeightBlock {
   }
 };
 
+// Whether blocks 2 k and 2 k + 1 have neighbouring features, and the same outputs and rows.
+inline bool pairs_features(const Problem& p, const TileCut& cut) { return feature_tiles(p) % 2 == 0 && cut.whole % 2 == 0 && cut.rest % 2 == 0; }
+
 // A part: (128 features, part_pitch outputs) float32; parts: (slices, tiles that are cut). Rows of outputs that do not exist are left out.
 KAN_INLINE int part_pitch(const Problem& p, int columns) {
   return p.out_features < columns ? int(p.out_features + 1) / 2 * 2 : columns;  // even: two sums are written at once

@@ -1,0 +1,11 @@
+#include "cluster_input.cuh"
+#include "cluster_output.cuh"
+#include "cluster_weight.cuh"
+
+namespace kan::cuda {
+
+template int launch_output_cluster<Products::float16>(const WideArguments&, int, void*);
+template int launch_input_cluster<Products::float16>(const WideArguments&, int, void*);
+template int launch_weight_cluster<Products::float16>(const WideArguments&, int, float*, TileCut, void*);
+
+}  // namespace kan::cuda

@@ -1,0 +1,144 @@
+"""The kernels of clusters, emulated: see tests/cuda_emulation/cluster.h."""
+
+import pytest
+import torch
+from conftest import Place
+from samples import every_activation, every_outside, make_problem
+from test_cuda_emulation import CPU, as_tuple, assert_wide_close
+
+from kan_fast import backends
+from tests.cuda_emulation.backend import Backend, Fault
+from tests.cuda_emulation.build import build, compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="emulation needs g++ on x86-64")
+
+every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+every_operation = pytest.mark.parametrize("operation", ["contract_output", "contract_input", "contract_weight"])
+
+# Shape, grid size, order, knots, outside. contract_weight wants pairs of tiles: of 16 inputs by 8 bases, or of the base branch.
+CASES = [
+    ((40, 16, 40), 5, 3, "uniform", "zero"),
+    ((1, 1, 8), 1, 3, "uniform", "zero"),
+    ((257, 72, 136), 5, 3, "uniform", "clamp"),  # an odd number of tiles of rows
+    ((300, 12, 264), 5, 3, "uneven", "linear"),  # both widths of a tile, more steps than stages
+    ((130, 136, 264), 12, 3, "uniform", "zero"),  # two chunks of bases, some of which are none
+    ((65, 80, 8), 3, 2, "repeated", "clamp"),
+    ((70, 5, 72), 85, 3, "uniform", "zero"),  # tiles of two inputs
+    ((140, 9, 24), 6, 1, "uniform", "linear"),
+    ((500, 16, 64), 4, 0, "uneven", "zero"),
+]
+
+
+@pytest.fixture
+def place(library, monkeypatch):
+    monkeypatch.setitem(backends._modules, "emulated", Backend(library, architecture=90))
+    monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", "cluster")
+    return Place("emulated", CPU)
+
+
+@every_half
+@every_operation
+@pytest.mark.parametrize(("shape", "grid_size", "order", "kind", "outside"), CASES)
+def test_shapes(place, dtype, operation, shape, grid_size, order, kind, outside):
+    for n in range(min(order, 1) + 1):
+        for x_dtype in (dtype, torch.float32):
+            problem = make_problem(place, dtype, shape, grid_size, order, kind, "silu", outside, x_dtype=x_dtype)
+            assert_wide_close(place, problem, operation, n, "highest", with_scale=n == 1)
+
+
+@every_outside
+@every_activation
+def test_activations(place, outside, activation):
+    for order in (2, 3):
+        for operation, shape in (
+            ("contract_output", (37, 5, 16)),
+            ("contract_input", (37, 5, 16)),
+            ("contract_weight", (37, 16, 8)),
+        ):
+            problem = make_problem(place, torch.bfloat16, shape, 5, order, "uniform", activation, outside)
+            assert_wide_close(place, problem, operation, 1, "highest", with_scale=operation != "contract_input")
+
+
+@every_half
+@every_operation
+def test_the_same_bits_as_without_clusters(place, monkeypatch, dtype, operation):
+    """Copies come another way, to the same places: all sums are added in the same order."""
+    problem = make_problem(place, dtype, (300, 48, 264), outside="clamp")
+    together = getattr(backends.get("emulated"), operation)(*problem.args(operation, 0, False))
+    monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", "wgmma")
+    alone = getattr(backends.get("emulated"), operation)(*problem.args(operation, 0, False))
+    for a, b in zip(as_tuple(together), as_tuple(alone), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refused_where_it_cannot_serve(place, monkeypatch):
+    def run(operation="contract_output", dtype=torch.bfloat16, shape=(40, 16, 40), **change):
+        problem = make_problem(place, dtype, shape, **change)
+        getattr(backends.get("emulated"), operation)(*problem.args(operation, 0, False))
+
+    for operation in ("contract_output", "contract_input", "contract_weight"):
+        run(operation)
+        with pytest.raises(Fault, match="cluster: it does not serve float32"):
+            run(operation, torch.float32)
+        with pytest.raises(Fault, match="cluster: it does not serve rows at other than multiples of 16 bytes"):
+            run(operation, shape=(40, 16, 44))
+    with pytest.raises(Fault, match="cluster: it does not serve contract_input of 128 bases or more"):
+        run("contract_input", grid_size=125)
+    with pytest.raises(Fault, match="cluster: it does not serve contract_weight of tiles that are no pairs"):
+        run("contract_weight", shape=(40, 20, 40))
+    with pytest.raises(Fault, match="cluster: it does not serve spline orders above 3"):
+        run(k=4)
+    monkeypatch.setitem(backends._modules, "emulated", Backend(build(), architecture=100))
+    with pytest.raises(Fault, match="cluster: it does not serve GPUs of another compute capability than 9.0"):
+        run()
+
+
+# What the kernels must not survive: file, pattern, replacement, and what the emulation says where it sees the deed itself.
+TILE, INPUT, OUTPUT, WEIGHT = (f"cuda/cluster_{name}.cuh" for name in ("tile", "input", "output", "weight"))
+PLANTED = {
+    "never copied": (TILE, r"wait_for\(signals.copied \+ stage, parities >> 1\);", "", ""),
+    "never copied, input": (INPUT, r"wait_for\(signals.copied \+ turn.stage, turn.parity\);", "", ""),
+    "never released": (TILE, r"wait_for\(signals.released \+ stage, ~parities & 1u\);", "", ""),
+    "never released, input": (INPUT, r"wait_for\(signals.released \+ turn.stage, turn.parity \^ 1\);", "", ""),
+    "released early": (INPUT, r"release\(place, before\)", "release(place, turn.stage)", ""),
+    "released late": (INPUT, r"s - 1 \+ kStages < steps", "s + kStages < steps", "waits for a signal"),
+    "one phase": (TILE, r"parities \^= stage == kRightStages - 1 \? 2u : 0u;", "", ""),
+    "one round": (TILE, r"parity \^= uint32_t\(stage == 0\)", "parity ^= 0u", ""),
+    "one reader": (TILE, r"prepare\(released \+ stage, readers \*", "prepare(released + stage, 1 *", ""),
+    "own block alone": (
+        TILE,
+        r"arrive_at\(released \+ stage, place.at\(tall, place.wide\)\)",
+        "arrive_at(released + stage, block_of_cluster())",
+        "",
+    ),
+    "half of the bytes": (OUTPUT, r"signals, kRightBytes<kColumns>, ", "signals, kRightBytes<kColumns> / 2, ", ""),
+    "the other half": (OUTPUT, r"panel \* kPanelBytes, map", "m * kPanelBytes, map", ""),
+    "the wrong columns": (WEIGHT, r"o0\) \+ panel \*", "o0) + m *", ""),
+    "the wrong column": (TILE, r"<< \(wide \* kTall\)", "<< 0", ""),
+    "the wrong rows": (INPUT, r"int\(b0\) \+ place.wide \* kRows, 0", "int(b0), 0", ""),
+    "gone before the others": (OUTPUT, r"meet_cluster\(\);  // until", "// until", ""),
+    "gone before the others, input": (INPUT, r"meet_cluster\(\);  // until", "// until", ""),
+    "never shown": (TILE, r"show_signals\(\);", "", ""),
+    "never met": (OUTPUT, r"warp_barrier\(\);\n  meet_cluster\(\);", "", ""),
+}
+SOON = ("never released", "never copied, input", "gone before the others")  # the others cost as much compilation each
+
+
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=[pytest.mark.slow] * (bug not in SOON)) for bug in PLANTED])
+def test_planted_bugs_are_found(bug, monkeypatch):
+    *change, said = PLANTED[bug]
+    monkeypatch.setitem(backends._modules, "emulated", Backend(build(changes=[tuple(change)]), architecture=90))
+    monkeypatch.setenv("KAN_FAST_CUDA_KERNEL", "cluster")
+    # Several rounds of the stages: for the depth of the input, of the outputs, of the batch.
+    problems = {
+        "contract_output": make_problem(None, torch.bfloat16, (300, 72, 264)),
+        "contract_input": make_problem(None, torch.bfloat16, (300, 40, 520)),
+        "contract_weight": make_problem(None, torch.bfloat16, (700, 16, 136)),
+    }
+
+    def use_all():
+        for operation, problem in problems.items():
+            assert_wide_close(Place("emulated", CPU), problem, operation, 0, "highest", with_scale=False)
+
+    with pytest.raises((AssertionError, Fault), match=said or None):
+        use_all()
