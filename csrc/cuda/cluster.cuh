@@ -52,16 +52,18 @@ KAN_DEVICE void arrive_at(Signal* signal, int block) {
           "r"(block)
           : "memory");
 }
+// A try may last a while; so many mean that nobody will come, and end the launch with an error in place of a GPU that hangs.
+constexpr uint32_t kMostTries = 1u << 24;
 // Until the phase of that parity has ended: phases are counted from 0, and that before the first has. Nobody may be two phases behind. What
 // the copy engine wrote is seen then, and what threads of this block wrote before they arrived.
 KAN_DEVICE void wait_for(Signal* signal, uint32_t parity) {
-  uint32_t ended = 0;
-  while (ended == 0) {
-    KAN_ASM("{ .reg .pred ended; mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2; selp.b32 %0, 1, 0, ended; }"
-            : "=r"(ended)
-            : "r"(shared_address(signal)), "r"(parity)
-            : "memory");
-  }
+  KAN_ASM(
+      "{ .reg .pred ended; .reg .b32 tries; mov.b32 tries, %2;\n"
+      "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+      "@ended bra DONE; sub.u32 tries, tries, 1; setp.eq.u32 ended, tries, 0; @!ended bra AGAIN; trap;\n"
+      "DONE: }" ::"r"(shared_address(signal)),
+      "r"(parity), "n"(kMostTries)
+      : "memory");
 }
 
 // The box of `map` that begins at number x of row y of matrix z, to shared memory, a multiple of 128 bytes: by the copy engine, on its own.

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) output_cluster(KAN_ARGUMENT 
       const bool is_base = step.is_base();
       const TensorMap& map = is_base ? maps.base : maps.spline;
       const int y = is_base ? step.block : step.chunk * kStepBases, z = is_base ? 0 : step.input();
-      int panel = place.tall * kPanels;
+      int panel = block_of_cluster() * kPanels;  // asked anew: registers are few
       KAN_NO_UNROLL
       for (int m = 0; m < kPanels; ++m, ++panel)
         copy_shared<kOutputTall>(memory.right + stage * kRightBytes<kColumns> + panel * kPanelBytes, map, o0 + panel * kLineNumbers, y, z, copied,

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     GroupSums<kColumns> sums = {};
     CopiedByEngine stages{place, signals, kRightBytes<kColumns>, [&](const BatchStep& step, int stage, Signal* copied) {
       constexpr int kPanels = kColumns / kLineNumbers / kWeightTall;
-      int panel = place.tall * kPanels;
+      int panel = block_of_cluster() * kPanels;  // asked anew: registers are few
       KAN_NO_UNROLL
       for (int m = 0; m < kPanels; ++m, ++panel)
         copy_shared<kWeightTall>(right + stage * kRightBytes<kColumns> + panel * kPanelBytes, g, int(block.tile.o0) + panel * kLineNumbers,
