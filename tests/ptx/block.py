@@ -46,7 +46,7 @@ def run(
     corners = ((i % x // sides[0], i // x % y // sides[1], i // (x * y) // sides[2]) for i in numbers)
     signals = any(instruction.fields[:2] == ("mbarrier", "init") for instruction in program.code)
     for corner in dict.fromkeys(corners):
-        together = Cluster(corner, sides, threads // 32, signals, memory, seed)
+        together = Cluster(corner, sides, grid, threads // 32, signals, memory, seed)
         for place in together.places():
             together.blocks.append(Block(program, memory, given, places, place, grid, threads, shared, strict, base, together))
         together.run()

@@ -1,4 +1,4 @@
-// For tests/test_cuda_ptx_cluster.py: what kernels do with clusters, signals and boxes, in little. Which flaw a kernel has is for the
+// For tests/test_ptx_cluster.py: what kernels do with clusters, signals and boxes, in little. Which flaw a kernel has is for the
 // test to say.
 #include "cuda/cluster.cuh"
 
@@ -57,28 +57,31 @@ __global__ void fetch(KAN_ARGUMENT TensorMap map, const Fetch f, uint32_t* to) {
 }
 
 // A box that a block brings itself, twice to the same place.
-enum Flaw { kNone, kReadsEarly, kWritesEarly, kWritesBefore, kWritesAndShows, kNoBarrier, kLeaves, kTwoPhases, kOverSignal };
+enum Flaw { kNone, kReadsEarly, kWritesEarly, kWritesBefore, kWritesAndShows, kNoBarrier, kLeaves, kWrongParity, kOverSignal, kOnePhase, kOneOfTwo };
 __global__ void bring(KAN_ARGUMENT TensorMap map, const int flaw, const int bytes, uint32_t* to) {
   Signal* signal = shared_memory<Signal>();
   volatile uint32_t* words = reinterpret_cast<volatile uint32_t*>(shared_memory<char>() + 1024);
   char* box = shared_memory<char>() + (flaw == kOverSignal ? 0 : 1024);
-  if (threadIdx.x == 0) prepare(signal, 1), show_signals();
+  if (threadIdx.x == 0) prepare(signal, 1), prepare(signal + 1, 1), show_signals();
   if (flaw == kWritesBefore || flaw == kWritesAndShows) words[threadIdx.x] = 0;
   if (flaw == kWritesAndShows) show_to_tensor_cores();
   barrier();
+  if (flaw == kOneOfTwo && threadIdx.x == 0) announce_bytes(signal + 1, bytes), copy_box(box + 8 * kLine, map, 0, 0, 0, signal + 1);
   for (int turn = 0; turn < 2; ++turn) {
     if (threadIdx.x == 0) announce_bytes(signal, bytes), copy_box(box, map, 0, 0, turn, signal);
     if (flaw == kReadsEarly) to[threadIdx.x] = words[threadIdx.x];
     if (flaw == kWritesEarly) words[threadIdx.x] = 0;
     if (flaw == kLeaves) return;
-    wait_for(signal, uint32_t(turn) ^ uint32_t(flaw == kTwoPhases));
+    if (flaw == kOnePhase && turn == 1) return;
+    wait_for(signal, uint32_t(turn) ^ uint32_t(flaw == kWrongParity));
     to[turn * blockDim.x + threadIdx.x] = words[threadIdx.x];
     if (flaw != kNoBarrier) barrier();
   }
 }
 
-// left (64 x 64) right^T (64 x 128) of a warpgroup, as they come: sums as its threads hold them.
-__global__ void multiply(KAN_ARGUMENT TensorMap left, KAN_ARGUMENT TensorMap right, float* to) {
+// left (64 x 64) right^T (64 x 128) of a warpgroup, as they come: sums as its threads hold them. again: a flaw, the right operand is
+// sent for once more.
+__global__ void multiply(KAN_ARGUMENT TensorMap left, KAN_ARGUMENT TensorMap right, const int again, float* to) {
   Signal* signal = shared_memory<Signal>();
   char* stage = shared_memory<char>() + (1024 - shared_address(shared_memory<char>()) % 1024) % 1024 + 1024;
   if (threadIdx.x == 0) prepare(signal, 1), show_signals();
@@ -97,9 +100,23 @@ __global__ void multiply(KAN_ARGUMENT TensorMap left, KAN_ARGUMENT TensorMap rig
   KAN_UNROLL_ALL
   for (int k = 0; k < 4; ++k) wgmma_bfloat16<false, false>(sums, describe(stage, k), describe(stage + 64 * kLine, k));
   commit_products();
+  if (again && threadIdx.x == 0) announce_bytes(signal, 128 * kLine), copy_box(stage + 64 * kLine, right, 0, 0, 0, signal);
   wait_for_products<0>();
   KAN_UNROLL_ALL
   for (int r = 0; r < 64; ++r) to[threadIdx.x * 64 + r] = sums[r];
+}
+
+// One block of a cluster of two arrives so many times at the signal of the other, which waits for one phase. waiting < 0: one lane of a
+// block at that of another lane.
+__global__ void hasten(const int arrivals, const int waiting, uint32_t* to) {
+  Signal* signal = shared_memory<Signal>();
+  if (threadIdx.x == 0) prepare(signal, 1), show_signals();
+  meet_cluster();
+  if (waiting < 0 ? threadIdx.x == 0 : block_of_cluster() == waiting) wait_for(signal, 0);
+  else if (threadIdx.x == (waiting < 0))
+    for (int n = 0; n < arrivals; ++n) arrive_at(signal, waiting < 0 ? 0 : waiting);
+  if (threadIdx.x == 0) to[blockIdx.x] = 16 + blockIdx.x;
+  meet_cluster();
 }
 
 }  // namespace kan::cuda

@@ -126,9 +126,10 @@ class Cluster:
     """The blocks that run at once, their barrier, and the boxes on their way to them."""
 
     def __init__(
-        self, place: tuple[int, ...], sides: tuple[int, ...], warps: int, signals: bool, memory: GlobalMemory, seed: int
-    ) -> None:
-        self.place, self.sides, self.memory = place, sides, memory
+        self, place: tuple[int, ...], sides: tuple[int, ...], grid: tuple[int, ...], warps: int, signals: bool,
+        memory: GlobalMemory, seed: int,
+    ) -> None:  # fmt: skip
+        self.place, self.sides, self.grid, self.memory = place, sides, grid, memory
         self.size = int(np.prod(sides))
         self.columns = self.size * (warps + signals * SIGNALS)
         self.known = np.eye(self.size * warps, self.columns, dtype=np.int32)
@@ -153,7 +154,9 @@ class Cluster:
 
     def special(self, rank: int) -> list[tuple[str, tuple[int, ...]]]:
         """Registers of three axes, for a block."""
-        return [("cluster_ctaid", self._inside(rank)), ("cluster_nctaid", self.sides), ("clusterid", self.place)]
+        clusters = tuple(blocks // side for blocks, side in zip(self.grid, self.sides, strict=True))
+        return [("cluster_ctaid", self._inside(rank)), ("cluster_nctaid", self.sides),
+                ("clusterid", self.place), ("nclusterid", clusters)]  # fmt: skip
 
     def run(self) -> None:
         """All blocks, to their ends."""
