@@ -12,7 +12,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FOLDER = ROOT / "build/cuda_emulation"
-FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+ASK_CUDA = ("device.cpp", "tensor_map.cpp")  # host code that asks the CUDA runtime or the driver
+RUNTIME = ("runtime.cpp", "fibers.cpp", "warpgroup.cpp", "cluster.cpp")
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 # A planted bug: file below csrc, pattern, replacement. Every occurrence is replaced, and there must be one.
 Change = tuple[str, str, str]
@@ -75,16 +77,17 @@ def _compile(source: Path, flags: list[str], csrc: Path) -> Path:
     return out
 
 
-def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Change] = ()) -> Path:
-    """A shared library of `main`, kernels and runtime; with a sanitizer ("address", "thread") a program."""
+def build(main: str = "library.cpp", sanitizer: str = "", changes: Sequence[Change] = (), kernels: bool = True) -> Path:
+    """A shared library of `main`, kernels and runtime; with a sanitizer ("address", "thread") a program. Without the kernels of
+    csrc where `main` has its own."""
     csrc = sources(changes)
     optimize = ["-O1", "-g", f"-fsanitize={sanitizer}"] if sanitizer else ["-O1"]
     emulated = [f"-I{csrc}", *optimize, "-include", str(HERE / "emulation.h")]
     switches = [f"-DKAN_EMULATE_{'ASAN' if sanitizer == 'address' else 'TSAN'}"] if sanitizer else []
-    hosted = sorted(path for path in (csrc / "cuda").glob("*.cpp") if path.name != "device.cpp")  # which asks the CUDA runtime
-    jobs = [(path, emulated) for path in sorted((csrc / "cuda").glob("*.cu"))]
-    jobs += [(path, [f"-I{csrc}", *optimize, "-DKAN_BUILT_SM90A"]) for path in [*hosted, HERE / main]]
-    jobs += [(HERE / name, [f"-I{csrc}", "-O2", *switches]) for name in ("runtime.cpp", "warpgroup.cpp")]
+    hosted = sorted(path for path in (csrc / "cuda").glob("*.cpp") if path.name not in ASK_CUDA)
+    jobs = [(path, emulated) for path in sorted((csrc / "cuda").glob("*.cu")) if kernels]
+    jobs += [(path, [f"-I{csrc}", *optimize, "-DKAN_BUILT_SM90A"]) for path in [*(hosted if kernels else []), HERE / main]]
+    jobs += [(HERE / name, [f"-I{csrc}", "-O2", *switches]) for name in RUNTIME]
     workers = int(os.environ.get("MAX_JOBS") or min(4, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         objects = list(pool.map(lambda job: _compile(*job, csrc), jobs))

@@ -1,9 +1,10 @@
-// Runs CUDA kernels as ordinary C++, one block at a time, one fiber for each of its threads. Included before every source
+// Runs CUDA kernels as ordinary C++, one cluster of blocks at a time, one fiber for each thread. Included before every source
 // file of csrc/cuda, whose instructions.cuh it stands in for: each instruction is spelled out on the lanes of a warp.
 //
 // What hardware lets pass in silence ends the launch with an error: threads that miss a barrier or a warp-wide instruction,
 // asynchronous copies still under way when a thread ends, misaligned copies. Shared memory starts as NaN, and is
-// again where a copy is under way until it is waited for, and a warp runs as far ahead of the others as barriers let it.
+// again where a copy is under way until it is waited for, and a warp runs as far ahead of the others as barriers let it, as a block
+// does of those of its cluster.
 #define KAN_CUDA_INSTRUCTIONS
 #pragma once
 
@@ -35,18 +36,20 @@ struct Index {
 struct Thread {
   Index thread;
   int lane, warp;
+  int block;  // its number among the blocks of the launch that have begun
 };
 extern Thread* self;
-extern Index block, grid;
+extern Index block, grid;  // and the shared memory: those of the thread that runs
 extern char* shared;
 extern size_t shared_bytes;
 
 [[noreturn]] void fail(const std::string& what);
-void run_blocks(Index blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void run_blocks(Index blocks, Index cluster, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
-// Who is told of every launch in place of running it: the kernel, the grid as hardware has it, and `count` arguments.
-using Observer = void (*)(const void* kernel, const int64_t* blocks, int threads, size_t shared, const void* const* arguments,
-                          const size_t* sizes, int count);
+// Who is told of every launch in place of running it: the kernel, the grid as hardware has it, the sides of a cluster, and `count`
+// arguments.
+using Observer = void (*)(const void* kernel, const int64_t* blocks, const int64_t* cluster, int threads, size_t shared,
+                          const void* const* arguments, const size_t* sizes, int count);
 extern Observer observer;
 void wait_at_barrier(const void* place);
 void meet(int id, int threads);
@@ -60,7 +63,7 @@ void wait_for_copies(int groups_left);
 // warpgroup.cpp: what is under way begins and ends with a block; a copy has arrived.
 void begin_block(int threads);
 void end_thread();
-void end_block();
+void end_block(int number);
 void end_launch();
 void note_copy(const void* shared);
 
@@ -72,21 +75,34 @@ struct Blocks {
   int64_t x, y = 1, z = 1;
 };
 
-// The sides that hardware ends at 65535 end at 2 here, so that small problems make kernels walk.
+// Sides y and z, which hardware ends at 65535, end at 2 here, or at one cluster's, so that small problems make kernels walk.
 template <class... Parameters, class... Arguments>
-inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, size_t shared, void*, const Arguments&... arguments) {
+inline int launch_clusters(void (*kernel)(Parameters...), Blocks blocks, Blocks cluster, int threads, size_t shared, void*,
+                           const Arguments&... arguments) {
+  const int64_t of_cluster[3] = {cluster.x, cluster.y, cluster.z};
+  auto side = [&](int axis, int64_t length, int64_t longest) {
+    const int64_t step = of_cluster[axis];
+    if (step < 1 || length % step != 0) emulation::fail("a side of the grid is no multiple of the cluster's");
+    return length < longest ? length : longest / step * step;
+  };
   if (emulation::observer != nullptr) {
-    const int64_t grid[3] = {blocks.x, blocks.y < 65535 ? blocks.y : 65535, blocks.z < 65535 ? blocks.z : 65535};
+    const int64_t grid[3] = {side(0, blocks.x, blocks.x), side(1, blocks.y, 65535), side(2, blocks.z, 65535)};
     [&](const Parameters&... given) {
       const void* const all[] = {&given...};
       const size_t sizes[] = {sizeof given...};
-      emulation::observer(reinterpret_cast<const void*>(kernel), grid, threads, shared, all, sizes, int(sizeof...(given)));
+      emulation::observer(reinterpret_cast<const void*>(kernel), grid, of_cluster, threads, shared, all, sizes, int(sizeof...(given)));
     }(arguments...);
     return 0;
   }
-  const emulation::Index grid{unsigned(blocks.x), unsigned(blocks.y < 2 ? blocks.y : 2), unsigned(blocks.z < 2 ? blocks.z : 2)};
-  emulation::run_blocks(grid, threads, shared, [&] { kernel(arguments...); });
+  const emulation::Index grid{unsigned(side(0, blocks.x, blocks.x)), unsigned(side(1, blocks.y, cluster.y > 1 ? cluster.y : 2)),
+                              unsigned(side(2, blocks.z, cluster.z > 1 ? cluster.z : 2))};
+  const emulation::Index sides{unsigned(cluster.x), unsigned(cluster.y), unsigned(cluster.z)};
+  emulation::run_blocks(grid, sides, threads, shared, [&] { kernel(arguments...); });
   return 0;
+}
+template <class... Parameters, class... Arguments>
+inline int launch(void (*kernel)(Parameters...), Blocks blocks, int threads, size_t shared, void* stream, const Arguments&... arguments) {
+  return launch_clusters(kernel, blocks, Blocks{1}, threads, shared, stream, arguments...);
 }
 
 template <class T> T* shared_memory() { return reinterpret_cast<T*>(emulation::shared); }
@@ -178,3 +194,4 @@ template <int kGroupsLeft> void wait_for_copies() { emulation::wait_for_copies(k
 
 #include "tensor_cores.h"
 #include "warpgroup.h"
+#include "cluster.h"

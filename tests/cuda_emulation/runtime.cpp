@@ -1,12 +1,10 @@
-// Fibers, barriers and warps of the emulation. Never compiled with a sanitizer itself; KAN_EMULATE_ASAN or KAN_EMULATE_TSAN
-// tells one of them of the switches, and the thread sanitizer of what barriers and warp-wide instructions order.
-#include "emulation.h"
+// Blocks, barriers and warps of the emulation. Never compiled with a sanitizer itself; the thread sanitizer is told of what barriers
+// and warp-wide instructions order.
+#include "runtime.h"
 
 #undef threadIdx
 #undef blockIdx
 #undef gridDim
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -16,49 +14,6 @@
 #include <random>
 #include <stdexcept>
 #include <vector>
-
-#if !defined(__x86_64__)
-#error "fibers are switched in x86-64 assembly"
-#endif
-
-extern "C" {
-void kan_switch_stack(void** save, void* load);
-#ifdef KAN_EMULATE_TSAN
-void* __tsan_get_current_fiber();
-void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
-void __tsan_switch_to_fiber(void*, unsigned);
-void __tsan_acquire(void*);
-void __tsan_release(void*);
-#endif
-#ifdef KAN_EMULATE_ASAN
-void __sanitizer_start_switch_fiber(void**, const void*, size_t);
-void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
-#endif
-}
-
-// Callee-saved registers go to the old stack and come from the new one.
-asm(R"(
-.text
-.globl kan_switch_stack
-.type kan_switch_stack,@function
-kan_switch_stack:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp,(%rdi)
-  movq %rsi,%rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
 
 namespace kan::emulation {
 
@@ -70,31 +25,15 @@ Observer observer;
 
 namespace {
 
-#ifdef KAN_EMULATE_TSAN
-void acquire(void* object) { __tsan_acquire(object); }
-void release(void* object) { __tsan_release(object); }
-#else
-void acquire(void*) {}
-void release(void*) {}
-#endif
+enum class State { ready, at_barrier, at_named, in_warp, at_cluster, at_place, aside, done };
 
-enum class State { ready, at_barrier, at_named, in_warp, done };
-constexpr size_t kStack = 128 * 1024;
-
-struct Fiber : Thread {
-  void* stack_pointer = nullptr;
-  char* stack = nullptr;
-  void *tsan = nullptr, *asan = nullptr;
+struct Block;
+struct Fiber : Thread, Stack {
+  Block* home = nullptr;
   State state = State::done;
   const void* place = nullptr;
   std::vector<std::function<void()>> open;
   std::deque<std::vector<std::function<void()>>> groups;
-};
-
-// What orders threads, as the sanitizer sees it: two objects that alternate, so that nobody meets the one before.
-struct Meeting {
-  char objects[2];
-  unsigned turn = 0;
 };
 
 // A named barrier: threads that wait, and such as only arrive.
@@ -112,142 +51,171 @@ struct Warp {
   Meeting meeting;
 };
 
+// A block and what its threads meet at.
+struct Block {
+  Index index;
+  int rank;  // in its cluster
+  char* memory;
+  std::vector<Warp> warps;
+  Meeting barrier{};
+  std::array<Named, 16> named{};
+  std::vector<Warp*> order;  // in which they run
+  int living, waiting = 0;
+
+  Block(Index index, int rank, int threads) : index(index), rank(rank), warps(threads / 32), living(threads) {
+    memory = static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + 128));
+    for (size_t i = 0; i + 4 <= shared_bytes; i += 4) std::memcpy(memory + i, "\xad\xdb\xba\x7f", 4);  // NaN
+    // Not by fibers: the sanitizer would see the memory move from one to the other.
+    for (Named& barrier : named) barrier.waiting.reserve(size_t(threads));
+  }
+  ~Block() { std::free(memory); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+};
+
 struct Machine {
   std::vector<Fiber> fibers;
-  // Those of blocks that ended stay until the launch ends: no two blocks may share an address that orders them.
-  std::vector<std::unique_ptr<std::vector<Warp>>> warps;
-  std::vector<std::unique_ptr<Meeting>> barriers;
-  std::vector<std::unique_ptr<std::array<Named, 16>>> named;
-  std::vector<char*> memories;
-  void *stack_pointer = nullptr, *tsan = nullptr, *asan = nullptr;
-  const void* stack = nullptr;
-  size_t stack_size = 0;
+  // Those that ended stay until the launch ends: no two blocks may share an address that orders them.
+  std::vector<std::unique_ptr<Block>> blocks;
+  int of_cluster = 1, used = 0;  // the cluster that runs: so many blocks, the last, and fibers, the first
+  std::deque<Meeting> clusters;
   Fiber* running = nullptr;
-  int living = 0, waiting = 0;
   const std::function<void()>* kernel = nullptr;
   std::exception_ptr error;
+  std::mt19937 random;
   char start = 0, end = 0;
+
+  Block& of_rank(int rank) { return *blocks[blocks.size() - size_t(of_cluster - rank)]; }
+  // How many threads of the cluster are in that state.
+  int count(State state) const {
+    return int(std::count_if(fibers.begin(), fibers.begin() + used, [&](const Fiber& fiber) { return fiber.state == state; }));
+  }
+  Fiber* first(State state) {
+    for (int f = 0; f < used; ++f)
+      if (fibers[f].state == state) return &fibers[f];
+    return nullptr;
+  }
 };
 Machine& machine() {
   static Machine* one = new Machine;
   return *one;
 }
 
-void leave() {
-  Machine& m = machine();
-  Fiber* me = m.running;
-#ifdef KAN_EMULATE_TSAN
-  __tsan_switch_to_fiber(m.tsan, 1);
-#endif
-#ifdef KAN_EMULATE_ASAN
-  __sanitizer_start_switch_fiber(&me->asan, m.stack, m.stack_size);
-#endif
-  kan_switch_stack(&me->stack_pointer, m.stack_pointer);
-#ifdef KAN_EMULATE_ASAN
-  __sanitizer_finish_switch_fiber(me->asan, &m.stack, &m.stack_size);
-#endif
+void leave(State state) {
+  Fiber& me = *machine().running;
+  me.state = state;
+  pause(me);
 }
 
-void enter() {
+void run_thread() {
   Machine& m = machine();
-#ifdef KAN_EMULATE_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &m.stack, &m.stack_size);
-#endif
   for (;;) {
     acquire(&m.start);
+    Fiber* me = m.running;
     try {
       (*m.kernel)();
-      Fiber* me = m.running;
       if (!me->open.empty() || !me->groups.empty()) fail("a thread ends with asynchronous copies under way");
       end_thread();
+      if (me->home->living == 1) end_signals();
     } catch (...) {
       if (!m.error) m.error = std::current_exception();
     }
-    Fiber* me = m.running;
     me->open.clear();
     me->groups.clear();
-    me->state = State::done;
-    --m.living;
+    --me->home->living;
     release(&m.end);
-    leave();
+    leave(State::done);
   }
 }
 
+void become(Fiber& fiber) {
+  self = machine().running = &fiber;
+  block = fiber.home->index;
+  shared = fiber.home->memory;
+}
 void resume(Fiber& fiber) {
   Machine& m = machine();
-  m.running = &fiber;
-  self = &fiber;
-#ifdef KAN_EMULATE_TSAN
-  __tsan_switch_to_fiber(fiber.tsan, 1);
-#endif
-#ifdef KAN_EMULATE_ASAN
-  __sanitizer_start_switch_fiber(&m.asan, fiber.stack, kStack);
-#endif
-  kan_switch_stack(&m.stack_pointer, fiber.stack_pointer);
-#ifdef KAN_EMULATE_ASAN
-  __sanitizer_finish_switch_fiber(m.asan, nullptr, nullptr);
-#endif
+  become(fiber);
+  go_on(fiber);
   m.running = nullptr;
+  if (m.error) std::rethrow_exception(m.error);
 }
 
-void prepare(Fiber& fiber) {
-  if (fiber.stack == nullptr) {
-    fiber.stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
-    mprotect(fiber.stack, 4096, PROT_NONE);
-  }
-  if (fiber.stack_pointer == nullptr) {
-    void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
-    *--top = nullptr;
-    *--top = reinterpret_cast<void*>(&enter);
-    for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
-    fiber.stack_pointer = top;
-  }
-#ifdef KAN_EMULATE_TSAN
-  // Kept from block to block: one thread's work in two blocks seems ordered, that of different threads does not.
-  if (fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
-#endif
-}
-
-void open_barrier() {
-  Machine& m = machine();
+void open_barrier(Block& block) {
   const void* place = nullptr;
-  for (Fiber& fiber : m.fibers)
-    if (fiber.state == State::at_barrier) {
-      if (place == nullptr) place = fiber.place;
-      if (fiber.place != place) fail("threads of a block wait at different barriers");
-    }
-  for (Fiber& fiber : m.fibers)
-    if (fiber.state == State::at_barrier) fiber.state = State::ready;
-  m.waiting = 0;
-  ++m.barriers.back()->turn;
+  auto each = [&](auto visit) {
+    for (Warp& warp : block.warps)
+      for (Fiber* fiber : warp.lanes)
+        if (fiber->state == State::at_barrier) visit(*fiber);
+  };
+  each([&](Fiber& fiber) {
+    if (place == nullptr) place = fiber.place;
+    if (fiber.place != place) fail("threads of a block wait at different barriers");
+  });
+  each([](Fiber& fiber) { fiber.state = State::ready; });
+  block.waiting = 0;
+  ++block.barrier.turn;
+}
+void open_cluster() {
+  Machine& m = machine();
+  ++m.clusters.back().turn;
+  for (int f = 0; f < m.used; ++f)
+    if (m.fibers[f].state == State::at_cluster) m.fibers[f].state = State::ready;
 }
 
-// Greedy: a warp runs until all its lanes wait for other warps. Taking turns would hide a missing barrier.
-void run_block(const std::vector<int>& order) {
-  Machine& m = machine();
-  std::vector<Warp>& warps = *m.warps.back();
-  while (m.living > 0) {
+// Greedy: a warp runs until all its lanes wait for other warps, a block until all its warps wait for other blocks. Taking turns would
+// hide a missing barrier. False if nothing could run.
+bool run_block(Block& block) {
+  for (bool ever = false;; ever = true) {
     bool any = false;
-    for (int w : order)
+    for (Warp* warp : block.order)
       for (bool going = true; going;) {
         going = false;
-        for (Fiber* fiber : warps[w].lanes)
+        for (Fiber* fiber : warp->lanes)
           if (fiber->state == State::ready) {
             going = any = true;
             resume(*fiber);
-            if (m.error) std::rethrow_exception(m.error);
           }
       }
-    if (m.waiting > 0 && m.waiting == m.living) {
-      open_barrier();
+    if (block.waiting > 0 && block.waiting == block.living) {
+      open_barrier(block);
       any = true;
     }
-    if (!any) {
-      for (Warp& warp : warps)
-        if (warp.arrived > 0) fail(std::string("part of a warp waits in ") + warp.name);
-      fail("part of a block waits at a barrier");
-    }
+    if (!any) return ever;
+  }
+}
+
+// The barrier of all, one thread that stepped aside, or one copy of the copy engine. False if there is none.
+bool go_further() {
+  Machine& m = machine();
+  const int at_cluster = m.count(State::at_cluster), aside = m.count(State::aside), slow = aside + copies_under_way();
+  if (at_cluster > 0 && at_cluster == m.used - m.count(State::done)) open_cluster();
+  else if (slow == 0) return false;
+  else if (int(random_number(unsigned(slow))) < aside) m.first(State::aside)->state = State::ready;
+  else let_a_copy_arrive();
+  return true;
+}
+
+[[noreturn]] void fail_to_go_on(const std::vector<Block*>& order) {
+  Machine& m = machine();
+  if (Fiber* fiber = m.first(State::at_place)) {
+    become(*fiber);  // to say which
+    fail("part of a cluster waits for a signal");
+  }
+  for (Block* block : order)
+    for (Warp* warp : block->order)
+      if (warp->arrived > 0) fail(std::string("part of a warp waits in ") + warp->name);
+  if (m.count(State::at_cluster) > 0) fail("part of a cluster waits for the rest of it");
+  fail("part of a block waits at a barrier");
+}
+
+void run_cluster(const std::vector<Block*>& order) {
+  Machine& m = machine();
+  for (;;) {
+    bool any = false;
+    for (Block* block : order) any |= run_block(*block);
+    if (m.count(State::done) == m.used) return;
+    if (!any && !go_further()) fail_to_go_on(order);
   }
 }
 
@@ -262,16 +230,44 @@ void fail(const std::string& what) {
   throw std::runtime_error(what + where);
 }
 
-void wait_at_barrier(const void* place) {
+unsigned random_number(unsigned count) { return unsigned(machine().random()) % count; }
+
+int blocks_of_cluster() { return machine().of_cluster; }
+int block_of_cluster() { return machine().running->home->rank; }
+Neighbour neighbour(int rank) {
   Machine& m = machine();
-  Fiber& me = *m.running;
-  Meeting& meeting = *m.barriers.back();
-  me.state = State::at_barrier;
+  const Block& block = m.of_rank(rank);
+  return {int(m.blocks.size()) - m.of_cluster + rank, block.memory, block.living == 0};
+}
+
+void sleep_at(const void* place) {
+  machine().running->place = place;
+  leave(State::at_place);
+}
+void wake_all_at(const void* place) {
+  Machine& m = machine();
+  for (int f = 0; f < m.used; ++f)
+    if (m.fibers[f].state == State::at_place && m.fibers[f].place == place) m.fibers[f].state = State::ready;
+}
+void step_aside() {
+  if (random_number(2) == 0) leave(State::aside);
+}
+
+void wait_at_barrier(const void* place) {
+  Fiber& me = *machine().running;
+  Block& block = *me.home;
   me.place = place;
-  ++m.waiting;
+  ++block.waiting;
+  void* object = &block.barrier.objects[block.barrier.turn & 1];
+  release(object);
+  leave(State::at_barrier);
+  acquire(object);
+}
+void meet_cluster() {
+  Meeting& meeting = machine().clusters.back();
   void* object = &meeting.objects[meeting.turn & 1];
   release(object);
-  leave();
+  leave(State::at_cluster);
   acquire(object);
 }
 
@@ -289,22 +285,20 @@ bool count(int id, int threads, Named& barrier) {
   return true;
 }
 void meet(int id, int threads) {
-  Machine& m = machine();
-  Named& barrier = (*m.named.back())[id & 15];
+  Fiber* me = machine().running;
+  Named& barrier = me->home->named[id & 15];
   void* object = &barrier.meeting.objects[barrier.meeting.turn & 1];
   if (!count(id, threads, barrier)) {
-    m.running->state = State::at_named;
-    barrier.waiting.push_back(m.running);
-    leave();
+    barrier.waiting.push_back(me);
+    leave(State::at_named);
   }
   acquire(object);
 }
-void arrive(int id, int threads) { count(id, threads, (*machine().named.back())[id & 15]); }
+void arrive(int id, int threads) { count(id, threads, machine().running->home->named[id & 15]); }
 
 void with_warp(const char* name, void* mine, const std::function<void(void* const*)>& instruction) {
-  Machine& m = machine();
-  Fiber& me = *m.running;
-  Warp& warp = (*m.warps.back())[me.warp];
+  Fiber& me = *machine().running;
+  Warp& warp = me.home->warps[me.warp];
   for (Fiber* fiber : warp.lanes)
     if (fiber->state == State::done) fail(std::string(name) + ": lanes of this warp have ended");
   if (warp.arrived > 0 && std::strcmp(warp.name, name) != 0) fail(std::string(name) + " meets " + warp.name + " within a warp");
@@ -313,8 +307,7 @@ void with_warp(const char* name, void* mine, const std::function<void(void* cons
   void* object = &warp.meeting.objects[warp.meeting.turn & 1];
   release(object);
   if (++warp.arrived < 32) {
-    me.state = State::in_warp;
-    leave();
+    leave(State::in_warp);
     acquire(object);
     return;
   }
@@ -339,70 +332,82 @@ void wait_for_copies(int groups_left) {
     for (auto& copy : me.groups.front()) copy();
 }
 
-void run_blocks(Index blocks, int threads, size_t bytes, const std::function<void()>& kernel) {
+void run_blocks(Index blocks, Index cluster, int threads, size_t bytes, const std::function<void()>& kernel) {
   Machine& m = machine();
   if (threads < 32 || threads > 1024 || threads % 32 != 0) fail("a block of " + std::to_string(threads) + " threads");
   shared_bytes = bytes;
   if (shared_bytes > 227 * 1024) fail(std::to_string(shared_bytes) + " bytes of shared memory");
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) fail("a grid without blocks");
-  if (int(m.fibers.size()) < threads) m.fibers.resize(threads);
+  const uint64_t of_cluster = uint64_t(cluster.x) * cluster.y * cluster.z;
+  if (of_cluster < 1 || of_cluster > 8) fail("a cluster of " + std::to_string(of_cluster) + " blocks");
+  if (blocks.x % cluster.x || blocks.y % cluster.y || blocks.z % cluster.z) fail("a side of the grid is no multiple of the cluster's");
+  m.of_cluster = int(of_cluster);
+  m.used = int(of_cluster) * threads;
+  if (int(m.fibers.size()) < m.used) m.fibers.resize(m.used);
   for (Fiber& fiber : m.fibers) fiber.state = State::done;
   m.kernel = &kernel;
   m.error = nullptr;
   grid = blocks;
-#ifdef KAN_EMULATE_TSAN
-  m.tsan = __tsan_get_current_fiber();
-#endif
-  std::mt19937 random(1);
-  std::vector<uint64_t> order(uint64_t(blocks.x) * blocks.y * blocks.z);
+  begin_fibers();
+  m.random.seed(1);
+  const Index clusters{blocks.x / cluster.x, blocks.y / cluster.y, blocks.z / cluster.z};
+  std::vector<uint64_t> order(uint64_t(clusters.x) * clusters.y * clusters.z);
   for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), random);
-  std::vector<int> warp_order(threads / 32);
-  for (int w = 0; w < threads / 32; ++w) warp_order[w] = w;
+  std::shuffle(order.begin(), order.end(), m.random);
+  std::vector<int> warp_order(m.used / 32);
+  for (int w = 0; w < m.used / 32; ++w) warp_order[w] = w;
   auto tidy = [&] {
-    for (char* memory : m.memories) std::free(memory);
-    m.memories.clear();
-    m.warps.clear();
-    m.barriers.clear();
-    m.named.clear();
+    m.blocks.clear();
+    m.clusters.clear();
     end_launch();
+    forget_signals();
     m.running = nullptr;
-    m.waiting = 0;
+  };
+  auto index_in = [](uint64_t i, Index sides) {
+    return Index{unsigned(i % sides.x), unsigned(i / sides.x % sides.y), unsigned(i / sides.x / sides.y)};
   };
   try {
-    for (uint64_t index : order) {
-      block = {unsigned(index % blocks.x), unsigned(index / blocks.x % blocks.y), unsigned(index / blocks.x / blocks.y)};
-      shared = static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + 128));
-      for (size_t i = 0; i + 4 <= shared_bytes; i += 4) std::memcpy(shared + i, "\xad\xdb\xba\x7f", 4);  // NaN
-      m.memories.push_back(shared);
-      m.warps.push_back(std::make_unique<std::vector<Warp>>(threads / 32));
-      m.barriers.push_back(std::make_unique<Meeting>());
-      m.named.push_back(std::make_unique<std::array<Named, 16>>());
-      // Not by fibers: the sanitizer would see the memory move from one to the other.
-      for (Named& barrier : *m.named.back()) barrier.waiting.reserve(size_t(threads));
-      for (int t = 0; t < threads; ++t) {
-        Fiber& fiber = m.fibers[t];
-        fiber.thread = {unsigned(t), 0, 0};
-        fiber.lane = t % 32;
-        fiber.warp = t / 32;
-        fiber.state = State::ready;
-        (*m.warps.back())[t / 32].lanes.push_back(&fiber);
-        prepare(fiber);
+    for (uint64_t i : order) {
+      const Index first = index_in(i, clusters);
+      m.clusters.emplace_back();
+      for (int rank = 0; rank < m.of_cluster; ++rank) {
+        const Index within = index_in(uint64_t(rank), cluster);
+        m.blocks.push_back(std::make_unique<Block>(
+            Index{first.x * cluster.x + within.x, first.y * cluster.y + within.y, first.z * cluster.z + within.z}, rank, threads));
+        Block& block = *m.blocks.back();
+        begin_block(threads);
+        begin_signals();
+        for (int t = 0; t < threads; ++t) {
+          Fiber& fiber = m.fibers[rank * threads + t];
+          fiber.thread = {unsigned(t), 0, 0};
+          fiber.lane = t % 32;
+          fiber.warp = t / 32;
+          fiber.block = int(m.blocks.size()) - 1;
+          fiber.home = &block;
+          fiber.state = State::ready;
+          block.warps[t / 32].lanes.push_back(&fiber);
+          prepare(fiber, run_thread);
+        }
       }
-      std::shuffle(warp_order.begin(), warp_order.end(), random);
-      m.living = threads;
-      m.waiting = 0;
-      begin_block(threads);
+      std::shuffle(warp_order.begin(), warp_order.end(), m.random);
+      std::vector<Block*> block_order;
+      for (int w : warp_order) {
+        Block& block = m.of_rank(w / (threads / 32));
+        if (block.order.empty()) block_order.push_back(&block);
+        block.order.push_back(&block.warps[w % (threads / 32)]);
+      }
       release(&m.start);
-      run_block(warp_order);
-      for (const Named& barrier : *m.named.back())
-        if (barrier.arrived != 0) fail("a block ends with threads at a barrier");
-      end_block();
+      run_cluster(block_order);
+      for (int rank = 0; rank < m.of_cluster; ++rank) {
+        for (const Named& barrier : m.of_rank(rank).named)
+          if (barrier.arrived != 0) fail("a block ends with threads at a barrier");
+        end_block(neighbour(rank).number);
+      }
     }
   } catch (...) {
     // The frames of fibers that did not end are abandoned, and their stacks begin anew.
     for (Fiber& fiber : m.fibers) {
-      fiber.stack_pointer = nullptr;
+      abandon(fiber);
       fiber.open.clear();
       fiber.groups.clear();
     }

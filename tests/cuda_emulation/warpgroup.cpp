@@ -38,7 +38,7 @@ struct State {
   std::vector<Warp> warps;
   std::vector<int> hidden;  // by pieces of 16 bytes: 1 + the thread whose copy no proxy fence followed, or 0
 };
-// Of all blocks of a launch, the last one's is in use: memory that one block's threads free would order the next one's.
+// Of all blocks of a launch that have begun: memory that one block's threads free would order the next one's.
 std::vector<std::unique_ptr<State>> states;
 
 constexpr float kUnderWay = __builtin_nanf("0x2badba");
@@ -49,7 +49,8 @@ Registers registers(const void* from, int count) {
   return found;
 }
 
-Warp& own_warp() { return states.back()->warps[self->warp]; }
+State& own() { return *states[self->block]; }
+Warp& own_warp() { return own().warps[self->warp]; }
 
 void hold(Lane& lane, const Product& product) {
   Sums& sums = lane.sums[product.sums];
@@ -85,8 +86,8 @@ void end_thread() {
   if (!own_warp().open.empty() || !own_warp().groups.empty()) fail("a thread ends with products under way");
 }
 // The four warps of a group issue the same instructions, but each in its own time.
-void end_block() {
-  const std::vector<Warp>& warps = states.back()->warps;
+void end_block(int number) {
+  const std::vector<Warp>& warps = states[number]->warps;
   for (size_t w = 0; w < warps.size(); ++w)
     if (warps[w].issued != warps[w / 4 * 4].issued) fail("the warps of a group did not issue the same products, fences and waits");
 }
@@ -95,7 +96,7 @@ void end_launch() { states.clear(); }
 void start_product(const std::array<Product, 32>& lanes, Finish finish) {
   Warp& warp = own_warp();
   const Product& one = lanes[0];
-  if (states.back()->warps.size() % 4 != 0) fail(std::string(one.name) + ": a block without whole groups of four warps");
+  if (own().warps.size() % 4 != 0) fail(std::string(one.name) + ": a block without whole groups of four warps");
   for (const Product& product : lanes)
     if (product.descriptor != one.descriptor || product.left_descriptor != one.left_descriptor) fail(std::string(one.name) + ": lanes with different descriptors");
   warp.issued.push_back({one.name, one.descriptor});
@@ -149,13 +150,18 @@ void wait_for_products(int groups_left) {
     for (auto& product : warp.groups.front()) product();
 }
 
-void note_copy(const void* to) { states.back()->hidden[(static_cast<const char*>(to) - shared) / 16] = 1 + int(self->thread.x); }
+void note_copy(const void* to) { own().hidden[(static_cast<const char*>(to) - shared) / 16] = 1 + int(self->thread.x); }
 void show_to_tensor_cores() {
-  for (int& writer : states.back()->hidden)
+  for (int& writer : own().hidden)
     if (writer == 1 + int(self->thread.x)) writer = 0;
 }
 void expect_shown(const char* piece) {
-  if (states.back()->hidden[(piece - shared) / 16] != 0) fail("a product reads a copy that no proxy fence followed");
+  if (own().hidden[(piece - shared) / 16] != 0) fail("a product reads a copy that no proxy fence followed");
+}
+bool shown(int number, size_t offset, size_t bytes) {
+  for (size_t piece = offset / 16; piece < (offset + bytes + 15) / 16; ++piece)
+    if (states[number]->hidden[piece] != 0) return false;
+  return true;
 }
 
 }  // namespace kan::emulation

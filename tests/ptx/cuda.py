@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 FOLDER = ROOT / "build/ptx"
 SHARED_ALIGNMENT = 128  # what the kernels' declaration of shared memory promises, and no more
 OBSERVER = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int, ctypes.c_size_t,
+    None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int64), ctypes.c_int, ctypes.c_size_t,
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t), ctypes.c_int,
 )  # fmt: skip
 
@@ -114,11 +114,15 @@ class Interpreted(emulated.Backend):
         if self.raised is not None:
             raise self.raised
 
-    def _launch(self, kernel: int, grid: Any, threads: int, shared: int, arguments: Any, sizes: Any, count: int) -> None:
+    def _launch(
+        self, kernel: int, grid: Any, cluster: Any, threads: int, shared: int, arguments: Any, sizes: Any, count: int
+    ) -> None:
         """What the host code calls; no exception may pass through it."""
         if self.raised is not None:
             return
         try:
+            if cluster[:3] != [1, 1, 1]:
+                raise NotImplementedError("clusters are not interpreted")
             name = self.kernels[kernel]
             memory = GlobalMemory()
             scratch = self.library.kan_scratch().contents
