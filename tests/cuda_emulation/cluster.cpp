@@ -94,7 +94,7 @@ void end_signals() {
   for (const Copy& copy : copies)
     if (neighbour(copy.block).number == self->block) fail("a block ends while the copy engine writes its shared memory");
   for (const Record& record : *signals[self->block])
-    if (record.bytes != 0) fail("a block ends while a signal waits for bytes");
+    if (record.bytes != 0) fail("a block ends with bytes outstanding at a signal");
 }
 void forget_signals() {
   copies.clear();

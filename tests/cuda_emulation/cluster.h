@@ -28,11 +28,15 @@ struct Map {
 };
 constexpr uint32_t kMap = 0x6b616e6d;
 
+// What a prepared signal's bytes are; what it stands at is kept in cluster.cpp.
 constexpr uint64_t kPrepared = 0x7fbadbad6e616b73;
 
-// In cluster.cpp. `block` is a number within the cluster.
+// In runtime.cpp. Of all threads; the one that calls stops until no other can go on, or not: that is left to chance.
 int block_of_cluster();
 void meet_cluster();
+void step_aside();
+
+// In cluster.cpp. `block` is a number within the cluster.
 void begin_signals();
 void end_signals();  // of the block whose last thread ends
 void forget_signals();
@@ -41,7 +45,8 @@ void prepare(cuda::Signal*, int arrivals);
 void show_signals();
 void arrive_at(cuda::Signal*, int block, int bytes);  // which are announced first
 void wait_for(cuda::Signal*, uint32_t parity);
-void step_aside();
+
+// A box on its way to `shared`, of whichever block.
 struct Box {
   Map map;
   int x, y, z;
@@ -49,7 +54,7 @@ struct Box {
   int bytes;
 };
 Box box_of(const cuda::TensorMap&, int x, int y, int z, void* shared);
-// Once its place is NaN.
+// Its place is NaN by then.
 void copy_box_later(const Box&, cuda::Signal*, int block);
 
 // The signal of that block. These reads are instrumented, as the write by which it is prepared is.

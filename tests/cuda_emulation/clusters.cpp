@@ -74,17 +74,25 @@ void take_rounds(KAN_ARGUMENT TensorMap map, Arguments a) {
     char* const out = a.out + (int64_t(block) * a.rounds + r) * bytes;
     for (int i = int(threadIdx.x); i < bytes; i += 64) out[i] = box[i];
     if (!a.has("no barrier")) barrier();
+    if (a.has("too early")) wait_for(&full[stage], turn & 1);
     if (first)
       for (int to = 0; to < a.blocks; ++to) arrive_at(&empty[stage], a.has("arrival beyond") ? to + a.blocks : to);
   }
 
+  if (first && a.has("negative bytes")) announce_bytes(extra, -16);
+  if (first && a.has("many bytes")) announce_bytes(extra, 1 << 20);
+  if (first && a.has("parity")) wait_for(extra, 2);
   if (first && a.has("bytes outstanding")) announce_bytes(extra, 128);
-  if (first && a.has("copy outstanding")) copy_box(boxes, map, 0, 0, 0, extra);
   if (a.has("two phases")) {
     if (second) wait_for(extra, 0);
     if (first) announce_bytes(extra, 0), announce_bytes(extra, 0);
   }
   if (!a.has("ends early")) meet_cluster();
+  if (first && a.has("copy outstanding")) copy_box(boxes, map, 0, 0, 0, extra);
+  if (first && me == 0 && a.has("copy to an ended block")) {
+    for (int chance = 0; chance < 64; ++chance) kan::emulation::step_aside();
+    copy_box(boxes, map, 0, 0, 0, extra, everyone);
+  }
 }
 
 // A product of the box, and the copy of another to there, before or after it is waited for.
@@ -120,7 +128,8 @@ std::string error;
 
 }  // namespace
 
-// Null, or what went wrong.
+extern "C" void kan_observe(kan::emulation::Observer observer) { kan::emulation::observer = observer; }
+// These return null, or what went wrong.
 extern "C" const char* kan_map(const Boxes* boxes, TensorMap* map) {
   try {
     *map = map_tensor(*boxes);
@@ -135,9 +144,12 @@ extern "C" const char* kan_take_rounds(const TensorMap* map, const int64_t* grid
   const int64_t blocks = cluster[0] * cluster[1] * cluster[2];
   const Arguments a{int(blocks), lines, rounds, stages, x, y, out, address, fault};
   try {
-    if (a.has("product under way") || a.has("product waited for")) launch(overwrite_product, Blocks{1}, 128, 128 * lines + 8, nullptr, *map, a);
-    else launch_clusters(take_rounds, Blocks{grid[0], grid[1], grid[2]}, Blocks{cluster[0], cluster[1], cluster[2]}, 64,
-                         size_t(stages) * (128 * lines + 16) + 16, nullptr, *map, a);
+    if (a.has("product under way") || a.has("product waited for")) {
+      launch(overwrite_product, Blocks{1}, 128, size_t(128 * lines + 8), nullptr, *map, a);
+    } else {
+      launch_clusters(take_rounds, Blocks{grid[0], grid[1], grid[2]}, Blocks{cluster[0], cluster[1], cluster[2]}, 64,
+                      size_t(stages) * (128 * lines + 16) + 16, nullptr, *map, a);
+    }
     return nullptr;
   } catch (const std::exception& problem) {
     error = problem.what();
@@ -153,7 +165,7 @@ int main(int, char** arguments) {
   const int64_t wrong = std::strcmp(arguments[1], "sizes") == 0;
   const Boxes boxes{numbers, {64, kLines, kRounds + wrong}, {128, 128 * kLines}, {64, kLines / 2, 1}};
   const int64_t grid[3] = {kBlocks, 1, 1}, cluster[3] = {2, 1, 1};
-  auto* out = static_cast<char*>(std::malloc(kBlocks * kRounds * kLines * 128));
+  auto* out = static_cast<char*>(std::malloc(kBlocks * (kRounds + 1) * kLines * 128));
   uint32_t address;
   TensorMap map;
   const char* problem = kan_map(&boxes, &map);

@@ -3,7 +3,8 @@
 //
 // What hardware lets pass in silence ends the launch with an error: threads that miss a barrier or a warp-wide instruction,
 // asynchronous copies still under way when a thread ends, misaligned copies. Shared memory starts as NaN, and is
-// again where a copy is under way until it is waited for, and a warp runs as far ahead of the others as barriers let it.
+// again where a copy is under way until it is waited for, and a warp runs as far ahead of the others as barriers let it, as a block
+// does of those of its cluster.
 #define KAN_CUDA_INSTRUCTIONS
 #pragma once
 
@@ -95,7 +96,8 @@ inline int launch_clusters(void (*kernel)(Parameters...), Blocks blocks, Blocks 
   }
   const emulation::Index grid{unsigned(side(0, blocks.x, blocks.x)), unsigned(side(1, blocks.y, cluster.y > 1 ? cluster.y : 2)),
                               unsigned(side(2, blocks.z, cluster.z > 1 ? cluster.z : 2))};
-  emulation::run_blocks(grid, {unsigned(cluster.x), unsigned(cluster.y), unsigned(cluster.z)}, threads, shared, [&] { kernel(arguments...); });
+  const emulation::Index sides{unsigned(cluster.x), unsigned(cluster.y), unsigned(cluster.z)};
+  emulation::run_blocks(grid, sides, threads, shared, [&] { kernel(arguments...); });
   return 0;
 }
 template <class... Parameters, class... Arguments>

@@ -363,7 +363,9 @@ void run_blocks(Index blocks, Index cluster, int threads, size_t bytes, const st
     forget_signals();
     m.running = nullptr;
   };
-  auto index_in = [](uint64_t i, Index sides) { return Index{unsigned(i % sides.x), unsigned(i / sides.x % sides.y), unsigned(i / sides.x / sides.y)}; };
+  auto index_in = [](uint64_t i, Index sides) {
+    return Index{unsigned(i % sides.x), unsigned(i / sides.x % sides.y), unsigned(i / sides.x / sides.y)};
+  };
   try {
     for (uint64_t i : order) {
       const Index first = index_in(i, clusters);

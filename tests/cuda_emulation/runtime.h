@@ -1,6 +1,8 @@
 // What runtime.cpp is to the other files of the runtime: the cluster that runs, and its threads.
 #pragma once
 
+#include <cstddef>
+
 #include "emulation.h"
 #include "fibers.h"
 
@@ -18,8 +20,6 @@ Neighbour neighbour(int rank);
 // The thread that runs stops here, until all that wait for this place are woken.
 void sleep_at(const void* place);
 void wake_all_at(const void* place);
-// It stops until no other can go on: as if it were slow. Whether it does is left to chance.
-void step_aside();
 // Below `count`, alike in every launch.
 unsigned random_number(unsigned count);
 

@@ -1,7 +1,7 @@
 """One block at a time: its threads are the lanes of NumPy arrays. The lowest program counter runs first, so paths rejoin."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,22 +9,26 @@ import numpy as np
 
 from tests.ptx import arithmetic, tensor_cores
 from tests.ptx.arithmetic import RAW, TYPES
+from tests.ptx.cluster import Cluster, Member, copy_box, mapa, mbarrier, meet_cluster, show_signals
 from tests.ptx.memory import Fault, GlobalMemory, SharedMemory
 from tests.ptx.program import Instruction, Program, split
 
 REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce, "and": np.bitwise_and.reduce}
 # setmaxnreg shares out registers; bar.warp.sync: lanes of a warp are never apart for longer than a branch.
 NOTHING = ("setmaxnreg", "bar")
+MEETINGS = ("bar", "barrier", "mbarrier")  # behind these others may have to run first
 PARAMETERS = 1 << 60  # where the arguments lie, which a kernel may take the address of
 
 
 def run(
     program: Program, blocks: Sequence[int], threads: int, shared: int, arguments: Sequence[Any],
     memory: GlobalMemory | None = None, strict: bool = True, base: int = 0, only: Sequence[int] | None = None,
+    cluster: Sequence[int] = (1, 1, 1), seed: int = 0,
 ) -> None:  # fmt: skip
     """Run all blocks, or `only` those, by their numbers. arguments: arrays (global buffers, changed in place), numbers, bytes
     (a struct, or any other argument as it is passed); None or absent: a null pointer. memory: buffers whose addresses stand in
-    the arguments. strict: as SharedMemory has it. base: the address where shared memory begins."""
+    the arguments. strict: as SharedMemory has it. base: the address where shared memory begins. cluster: how many blocks
+    run at once, along each axis; of `only`, whole clusters. seed: of the order in which copies arrive."""
     memory = memory or GlobalMemory()
     given, places = np.zeros(0, np.uint8), {}
     padded = [*arguments, *[None] * (len(program.parameters) - len(arguments))]
@@ -34,10 +38,18 @@ def run(
         raw = value if isinstance(value, bytes) else np.array([value or 0]).astype(TYPES[kind]).tobytes()
         places[name] = PARAMETERS + len(given)
         given = np.concatenate([given, np.frombuffer(raw + bytes(-len(raw) % 16), np.uint8)])
-    x, y, z = [*blocks, 1, 1][:3]
-    for index in range(x * y * z) if only is None else only:
-        place = index % x, index // x % y, index // (x * y)
-        Block(program, memory, given, places, place, (x, y, z), threads, shared, strict, base).run()
+    x, y, z = grid = tuple(map(int, [*blocks, 1, 1][:3]))
+    sides = tuple(map(int, [*cluster, 1, 1][:3]))
+    if any(side % part for side, part in zip(grid, sides, strict=True)):
+        raise Fault(f"a grid of {grid} blocks is not made of clusters of {sides}")
+    numbers = range(x * y * z) if only is None else only
+    corners = ((i % x // sides[0], i // x % y // sides[1], i // (x * y) // sides[2]) for i in numbers)
+    signals = any(instruction.fields[:2] == ("mbarrier", "init") for instruction in program.code)
+    for corner in dict.fromkeys(corners):
+        together = Cluster(corner, sides, grid, threads // 32, signals, memory, seed)
+        for place in together.places():
+            together.blocks.append(Block(program, memory, given, places, place, grid, threads, shared, strict, base, together))
+        together.run()
 
 
 @dataclass
@@ -55,38 +67,47 @@ class Block:
 
     def __init__(
         self, program: Program, memory: GlobalMemory, given: np.ndarray, places: dict[str, int],
-        index: tuple[int, ...], blocks: tuple[int, ...], threads: int, dynamic: int, strict: bool, base: int,
+        index: tuple[int, ...], blocks: tuple[int, ...], threads: int, dynamic: int, strict: bool, base: int, cluster: Cluster,
     ) -> None:  # fmt: skip
         self.program, self.memory, self.given, self.threads = program, memory, given, threads
         self.registers: dict[str, np.ndarray] = {}
         self.constants: dict[tuple[str, str], np.ndarray] = {}
         self.mask = self.alive = np.ones(threads, bool)
-        self.waiting = np.zeros(threads, bool)
+        self.waiting, self.counter = np.zeros(threads, bool), np.zeros(threads, int)
+        self.cluster, self.member = cluster, Member(len(cluster.blocks), threads)
         self.barriers: dict[int, Barrier] = {}
         self.warp = np.arange(threads) // 32
         self.special = {f"%{name}.{axis}": np.full(threads, value) for name, values in
-                        (("ctaid", index), ("nctaid", blocks), ("ntid", (threads, 1, 1)), ("tid", (0, 0, 0)))
+                        (("ctaid", index), ("nctaid", blocks), ("ntid", (threads, 1, 1)), ("tid", (0, 0, 0)),
+                         *cluster.special(len(cluster.blocks)))
                         for axis, value in zip("xyz", values, strict=True)}  # fmt: skip
         self.special |= {"%tid.x": np.arange(threads), "%laneid": np.arange(threads) % 32}
+        ranks = {"%cluster_ctarank": self.member.rank, "%cluster_nctarank": cluster.size}
+        self.special |= {name: np.full(threads, value) for name, value in ranks.items()}
         self.symbols = dict(places)
         size = base
         for name, static in sorted(program.shared.items(), key=lambda item: item[1] == 0):
             self.symbols[name] = size = -(-size // 128) * 128
             size += static
-        self.shared = SharedMemory(size + dynamic, threads // 32, strict)
+        self.shared = SharedMemory(size + dynamic, threads // 32, strict, cluster.known, self.member.rank * (threads // 32))
         # Asynchronous copies under way: a thread, its group, target, source, how many bytes are valid, and of how many.
         self.copies: list[tuple[np.ndarray, ...]] = []
         self.groups = np.zeros(threads, int)  # that every thread has committed
         self.products = tensor_cores.Products(self.shared)
 
-    def run(self) -> None:
-        """Until every thread has returned; a Fault says in which instruction it happened."""
-        counter = np.zeros(self.threads, int)
-        code, labels = self.program.code, self.program.labels
+    def ready(self) -> np.ndarray:
+        """The threads that can go on."""
+        return self.alive & ~self.waiting
+
+    def run(self) -> Iterator[None]:
+        """Until every thread has returned; a Fault says in which instruction it happened. Stops where nobody can go on before
+        something happens in the cluster."""
+        counter, code, labels = self.counter, self.program.code, self.program.labels
         while self.alive.any():
-            ready = self.alive & ~self.waiting
+            ready = self.ready()
             if not ready.any():
-                self._all_wait()
+                if not self._all_wait():
+                    yield
                 continue
             place = int(counter[ready].min())
             here = ready & (counter == place)
@@ -114,7 +135,7 @@ class Block:
                 self.mask = acting
                 try:
                     with np.errstate(all="ignore"):
-                        if name in ("bar", "barrier") and "warp" not in instruction.fields:
+                        if name in MEETINGS and "warp" not in instruction.fields:
                             self._meet(instruction)
                             break
                         self.execute(instruction)
@@ -126,11 +147,17 @@ class Block:
             raise Fault("products still under way at the end")
         if self.barriers:
             raise Fault("a block ends with threads at a barrier")
+        self.cluster.end(self)
 
     # Barriers.
 
     def _meet(self, instruction: Instruction) -> None:
-        """bar.sync and bar.arrive, numbered or not: those who come together may stand anywhere in the code."""
+        """Barriers of all kinds. bar.sync and bar.arrive, numbered or not: those who come together may stand anywhere in the
+        code."""
+        if instruction.fields[0] == "mbarrier":
+            return mbarrier(self, instruction)
+        if instruction.fields[1] == "cluster":
+            return meet_cluster(self, instruction)
         o = instruction.operands
         numbers = self.read(o[0], "u32") if o else np.zeros(self.threads, np.uint32)
         acting = self.mask
@@ -154,13 +181,16 @@ class Block:
                     raise Fault(f"more threads than {expected} at barrier {number}")
                 self._leave(number)
 
-    def _all_wait(self) -> None:
-        """Nobody can go on: barriers for everybody that everybody has come to end."""
+    def _all_wait(self) -> bool:
+        """Nobody can go on: barriers for everybody that everybody has come to end. Whether there was one; else the cluster may
+        have what some wait for."""
         for number, barrier in list(self.barriers.items()):
             if barrier.expected is None and np.array_equal(barrier.waiting, self.alive):
                 self._leave(number)
-                return
-        raise Fault("part of a block waits at a barrier")
+                return True
+        if not self.member.waits():
+            raise Fault("part of a block waits at a barrier")
+        return False
 
     def _leave(self, number: int) -> None:
         barrier = self.barriers.pop(number)
@@ -250,11 +280,17 @@ class Block:
         name, kind = fields[0], fields[-1]
         if name in ("ld", "st"):
             self._move(instruction)
+        elif fields[:3] == ("cp", "async", "bulk"):
+            copy_box(self, instruction)
         elif fields[:2] == ("cp", "async"):
             self._copy(instruction)
         elif name in ("mma", "wgmma", "ldmatrix", "stmatrix", "movmatrix"):
             getattr(tensor_cores, name)(self, instruction)
+        elif name == "mapa":
+            mapa(self, instruction)
         elif name == "fence":
+            if "mbarrier_init" in fields:
+                show_signals(self)
             if "async" in fields and not {"global", "shared::cluster"} & set(fields):
                 self.shared.fence(np.unique(self.warp[self.mask]))
         elif name in ("shfl", "redux"):
@@ -288,7 +324,7 @@ class Block:
         if fields[0] == "ld":
             data = np.zeros((self.threads, size), np.uint8)
             if space == "param":
-                data[self.mask] = self._read_arguments(addresses, size)
+                data[self.mask] = self.read_arguments(addresses, size)
             elif space == "global":
                 data[self.mask] = self.memory.read(addresses, size)
             else:
@@ -307,7 +343,8 @@ class Block:
         else:
             raise NotImplementedError(instruction.text)
 
-    def _read_arguments(self, addresses: np.ndarray, size: int) -> np.ndarray:
+    def read_arguments(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """(n,) addresses of what the kernel was given -> (n, size) bytes."""
         places = addresses - PARAMETERS
         if (places < 0).any() or (places + size > len(self.given)).any() or (places % size).any():
             raise Fault(f"misaligned access to arguments, or one beyond their {len(self.given)} bytes")

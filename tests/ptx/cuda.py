@@ -21,6 +21,7 @@ from tests.ptx.block import run
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.program import Program, parse
 
+HERE = Path(__file__).resolve().parent
 FOLDER = ROOT / "build/ptx"
 SHARED_ALIGNMENT = 128  # what the kernels' declaration of shared memory promises, and no more
 OBSERVER = ctypes.CFUNCTYPE(
@@ -38,12 +39,16 @@ class Scratch(ctypes.Structure):
 def compile_to_ptx(source: str, changes: Sequence[Change] = ()) -> str:
     """csrc/cuda/<source>.cu for the least architecture it is for, perhaps with planted bugs; kept in build/ptx by what it is
     made of."""
-    csrc, nvcc = sources(changes), find_nvcc()
+    csrc = sources(changes)
+    return compile_file(csrc / f"cuda/{source}.cu", "compute_90a" if source.startswith("warpgroup") else "compute_80", csrc)
+
+
+def compile_file(path: Path, name: str = "compute_90a", csrc: Path = ROOT / "csrc") -> str:
+    """A source for an architecture of that name; kept in the same way."""
+    nvcc = find_nvcc()
     assert nvcc is not None
-    name = "compute_90a" if source.startswith("warpgroup") else "compute_80"
-    path = csrc / f"cuda/{source}.cu"
     texts = included(path, csrc, {})
-    out = FOLDER / f"{source}-{digest(name, str(nvcc), *(texts[key] for key in sorted(texts)))}.ptx"
+    out = FOLDER / f"{path.stem}-{digest(name, str(nvcc), *(texts[key] for key in sorted(texts)))}.ptx"
     if not out.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         command = [nvcc, "-std=c++20", "-O3", f"-I{csrc}", f"-gencode=arch={name},code={name}", "-ptx", path]

@@ -66,15 +66,19 @@ class SharedMemory:
     A warp's time goes on at barriers. known[w, v] is the time of warp v up to which warp w may rely on what v did: barriers
     tell it. An access to what another warp did at a later time is a race.
 
+    In a cluster, v counts the warps of all its blocks, this one's from `first` on, and behind them its signals, as writers of
+    what is copied: `known` is then the rows of all warps, of which this block has its own.
+
     strict: what nobody wrote may not be read, and else it is NaN: some kernels compute rows that do not exist, and write none.
     """
 
-    def __init__(self, size: int, warps: int, strict: bool = True) -> None:
+    def __init__(self, size: int, warps: int, strict: bool = True, known: np.ndarray | None = None, first: int = 0) -> None:
         words = size // 4 + 2
         self.strict = strict
         self.bytes = np.full(size, UNKNOWN)
         self.written = np.zeros(size, bool)
-        self.known = np.eye(warps, dtype=np.int32)
+        self.known = np.eye(warps, dtype=np.int32) if known is None else known[first : first + warps]
+        self.first, self.own = first, self.known[:, first : first + warps]
         self.write_time, self.writer = np.zeros(words, np.int32), np.zeros(words, int)
         self.read_time = np.zeros((words, warps), np.int32)
         self.fenced = np.zeros(words, bool)
@@ -82,7 +86,7 @@ class SharedMemory:
     def tell(self, warps: np.ndarray) -> np.ndarray:
         """What these warps know when they come to a barrier: (warps,) times, to be learned by who waits there."""
         told = self.known[warps].max(0)
-        self.known[warps, warps] += 1
+        self.own[warps, warps] += 1
         return told
 
     def learn(self, warps: np.ndarray, told: np.ndarray) -> None:
@@ -102,10 +106,10 @@ class SharedMemory:
         places, words = self._places(addresses, size)
         warps = np.broadcast_to(warps[:, None], words.shape)
         if (self.write_time[words] > self.known[warps, self.writer[words]]).any():
-            raise Fault("race: a warp reads what another wrote since the last barrier")
+            raise self._race(words, "a warp reads what another wrote since the last barrier")
         if self.strict and not self.written[places].all():
             raise Fault("read of shared memory that nobody wrote")
-        self.read_time[words, warps] = np.maximum(self.read_time[words, warps], self.known[warps, warps])
+        self.read_time[words, warps] = np.maximum(self.read_time[words, warps], self.own[warps, warps])
         return self.bytes[places]
 
     def write(self, addresses: np.ndarray, data: np.ndarray, warps: np.ndarray) -> None:
@@ -123,21 +127,54 @@ class SharedMemory:
         places, words = self._places(addresses, size)
         warps = np.broadcast_to(warps[:, None], words.shape)
         if (self.write_time[words] > self.known[warps, self.writer[words]]).any():
-            raise Fault("race: two warps write one word between barriers")
-        if (self.read_time[words] > self.known[warps]).any():
+            raise self._race(words, "two warps write one word between barriers")
+        if (self.read_time[words] > self.own[warps]).any():
             raise Fault("race: a warp writes what another, or a product under way, read since the last barrier")
-        self.write_time[words], self.writer[words], self.fenced[words] = self.known[warps, warps], warps, False
+        self.write_time[words], self.writer[words], self.fenced[words] = self.own[warps, warps], self.first + warps, False
         return places
+
+    def _race(self, words: np.ndarray | slice, what: str) -> Fault:
+        taken = (self.write_time[words] == FOREVER).any()
+        return Fault("race: where a copy is under way, or a signal lies" if taken else f"race: {what}")
+
+    def reserve(self, address: int, warp: int, column: int) -> None:
+        """A signal lies there from now on, prepared by this warp: nothing else may be there."""
+        _, words = self._places(np.array([address]), 8)
+        self._claim(np.array([address]), 8, np.array([warp]))
+        self.write_time[words], self.writer[words] = FOREVER, column
+
+    def expect_box(self, start: int, size: int, known: np.ndarray, column: int) -> None:
+        """The copy engine is on its way there, to be counted at the signal of that column. known: what the warp knows that sent
+        it, perhaps one of another block. Until the box is delivered, nobody wrote it, and nobody may touch it."""
+        if start + size > len(self.bytes):
+            raise Fault(f"a copy beyond the {len(self.bytes)} bytes of shared memory")
+        words, places = slice(start // 4, (start + size) // 4), slice(start, start + size)
+        if (self.write_time[words] > known[self.writer[words]]).any():
+            raise self._race(words, "a copy to what another wrote since the last barrier")
+        if (self.read_time[words] > known[self.first : self.first + len(self.own)]).any():
+            raise Fault("race: a copy to what another, or a product under way, read since the last barrier")
+        if ((self.write_time[words] > 0) & ~self.fenced[words]).any():
+            raise Fault("a copy to what was written without fence.proxy.async")
+        self.write_time[words], self.writer[words], self.fenced[words] = FOREVER, column, False
+        self.bytes[places], self.written[places] = UNKNOWN, False
+
+    def deliver_box(self, start: int, data: np.ndarray, column: int, time: int) -> None:
+        """The box is there, for whoever knows that time of its signal; tensor cores read it by the path it was written by."""
+        words, places = slice(start // 4, (start + len(data)) // 4), slice(start, start + len(data))
+        self.write_time[words], self.writer[words], self.fenced[words] = time, column, True
+        self.bytes[places], self.written[places] = data, True
 
     def fence(self, warps: np.ndarray) -> None:
         """fence.proxy.async by these warps: what they wrote may be read by the tensor cores' own path."""
-        self.fenced |= np.isin(self.writer, warps)
+        self.fenced |= np.isin(self.writer, self.first + warps)
 
     def read_by_tensor_cores(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
         """Addresses of any shape, of numbers of 2 or 4 bytes -> the numbers, unsigned; for a product by these warps."""
         if (addresses + size > len(self.bytes)).any():
             raise Fault("wgmma operand outside shared memory")
         words = np.unique(addresses // 4)
+        if (self.write_time[words] == FOREVER).any():
+            raise Fault("wgmma reads where a copy is under way, or a signal lies")
         if not self.written[addresses].all():
             raise Fault("wgmma reads shared memory that nobody wrote")
         if not self.fenced[words].all():
@@ -153,4 +190,4 @@ class SharedMemory:
 
     def let_go(self, words: np.ndarray, warps: np.ndarray) -> None:
         """The product has been waited for: its reads are as any other."""
-        self.read_time[np.ix_(words, warps)] = self.known[warps, warps]
+        self.read_time[np.ix_(words, warps)] = self.own[warps, warps]
