@@ -24,6 +24,14 @@ struct InputMaps {
   TensorMap g, spline, base;
 };
 
+// Lines of the right operand that no input has: zeros, in all stages.
+template <int kColumns> KAN_DEVICE void fill_lines(char* stages, int lines, int thread) {
+  constexpr int kPieces = 2 * kLineNumbers / 16;
+  const uint32_t zeros[4] = {};
+  for (int at = lines * kPieces + thread; at < kColumns * kPieces; at += kMultipliers)
+    for (int stage = 0; stage < kInputStages<kColumns>; ++stage) store_16_bytes(stages + stage * kGroupInputStage<kColumns> + kLeftBytes + at * 16, zeros);
+}
+
 // By one thread: every step's copies, as soon as their stage is free.
 template <int kColumns>
 KAN_DEVICE void copy_operands(const Problem& p, const InputMaps& maps, const InputPlace<kColumns>& place, char* stages,
@@ -89,7 +97,11 @@ __global__ void __launch_bounds__(kMultipliers + 32, kInputBlocks<kColumns>)
   const int count = p.in_features - i0 < inputs ? int(p.in_features - i0) : inputs;
 
   if (thread == kMultipliers) signals.prepare_all(Place::kReaders);
-  else if (thread < kMultipliers) load_tile_knots(a, knots, i0, count, thread);
+  if (thread < kMultipliers) {
+    load_tile_knots(a, knots, i0, count, thread);
+    fill_lines<kColumns>(stages, inputs * (p.bases() + int(p.base_weight != nullptr)), thread);
+    show_to_tensor_cores();
+  }
   warp_barrier();
   meet_cluster();
   if (thread < kMultipliers) {

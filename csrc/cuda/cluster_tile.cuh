@@ -46,8 +46,8 @@ template <int kStages> struct Turn {
   }
 };
 
-// About every stage: all that was announced has been copied to it; every warpgroup that reads what this block copies to it has done so, in
-// all blocks.
+// About every stage: all that was announced has been copied to it; every warp that reads what this block copies to it has done so, in all
+// blocks. Warps, for the four of a group multiply each in its own time (9.7.15: wait_group is about the products of who executes it).
 template <int kStages> struct StageSignals {
   Signal copied[kStages], released[kStages];
 
@@ -55,16 +55,15 @@ template <int kStages> struct StageSignals {
   KAN_DEVICE void prepare_all(int readers) {
     for (int stage = 0; stage < kStages; ++stage) {
       prepare(copied + stage, 1);
-      prepare(released + stage, readers * (kMultipliers / 128));
+      prepare(released + stage, readers * (kMultipliers / 32));
     }
     show_signals();
   }
-  // A warpgroup's products have read the stage: all blocks that copy to it are told.
+  // This warp's products have read the stage: all blocks that copy to it are told, by a lane each.
   template <int kTall, int kWide> KAN_DEVICE void release(const ClusterPlace<kTall, kWide>& place, int stage) {
-    if (thread_now() % 128 != 0) return;
-    for (int tall = 0; tall < kTall; ++tall) arrive_at(released + stage, place.at(tall, place.wide));
-    for (int wide = 0; wide < kWide; ++wide)
-      if (wide != place.wide) arrive_at(released + stage, place.at(place.tall, wide));
+    const int lane = int(thread_now()) % 32, beside = lane - kTall;
+    if (lane >= kTall + kWide - 1) return;
+    arrive_at(released + stage, beside < 0 ? place.at(lane, place.wide) : place.at(place.tall, beside + int(beside >= place.wide)));
   }
 };
 

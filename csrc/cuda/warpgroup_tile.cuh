@@ -259,7 +259,7 @@ template <class Copy> struct CopiedByThreads {
     wait_for_copies<kLater>();
     show_to_tensor_cores();
   }
-  // This warpgroup's products have read the stage.
+  // This warp's products have read the stage.
   KAN_DEVICE void release(int) {}
   KAN_DEVICE void end() { wait_for_copies<0>(); }
 };

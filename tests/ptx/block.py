@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.ptx import arithmetic, tensor_cores
 from tests.ptx.arithmetic import RAW, TYPES
-from tests.ptx.cluster import Cluster, Member, copy_box, mapa, mbarrier, meet_cluster, show_signals
+from tests.ptx.cluster import Cluster, Member, copy_box, hold_for_mates, mapa, mbarrier, meet_cluster, show_signals
 from tests.ptx.memory import Fault, GlobalMemory, SharedMemory
 from tests.ptx.program import Instruction, Program, split
 
@@ -130,6 +130,13 @@ class Block:
                 if name in ("ret", "exit"):
                     self.alive = self.alive & ~acting
                     break
+                if name == "wgmma" and self.member.polling.any():
+                    late = hold_for_mates(self, acting)
+                    counter[late] = place - 1
+                    acting = acting & ~late
+                    here = here & ~late
+                    if not here.any():
+                        break
                 if not acting.any():
                     continue
                 self.mask = acting

@@ -361,6 +361,18 @@ def _wait(block: "Block", into: str, addresses: np.ndarray, parity: np.ndarray) 
         block.waiting |= member.polling | member.held
 
 
+def hold_for_mates(block: "Block", acting: np.ndarray) -> np.ndarray:
+    """Threads that reach an instruction for whole warpgroups while others of theirs wait for a signal: set aside as those are."""
+    member, late = block.member, np.zeros(block.threads, bool)
+    for first in range(0, block.threads // 128 * 128, 128):
+        group = slice(first, first + 128)
+        if acting[group].any() and (~acting & (member.polling | member.held))[group].any():
+            late[group] = acting[group]
+    member.held |= late
+    block.waiting |= late
+    return late
+
+
 def copy_box(block: "Block", instruction: Instruction) -> None:
     """cp.async.bulk.tensor.3d, to this block or {.multicast::cluster} to several: each thread sends a box on its way."""
     o, cluster, shared = instruction.operands, block.cluster, block.shared

@@ -39,8 +39,8 @@ class Scratch(ctypes.Structure):
 def compile_to_ptx(source: str, changes: Sequence[Change] = ()) -> str:
     """csrc/cuda/<source>.cu for the least architecture it is for, perhaps with planted bugs; kept in build/ptx by what it is
     made of."""
-    csrc = sources(changes)
-    return compile_file(csrc / f"cuda/{source}.cu", "compute_90a" if source.startswith("warpgroup") else "compute_80", csrc)
+    csrc, hopper = sources(changes), source.startswith(("warpgroup", "cluster"))
+    return compile_file(csrc / f"cuda/{source}.cu", "compute_90a" if hopper else "compute_80", csrc)
 
 
 def compile_file(path: Path, name: str = "compute_90a", csrc: Path = ROOT / "csrc") -> str:
@@ -121,8 +121,6 @@ class Interpreted(emulated.Backend):
         if self.raised is not None:
             return
         try:
-            if cluster[:3] != [1, 1, 1]:
-                raise NotImplementedError("clusters are not interpreted")
             name = self.kernels[kernel]
             memory = GlobalMemory()
             scratch = self.library.kan_scratch().contents
@@ -130,7 +128,8 @@ class Interpreted(emulated.Backend):
                 if size:
                     memory.add(np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8), address)
             given = [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)]
-            run(self.program(name), grid[:3], threads, shared, given, memory, self.strict, base=SHARED_ALIGNMENT)
+            program, where = self.program(name), {"base": SHARED_ALIGNMENT, "cluster": cluster[:3]}
+            run(program, grid[:3], threads, shared, given, memory, self.strict, **where)
             self.ran.append(name)
         except Exception as raised:  # raised again behind the host code
             self.raised = raised

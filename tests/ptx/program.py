@@ -49,6 +49,7 @@ def parse(ptx: str, kernel: str | None = None) -> Program:
     head = re.search(rf"\.entry\s+{name}\s*\((.*?)\)\s*(?:\.\w+[^{{]*)?\{{", ptx, re.S)
     assert head is not None, f"no kernel {kernel or ''} in this module"
     body = re.sub(r"\.pragma[^;]*;", "", _with_calls_inlined(_scope(ptx, head.end()), ptx))
+    body = _with_labels_apart(body)
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for statement in re.sub(r"([\w$]+):(?!:)", r";LABEL \1;", body).split(";"):
@@ -74,6 +75,21 @@ def _scope(text: str, start: int) -> str:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1
     return text[start : end - 1]
+
+
+def _with_labels_apart(body: str) -> str:
+    """Labels of a scope within the kernel's, as inline assembly has them, under names of their own."""
+    number = 0
+
+    def renamed(scope: re.Match[str]) -> str:
+        nonlocal number
+        number += 1
+        text = scope[0]
+        for label in set(re.findall(r"\b([A-Za-z]\w*):(?!:)", text)):
+            text = re.sub(rf"(?<![\w$%]){label}\b", f"{label}_in_scope_{number}", text)
+        return text
+
+    return re.sub(r"\{[^{}]*\}", renamed, body)
 
 
 def _with_calls_inlined(body: str, module: str) -> str:
