@@ -19,7 +19,7 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 SAMPLE = [
     ("wide_output_bfloat16", "80"), ("wide_output_tf32", "90a"), ("wide_backward_float16", "80"),
     ("contract_input", "80"), ("contract_output", "120"), ("contract_weight", "90a"), ("warpgroup_output_bfloat16", "90a"),
-    ("warpgroup_backward_float16", "90a"), ("warpgroup_split", "90a"),
+    ("warpgroup_backward_float16", "90a"), ("warpgroup_split", "90a"), ("cluster_bfloat16", "90a"),
     ("narrow_output", "90a"), ("narrow_input", "80"), ("narrow_weight", "120"), ("network", "90a"),
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ def expected(kernel, architecture):
     """The tensor instruction of a kernel, by its mangled name: kind, and whether its operand is sparse."""
     if re.search("(output|input|weight)_split", kernel):  # not what split.cu has; empty but on Hopper, as the next ones
         return r"HGMMA.64x128x16.F32 R\d+, gdesc" if architecture == "90a" else None
-    if "_warpgroup" in kernel:
+    if re.search("_warpgroup|_cluster", kernel):
         sparse = re.search(r"output_warpgroupILNS0_8ProductsE\dELb1E", kernel)
         shape = "HGMMA.SP.64x128x32" if sparse else "HGMMA.64x128x16"
         left = r"R\d+, R\d+, gdesc" if sparse or "weight" in kernel else r"R\d+, gdesc"  # from registers, or shared memory
@@ -76,21 +76,21 @@ def check(source, architecture, folder):
         assert (wanted is None) == (re.search("HG?MMA", code[kernel]) is None)
         if wanted is not None:
             assert re.search(wanted, code[kernel]), kernel
-            assert "LDGSTS" in code[kernel]  # asynchronous copies
+            assert ("UTMALDG.3D.MULTICAST" if "_cluster" in kernel else "LDGSTS") in code[kernel]  # asynchronous copies
         if wanted is not None and "HGMMA" in wanted:
             # One step's product, of one commit or of two, stays under way while the next one's is begun. Of float32 two steps
             # are begun before either is waited for; narrow tiles of contract_input wait for each, and leave it to another
             # block. With the left operand in registers those that are loaded next are waited for: of the four commits of a
             # step, all but one or three stay under way.
             narrow = "Li128E" in kernel
-            if "weight_warpgroup" in kernel:
+            if re.search("weight_(warpgroup|cluster)", kernel):
                 commits, waits = 3 if narrow else 1, 4
-            elif "_split" in kernel or ("input" in kernel and narrow):
+            elif "_split" in kernel or ("input_warpgroup" in kernel and narrow):
                 commits, waits = 0, 2
             else:
                 commits, waits = 1 if "input" in kernel else 2, 1
             assert len(re.findall(rf"WARPGROUP\.DEPBAR\.LE gsb0, 0x{commits}", code[kernel])) == waits, kernel
-            assert "FENCE.VIEW.ASYNC" in code[kernel]
+            assert "FENCE.VIEW.ASYNC" in code[kernel] or "weight_cluster" in kernel  # which threads write nothing for
     if source.startswith("narrow"):
         kernels = [kernel for kernel in facts if "_narrowI" in kernel]
         assert len(kernels) == 7

@@ -111,8 +111,6 @@ __global__ void __launch_bounds__(kMultipliers + 32, kInputBlocks<kColumns>)
   } else if (thread == kMultipliers) {
     copy_operands<kColumns>(p, maps, place, stages, signals, b0, i0, inputs);
   }
-  warp_barrier();
-  meet_cluster();  // until then others write to this block's shared memory, or tell it that they have read theirs
 #else
   __trap();  // never launched: launch.cpp asks for the architecture and for the build
 #endif

@@ -51,7 +51,6 @@ __global__ void __launch_bounds__(kGroupThreads, 1) output_cluster(KAN_ARGUMENT 
     multiply_left<P, false>(memory, first, stages, sums);
     write_tile<P>(a, nullptr, b0, o0, sums);
   }
-  meet_cluster();  // until then others write to this block's shared memory, or tell it that they have read theirs
 #else
   __trap();  // never launched: launch.cpp asks for the architecture and for the build
 #endif

@@ -48,6 +48,9 @@ template <int kStages> struct Turn {
 
 // About every stage: all that was announced has been copied to it; every warp that reads what this block copies to it has done so, in all
 // blocks. Warps, for the four of a group multiply each in its own time (9.7.15: wait_group is about the products of who executes it).
+//
+// A block may end before the others of its cluster: by then all that they copy to it has come, for it has multiplied it, and all that they
+// tell it, for nobody releases a stage that is not copied to again, which whoever does so waits for.
 template <int kStages> struct StageSignals {
   Signal copied[kStages], released[kStages];
 

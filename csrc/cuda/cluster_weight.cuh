@@ -42,7 +42,6 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     multiply_features<P, kColumns>(first, left, right, stages, sums);
     write_features<P, kColumns>(a, block, parts, sums);
   }
-  meet_cluster();  // until then others write to this block's shared memory, or tell it that they have read theirs
 #else
   __trap();  // never launched: launch.cpp asks for the architecture and for the build
 #endif

@@ -310,14 +310,13 @@ KAN_DEVICE void multiply_steps(Step coming, Copies& copies, Multiply multiply) {
       copy_now();
       wait_for_products<kStages == 3 ? 0 : 1>();
     }
-    if (kStages == 3) copies.release(right);
-    else if (s > 0) copies.release(before_of<kStages>(right));
+    // The stage of the last product that has been waited for, where the next copies go to it.
+    if (uncopied > 0 && (kStages == 3 || s > 0)) copies.release(kStages == 3 ? right : before_of<kStages>(right));
     if (kMade && !kLoaded && s > 0 && s - 1 + kLeftStages < steps) arrive(kReadBarrier + before + kLeftStages * (s & 1), kHandover);
     before = left;
     left = next_of<kLeftStages>(left), right = next_of<kStages>(right), next = next_of<kStages>(next);
   }
   wait_for_products<0>();
-  if (kStages > 3 && steps > 0) copies.release(before_of<kStages>(right));
   copies.end();
 }
 

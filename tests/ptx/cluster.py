@@ -362,7 +362,7 @@ def _wait(block: "Block", into: str, addresses: np.ndarray, parity: np.ndarray) 
 
 
 def hold_for_mates(block: "Block", acting: np.ndarray) -> np.ndarray:
-    """Threads that reach an instruction for whole warpgroups while others of theirs wait for a signal: set aside as those are."""
+    """Threads that reach an instruction for whole warpgroups, of which others wait for a signal: set aside as those are."""
     member, late = block.member, np.zeros(block.threads, bool)
     for first in range(0, block.threads // 128 * 128, 128):
         group = slice(first, first + 128)
