@@ -121,8 +121,6 @@ class Interpreted(emulated.Backend):
         if self.raised is not None:
             return
         try:
-            if cluster[:3] != [1, 1, 1]:
-                raise NotImplementedError("clusters are not interpreted")
             name = self.kernels[kernel]
             memory = GlobalMemory()
             scratch = self.library.kan_scratch().contents
@@ -130,7 +128,8 @@ class Interpreted(emulated.Backend):
                 if size:
                     memory.add(np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8), address)
             given = [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)]
-            run(self.program(name), grid[:3], threads, shared, given, memory, self.strict, base=SHARED_ALIGNMENT)
+            sides = cluster[:3]
+            run(self.program(name), grid[:3], threads, shared, given, memory, self.strict, base=SHARED_ALIGNMENT, cluster=sides)
             self.ran.append(name)
         except Exception as raised:  # raised again behind the host code
             self.raised = raised
