@@ -3,13 +3,16 @@
 What they bring is compared with a plain statement of the layout; whatever they do wrong must be found.
 """
 
+import ctypes
 import re
 import struct
 
 import numpy as np
 import pytest
+from test_cuda_cluster import Boxes
 
 from build_backend import find_nvcc
+from tests.cuda_emulation.build import build, compiler
 from tests.ptx.block import run
 from tests.ptx.cuda import HERE, compile_file
 from tests.ptx.memory import Fault, GlobalMemory
@@ -135,6 +138,7 @@ FAULTS = {
     "no meeting at first": ({"edit": removed(MEETING, (0, 1))}, "not been prepared|without a barrier"),
     "blocks meet alone": ({"edit": replaced(MEETING_OF_TWO, "bar.sync 0;")}, "not been prepared|without a barrier"),
     "no waiting at first": ({"edit": removed(MEETING, (1,))}, "without a barrier"),
+    "arriving twice": ({"edit": replaced(r"(barrier\.cluster\.arrive[^;]*;)", r"\1 \1")}, "arrives twice"),
     "no arriving at first": ({"edit": removed(MEETING, (0,))}, "without having arrived"),
     "no meeting at last": ({"edit": removed(MEETING, (2, 3))}, "may end before another arrives|has ended"),
     "no signals": ({"edit": removed(r"mbarrier\.init[^;]*;")}, "not been prepared"),
@@ -195,17 +199,19 @@ BRING = {
 }
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("fault", [None, *BRING])
-def test_faults_around_a_box_are_found(fault):
+def test_faults_around_a_box_are_found(fault, blocks):
+    """Each block of a cluster for itself."""
     flaw, announced, said = BRING[fault] if fault else (0, 1024, None)
     whole, numbers = tensor()
     memory, to = GlobalMemory(), np.zeros((2, 128), np.uint16)
     arguments = [map_of(memory.add(whole), SIZES, PITCH, (64, 8, 1)), flaw, announced, to]
     if said:
         with pytest.raises(Fault, match=said):
-            run(kernel("bring"), (1,), 64, 4096, arguments, memory, base=BASE)
+            run(kernel("bring"), (blocks,), 64, 4096, arguments, memory, base=BASE, cluster=(blocks,))
     else:
-        run(kernel("bring"), (1,), 64, 4096, arguments, memory, base=BASE)
+        run(kernel("bring"), (blocks,), 64, 4096, arguments, memory, base=BASE, cluster=(blocks,))
         for turn in range(2):
             np.testing.assert_array_equal(to[turn], box_of(numbers, 0, 0, turn, 8, BASE + 1024).reshape(-1)[:128])
 
@@ -290,12 +296,13 @@ def without_waiting_or_meeting(ptx):
         (2, 1, str, "part of a cluster waits for a signal"),  # block 0 runs first: two phases are over when the other looks
         (0, 0, str, "part of a cluster waits for a signal"),
         (1, 0, replaced(r"(mbarrier\.arrive[^;]*;)", r"\1 bar.sync 1, 64;"), "part of a cluster waits at its barrier"),
+        (1, 5, str, "a block beyond the 2 of a cluster"),
         (1, 0, without_waiting_or_meeting, "a signal of a block that has ended"),
         (1, 1, without_waiting_or_meeting, "may end before another arrives"),
     ],
 )
 def test_blocks_that_do_not_keep_step_are_found(arrivals, waiting, edit, said):
-    assert hasten(1, waiting) == [16, 17, 18, 19]
+    assert waiting > 1 or hasten(1, waiting) == [16, 17, 18, 19]
     with pytest.raises(Fault, match=said):
         hasten(arrivals, waiting, edit)
 
@@ -304,6 +311,20 @@ def test_lanes_of_a_warp_wait_for_each_other():
     to = np.zeros(1, np.uint32)
     run(kernel("hasten"), (1,), 32, 1024, [1, -1, to])
     assert to == [16]
+
+
+def test_lanes_of_a_warp_meet_again():
+    """Of the warp that sends, one lane waits for signals, and the others for it."""
+    meetings = 0
+
+    def shuffled(match):
+        nonlocal meetings
+        meetings += 1
+        return f"{'shfl.sync.bfly.b32 %r9999, 1, 1, 31, -1; ' * (meetings == 2)}{match[0]}"
+
+    to, expected = fetch(2, 1, edit=replaced(r"barrier\.cluster\.arrive[^;]*;", shuffled))
+    assert meetings > 2
+    np.testing.assert_array_equal(to, expected)
 
 
 def test_only_some_clusters_run():
@@ -318,3 +339,15 @@ def test_blocks_know_their_places():
     to = np.zeros(len(names), np.uint32)
     run(parse(ptx), (6, 4, 2), 32, 0, [to], cluster=(3, 2, 1))  # the last block is the last to write
     assert to.tolist() == [2, 1, 0, 3, 2, 1, 1, 1, 1, 2, 2, 2, 5, 6]
+
+
+@pytest.mark.skipif(compiler() is None, reason="the host code is run as the emulation has it: by g++ on x86-64")
+def test_the_host_code_makes_such_maps():
+    whole, _ = tensor()
+    library = ctypes.CDLL(str(build("clusters.cpp", kernels=False)))
+    library.kan_map.restype = ctypes.c_char_p
+    address, made = -(-whole.ctypes.data // 16) * 16, ctypes.create_string_buffer(128)
+    strides = (ctypes.c_int64 * 2)(2 * PITCH, 2 * PITCH * SIZES[1])
+    given = Boxes(address, (ctypes.c_int64 * 3)(*SIZES), strides, (ctypes.c_int * 3)(64, 8, 1))
+    assert library.kan_map(ctypes.byref(given), made) is None
+    assert made.raw == map_of(address, SIZES, PITCH, (64, 8, 1))

@@ -128,8 +128,8 @@ class Interpreted(emulated.Backend):
                 if size:
                     memory.add(np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8), address)
             given = [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)]
-            program, where = self.program(name), {"base": SHARED_ALIGNMENT, "cluster": cluster[:3]}
-            run(program, grid[:3], threads, shared, given, memory, self.strict, **where)
+            sides = cluster[:3]
+            run(self.program(name), grid[:3], threads, shared, given, memory, self.strict, base=SHARED_ALIGNMENT, cluster=sides)
             self.ran.append(name)
         except Exception as raised:  # raised again behind the host code
             self.raised = raised
