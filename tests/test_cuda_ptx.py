@@ -126,7 +126,8 @@ def test_wide(place, case):
     kernel, operation, source, dtype, shape, grid_size, kind, outside, n = case
     precision = "high" if source.endswith("tf32") else "highest"
     architecture = 90 if source.startswith(("warpgroup", "cluster")) else 80
-    where, backend = place(kernel, ("polynomials", source, SUMS), architecture, precision)
+    parts = source.replace("cluster", "warpgroup_backward")  # which adds up what warpgroups cut, of clusters too
+    where, backend = place(kernel, dict.fromkeys(("polynomials", source, parts, SUMS)), architecture, precision)
     problem = make_problem(where, dtype, shape, grid_size, kind=kind, outside=outside, x_dtype=F32)
     assert_wide_close(where, problem, operation, n, precision, with_scale=n == 1)
     assert len(backend.ran) >= 2
@@ -249,7 +250,7 @@ def test_whole_networks(library):
 # Instructions misspelled: kernel, source that has them, file, pattern, replacement.
 INSTRUCTIONS, GROUPS = "cuda/instructions.cuh", "cuda/warpgroup.cuh"
 MISSPELLED = {
-    "halves": ("dense", "wide_output_bfloat16", INSTRUCTIONS, r'bf16x2\.f32 %0, %1, %2;', "bf16x2.f32 %0, %2, %1;"),
+    "halves": ("dense", "wide_output_bfloat16", INSTRUCTIONS, r"bf16x2\.f32 %0, %1, %2;", "bf16x2.f32 %0, %2, %1;"),
     "transposed": ("dense", "wide_output_bfloat16", INSTRUCTIONS, r"x4\.trans\.shared", "x4.shared"),
     "columns": ("dense", "wide_output_tf32x3", INSTRUCTIONS, r"\{%8, %9\}, \{%0", "{%9, %8}, {%0"),
     "halves of the depth": ("sparse", "wide_output_bfloat16", INSTRUCTIONS, r"\{%8, %9, %10, %11\}", "{%10, %11, %8, %9}"),

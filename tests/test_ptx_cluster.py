@@ -119,11 +119,15 @@ def replaced(pattern, replacement):
 
 
 def waits_replaced(which):
-    """Of the two loops that wait, one does not."""
+    """Of `fetch`, whose last wait is for boxes and whose others are for room to copy them to."""
 
     def edit(ptx):
-        places = list(re.finditer(WAIT, ptx))[which].span()
-        return ptx[: places[0]] + "setp.eq.u32 ended, 0, 0;" + ptx[places[1] :]
+        start = re.search(r"\.entry \w+5fetchE", ptx).end()
+        end = ptx.index(".entry", start)
+        for place in list(re.finditer(WAIT, ptx[start:end]))[which][::-1]:
+            first, last = (start + offset for offset in place.span())
+            ptx = ptx[:first] + "setp.eq.u32 ended, 0, 0;" + ptx[last:]
+        return ptx
 
     return edit
 
@@ -151,8 +155,8 @@ FAULTS = {
     "no bytes announced": ({"edit": replaced(r"arrive\.expect_tx(\S+ _, \[%r\d+\]), %r\d+", r"arrive\1")}, "race"),
     "only one's own readers": ({"edit": replaced(r"(mapa\S+ there, %r\d+), %r\d+;", OWN)}, "race: a copy to what another"),
     "nobody waits": ({"edit": replaced(WAIT, "setp.eq.u32 ended, 0, 0;")}, "more arrivals"),
-    "nobody waits for boxes": ({"edit": waits_replaced(1)}, "race: where a copy is under way"),
-    "nobody waits for room": ({"edit": waits_replaced(0)}, "more arrivals"),
+    "nobody waits for boxes": ({"edit": waits_replaced(slice(-1, None))}, "race: where a copy is under way"),
+    "nobody waits for room": ({"edit": waits_replaced(slice(0, -1))}, "more arrivals"),
     "a parity of 2": ({"edit": replaced(r"(ended, \[%r\d+\]), %r\d+;", r"\1, 2;")}, "neither 0 nor 1"),
     "a misaligned box": ({"place": SIGNALS_BYTES + 64}, "misaligned address"),
     "a box over the end": ({"room": -128}, "a copy beyond the"),

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMultipliers + 32, kInputBlocks<kColumns>)
   if (thread < kMultipliers) {
     GroupSums<kColumns> sums = {};
     multiply_operands<P, kColumns>(int((p.out_features + kGroupDepth - 1) / kGroupDepth), place, stages, signals, sums);
-    weigh_tile<kColumns>(a, knots, reinterpret_cast<float*>(stages), inputs, b0, i0, count, sums);
+    weigh_tile<kColumns, 2>(a, knots, reinterpret_cast<float*>(stages), inputs, b0, i0, count, sums);
   } else if (thread == kMultipliers) {
     copy_operands<kColumns>(p, maps, place, stages, signals, b0, i0, inputs);
   }
