@@ -163,6 +163,14 @@ def test_an_observer_is_told_of_clusters(probe, tensor):
     ]
 
 
+def test_some_threads_are_slow_to_reach_into_another_block(probe):
+    clusters = 40
+    reached, overtaken = (ctypes.c_char * (2 * clusters))(), (ctypes.c_char * (2 * clusters))()
+    probe.kan_arrive_late(clusters, reached, overtaken)
+    assert set(reached.raw) == {1}
+    assert 4 < sum(overtaken.raw) <= clusters  # one block of each at most
+
+
 # What a kernel does wrong, and what is said of it.
 FAULTS = {
     "half a warp": "part of a warp waits in meet_cluster",

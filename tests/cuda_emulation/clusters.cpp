@@ -124,6 +124,24 @@ void overwrite_product(KAN_ARGUMENT TensorMap map, Arguments a) {
   wait_for_products<0>();
 }
 
+// Whether the other block went on while this one arrived there: nothing orders the two.
+void arrive_late(char* reached, char* overtaken) {
+  Signal* const signal = shared_memory<Signal>();
+  if (threadIdx.x == 0) {
+    prepare(signal, 1);
+    show_signals();
+  }
+  meet_cluster();
+  const int other = block_of_cluster() ^ 1;
+  if (threadIdx.x == 0) {
+    reached[blockIdx.x] = 1;
+    const char before = reached[blockIdx.x ^ 1];
+    arrive_at(signal, other);
+    overtaken[blockIdx.x] = before != reached[blockIdx.x ^ 1];
+  }
+  meet_cluster();
+}
+
 std::string error;
 
 }  // namespace
@@ -155,6 +173,10 @@ extern "C" const char* kan_take_rounds(const TensorMap* map, const int64_t* grid
     error = problem.what();
     return error.c_str();
   }
+}
+
+extern "C" void kan_arrive_late(int clusters, char* reached, char* overtaken) {
+  launch_clusters(arrive_late, Blocks{2 * clusters}, Blocks{2}, 32, sizeof(Signal), nullptr, reached, overtaken);
 }
 
 // For a build with a sanitizer: clusters of two blocks, with the fault that is named.
