@@ -282,6 +282,12 @@ def test_boxes_to_operands_of_products_under_way_are_found():
         multiply(again=1)
 
 
+def test_one_thread_that_waits_forever_is_found():
+    """The others of its warpgroup come to a product."""
+    with pytest.raises(Fault, match="part of a (cluster waits for a signal|warpgroup reached)"):
+        multiply(again=2)
+
+
 def hasten(arrivals, waiting, edit=str, only=None):
     """The other block of each cluster of two arrives so many times at the signal of `waiting`, which waits for one phase."""
     to = np.zeros(4, np.uint32)

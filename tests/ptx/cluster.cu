@@ -79,8 +79,8 @@ __global__ void bring(KAN_ARGUMENT TensorMap map, const int flaw, const int byte
   }
 }
 
-// left (64 x 64) right^T (64 x 128) of a warpgroup, as they come: sums as its threads hold them. again: a flaw, the right operand is
-// sent for once more.
+// left (64 x 64) right^T (64 x 128) of a warpgroup, as they come: sums as its threads hold them. again: flaws, the right operand is
+// sent for once more, or one thread waits for a phase that does not end.
 __global__ void multiply(KAN_ARGUMENT TensorMap left, KAN_ARGUMENT TensorMap right, const int again, float* to) {
   Signal* signal = shared_memory<Signal>();
   char* stage = shared_memory<char>() + (1024 - shared_address(shared_memory<char>()) % 1024) % 1024 + 1024;
@@ -95,12 +95,13 @@ __global__ void multiply(KAN_ARGUMENT TensorMap left, KAN_ARGUMENT TensorMap rig
   auto describe = [](const char* tile, int k) {
     return uint64_t(shared_address(tile) + 32 * k) >> 4 | uint64_t(8 * kLine >> 4) << 32 | uint64_t(1) << 62;
   };
+  if (again == 2 && threadIdx.x == 0) wait_for(signal, 1);
   float sums[64] = {};
   order_registers();
   KAN_UNROLL_ALL
   for (int k = 0; k < 4; ++k) wgmma_bfloat16<false, false>(sums, describe(stage, k), describe(stage + 64 * kLine, k));
   commit_products();
-  if (again && threadIdx.x == 0) announce_bytes(signal, 128 * kLine), copy_box(stage + 64 * kLine, right, 0, 0, 0, signal);
+  if (again == 1 && threadIdx.x == 0) announce_bytes(signal, 128 * kLine), copy_box(stage + 64 * kLine, right, 0, 0, 0, signal);
   wait_for_products<0>();
   KAN_UNROLL_ALL
   for (int r = 0; r < 64; ++r) to[threadIdx.x * 64 + r] = sums[r];

@@ -137,6 +137,7 @@ class Cluster:
         self.blocks: list[Block] = []
         self.copies: list[Copy] = []
         self.random = np.random.default_rng(seed)
+        self.tried = False  # to let those go on who are held back, since something last happened
         self.phase = 0  # of the barrier
         self.told = self.ended = np.zeros(self.columns, np.int32)
         # When warps last arrived at a signal of another block, for each block.
@@ -172,7 +173,7 @@ class Cluster:
     def _go_on(self) -> None:
         """Nobody can: what everybody waits for happens, in the order in which it is certain to."""
         if all((block.member.met == self.phase)[block.alive].all() for block in self.blocks):
-            self.phase += 1
+            self.phase, self.tried = self.phase + 1, False
             self.ended, self.told = self.told, np.zeros(self.columns, np.int32)
             for block in self.blocks:
                 meeting = block.member.meeting.copy()
@@ -181,7 +182,8 @@ class Cluster:
                 block.shared.learn(np.unique(block.warp[meeting]), self.ended)
         elif self.copies:
             self._deliver(self.copies.pop(int(self.random.integers(len(self.copies)))))
-        elif any(block.member.held.any() for block in self.blocks):
+        elif any(block.member.held.any() for block in self.blocks) and not self.tried:
+            self.tried = True
             for block in self.blocks:
                 block.waiting &= ~block.member.held
                 block.member.held[:] = False
@@ -207,7 +209,7 @@ class Cluster:
     def settle(self, block: "Block", signal: Signal) -> None:
         """Something has come to a signal of a block: if that ends a phase, who waits there looks again."""
         if signal.ends():
-            member = block.member
+            member, self.tried = block.member, False
             block.waiting &= ~(member.polling | member.held)
             member.polling[:] = member.held[:] = False
 
