@@ -146,8 +146,9 @@ done
 if ! module pytest; then
   missing gpu-tests "pytest is not installed"
 elif [ $gpu = 1 ]; then
-  # Those that compile Triton's kernels come later: they are 600 of 1600, and take the most time by far.
-  stage gpu-tests 180 "$PYTHON" -m benchmarks.gpu.run_tests --select "not triton" --out "$out"
+  # Those that compile Triton's kernels come later: they are 600 of 1600, and take the most time by far. So do those of
+  # clusters: no GPU has run them yet, and who waits for a signal that never comes may take the others' time.
+  stage gpu-tests 180 "$PYTHON" -m benchmarks.gpu.run_tests --select "not triton and not cluster" --out "$out"
   wanted gpu-tests && show gpu-tests 24
 else
   stage gpu-tests-collect 60 "$PYTHON" -m benchmarks.gpu.run_tests --collect && show gpu-tests-collect 1
@@ -207,12 +208,24 @@ else
   missing ncu "$([ $gpu = 1 ] && echo "not installed" || echo "no GPU")"
 fi
 if [ $gpu = 1 ]; then
+  if [ "$arch" = 9.0a ] && have "$nvcc"; then
+    module pytest && mkdir -p "$out/cluster" &&
+      stage gpu-tests-cluster 60 "$PYTHON" -m benchmarks.gpu.run_tests --select cluster --out "$out/cluster" &&
+      show gpu-tests-cluster 24
+    for kernel in wgmma cluster; do
+      stage "contractions-$kernel" 30 env KAN_FAST_CUDA_KERNEL=$kernel "$PYTHON" -m benchmarks --what contractions --device cuda \
+        --backend native --dtype bfloat16 --shapes 16384,1024,1024,5 4096,1024,1024,5 4096,256,256,5 --seconds 0.1 \
+        --out "$out/rows-kernels.jsonl"
+    done
+  else
+    missing gpu-tests-cluster,contractions-wgmma,contractions-cluster "they need a GPU of compute capability 9.0 and nvcc"
+  fi
   module pytest && mkdir -p "$out/triton" &&
     stage gpu-tests-triton 400 "$PYTHON" -m benchmarks.gpu.run_tests --select triton --out "$out/triton"
   wanted gpu-tests-triton && show gpu-tests-triton 24
   # Which of the tensor-core kernels is the fastest here: the rows say which was forced.
   kernels="dense sparse"
-  [ "$arch" = 9.0a ] && kernels="$kernels wgmma wgmma_sparse"
+  [ "$arch" = 9.0a ] && kernels="$kernels wgmma wgmma_sparse cluster"
   for kernel in $kernels; do
     stage "bench-$kernel" 30 env KAN_FAST_CUDA_KERNEL=$kernel "$PYTHON" -m benchmarks --out "$out/rows-kernels.jsonl" \
       --device cuda --backend native --shapes 16384,1024,1024,5 4096,256,256,5 4096,256,256,20 --dtype bfloat16 --seconds 0.3 \
@@ -235,6 +248,7 @@ if [ $gpu = 1 ]; then
     bench bench-kernels 240 --device cuda --what kernels
   fi
 else
+  missing gpu-tests-cluster,contractions-wgmma,contractions-cluster "no GPU"
   missing bench-memory,bench-network,bench-layer-more,bench-sweep,bench-tuned,bench-kernels "no GPU"
 fi
 

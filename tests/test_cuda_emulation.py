@@ -283,7 +283,7 @@ def test_a_kernel_that_cannot_serve_is_refused(place, use):
         with pytest.raises(Fault, match="does not serve"):
             backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
     use("fastest")
-    with pytest.raises(Fault, match="expected any, narrow, dense, sparse, wgmma or wgmma_sparse"):
+    with pytest.raises(Fault, match="expected any, narrow, dense, sparse, wgmma, wgmma_sparse or cluster"):
         backends.get("emulated").contract_output(*problem.args("contract_output", 0, False))
 
 

@@ -81,12 +81,12 @@ WARPGROUP = [
 ]
 # The same where blocks share what the copy engine brings them; more steps than stages.
 CLUSTER = [
-    ("cluster", "contract_output", "cluster_bfloat16", BF16, (40, 40, 40), 5, "uniform", "zero", 0),  # the quick way
-    ("cluster", "contract_output", "cluster_bfloat16", BF16, (140, 20, 136), 12, "uneven", "linear", 1),
+    ("cluster", "contract_output", "cluster_bfloat16", BF16, (40, 40, 136), 5, "uniform", "zero", 0),
+    ("cluster", "contract_output", "cluster_bfloat16", BF16, (140, 24, 200), 12, "uneven", "linear", 0),
     ("cluster", "contract_input", "cluster_bfloat16", BF16, (40, 20, 264), 5, "uniform", "zero", 1),
-    ("cluster", "contract_input", "cluster_bfloat16", BF16, (40, 5, 72), 85, "uneven", "linear", 1),  # the wide tile
-    ("cluster", "contract_weight", "cluster_bfloat16", BF16, (400, 16, 40), 5, "uniform", "zero", 0),
-    ("cluster", "contract_weight", "cluster_bfloat16", BF16, (200, 72, 136), 5, "uneven", "clamp", 1),  # two tiles in slices
+    ("cluster", "contract_input", "cluster_bfloat16", BF16, (140, 5, 72), 60, "uneven", "linear", 1),
+    ("cluster", "contract_weight", "cluster_bfloat16", BF16, (400, 16, 136), 5, "uniform", "zero", 0),
+    ("cluster", "contract_weight", "cluster_bfloat16", BF16, (200, 72, 136), 5, "uneven", "clamp", 0),  # two tiles in slices
 ]
 # Float32 in halves: the quick way and the general one, one tile and several, an odd and an even number of steps.
 HALVES = [
@@ -105,9 +105,9 @@ OTHERS = [
     ("wgmma_sparse", "contract_output", "warpgroup_output_float16", F16, (40, 20, 33), 5, "uneven", "linear", 0),
     ("wgmma", "contract_input", "warpgroup_backward_float16", F16, (40, 20, 33), 5, "uniform", "zero", 1),
     ("wgmma", "contract_weight", "warpgroup_backward_float16", F16, (70, 20, 33), 5, "uneven", "zero", 0),
-    ("cluster", "contract_output", "cluster_float16", F16, (40, 40, 40), 5, "uniform", "zero", 0),
+    ("cluster", "contract_output", "cluster_float16", F16, (40, 40, 136), 5, "uniform", "zero", 0),
     ("cluster", "contract_input", "cluster_float16", F16, (40, 20, 72), 5, "uniform", "zero", 1),
-    ("cluster", "contract_weight", "cluster_float16", F16, (140, 16, 40), 5, "uniform", "zero", 0),
+    ("cluster", "contract_weight", "cluster_float16", F16, (140, 16, 136), 5, "uniform", "zero", 0),
     ("dense", "contract_weight", "wide_backward_float16", F16, (40, 9, 136), 5, "uneven", "zero", 0),
     ("dense", "contract_input", "wide_backward_tf32", F32, (40, 9, 33), 5, "uniform", "zero", 1),
     ("dense", "contract_weight", "wide_backward_tf32", F32, (40, 9, 33), 5, "uniform", "zero", 0),

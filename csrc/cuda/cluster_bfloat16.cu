@@ -6,8 +6,8 @@ namespace kan::cuda {
 
 extern template int launch_add_parts<BFloat16>(const Problem&, int, const TileCut&, const float*, void*);  // warpgroup_backward_bfloat16.cu has it
 
-template int launch_output_cluster<Products::bfloat16>(const WideArguments&, int, void*);
-template int launch_input_cluster<Products::bfloat16>(const WideArguments&, int, void*);
-template int launch_weight_cluster<Products::bfloat16>(const WideArguments&, int, float*, TileCut, void*);
+template int launch_output_cluster<Products::bfloat16>(const WideArguments&, void*);
+template int launch_input_cluster<Products::bfloat16>(const WideArguments&, void*);
+template int launch_weight_cluster<Products::bfloat16>(const WideArguments&, float*, TileCut, void*);
 
 }  // namespace kan::cuda

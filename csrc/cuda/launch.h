@@ -61,11 +61,11 @@ template <Products P> int launch_input_warpgroup(const WideArguments&, int colum
 // d_spline and d_base, with the sums of their parts, if any: weight_tiles.h says how these lie.
 template <Products P> int launch_weight_warpgroup(const WideArguments&, int columns, float* parts, TileCut, void* stream);
 
-// The three by clusters, whose blocks share what they copy: 16-bit types, rows of weights and g at multiples of 16 bytes. contract_output: all
-// inputs in one slice; contract_weight: where pairs_features says so.
-template <Products P> int launch_output_cluster(const WideArguments&, int columns, void* stream);
-template <Products P> int launch_input_cluster(const WideArguments&, int columns, void* stream);
-template <Products P> int launch_weight_cluster(const WideArguments&, int columns, float* parts, TileCut, void* stream);
+// The three by clusters, whose blocks share what they copy: 16-bit types, rows of weights and g at multiples of 16 bytes. contract_output and
+// contract_weight: tiles of 256 columns, where WideArguments.quick serves; the former all inputs in one slice, the latter pairs_features.
+template <Products P> int launch_output_cluster(const WideArguments&, void* stream);
+template <Products P> int launch_input_cluster(const WideArguments&, void* stream);
+template <Products P> int launch_weight_cluster(const WideArguments&, float* parts, TileCut, void* stream);
 
 template <Products P> int launch_input_wide(const WideArguments&, void* stream);
 // d_spline and d_base; parts (slices, in, bases, out) and behind them (slices, in, out), or null for one slice.

@@ -194,11 +194,11 @@ KAN_DEVICE void load_tile_knots(const WideArguments& a, TileKnots* knots, int64_
 }
 
 // The epilogue of a tile whose first `count` inputs exist: dx from the multipliers' sums, which go through `values`, where the stages
-// were. A thread's share: one row, every other four inputs. Their x comes while the sums are moved, that of kAhead fours before it is needed.
-template <int kColumns, int kAhead = kColumns / 64>
+// were. A thread's share: one row, every other four inputs. Their x comes while the sums are moved.
+template <int kColumns>
 KAN_DEVICE void weigh_tile(const WideArguments& a, const TileKnots* knots, float* values, int inputs, int64_t b0, int64_t i0, int count,
                            const GroupSums<kColumns>& sums) {
-  constexpr int kNext = kMultipliers / kGroupRows * 4;
+  constexpr int kAhead = kColumns / 64, kNext = kMultipliers / kGroupRows * 4;
   const Problem& p = a.p;
   const int thread = int(thread_now()), of_spline = inputs * p.bases();
   const int64_t b = b0 + thread % kGroupRows;
