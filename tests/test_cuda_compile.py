@@ -133,7 +133,6 @@ def test_no_more_kernels_than_the_readme_says(tmp_path):
         number += len(facts)
         size += (tmp_path / f"{source}.cubin").stat().st_size
     said = re.search(r"There are (\d+) kernels for each architecture", (ROOT / "README.md").read_text())
-    print(number, size)
     assert number == int(said[1])
-    # Of the 56 MB that README.md speaks of, 50 are code of seven architectures; the largest part is this one's.
-    assert size < 9.8e6
+    # Of the 57 MB that README.md speaks of, 51 are code of seven architectures; the largest part is this one's.
+    assert size < 10.4e6

@@ -27,72 +27,67 @@ template <class T> struct Row {
   T* base;               // base activation
 };
 
-// y (V N) = one row's outputs o .. o + V N - 1; sums over inputs are blocked as the bucketed kernels' are.
+// Weights of one (or the other) kind, a vector of an input's row at a time. `place`: of its first number.
+template <class T> struct WholeRows {
+  const T* weights;
+  KAN_INLINE Vec<T> at(ptrdiff_t place) const { return load<T>(weights + place); }
+};
+// The same where a vector is wider than a row: its lanes behind hold what the next rows make of it, which nobody stores. The last rows,
+// behind which nothing may be read, are copied.
+template <class T> struct NarrowRows {
+  const T* weights;
+  ptrdiff_t size, columns;
+  KAN_INLINE Vec<T> at(ptrdiff_t place) const {
+    if (place + Simd<T>::N <= size) return load<T>(weights + place);
+    alignas(64) T last[Simd<T>::N] = {};
+    memcpy(last, weights + place, sizeof(T) * size_t(columns));
+    return load<T>(last);
+  }
+};
+
+// total (V N) = one row's outputs o .. o + V N - 1; sums over inputs are blocked as the bucketed kernels' are.
 // end: the interval without spline.
-template <class T, int M, int V>
-void accumulate_row(const Problem<T>& p, const Row<T>& row, int end, int64_t o, T* y) {
+template <class T, int M, int V, class Rows>
+KAN_INLINE void accumulate_row(const Problem<T>& p, const Row<T>& row, int end, int64_t o, Rows spline, Rows base, Vec<T> (&total)[V]) {
   using Vt = Vec<T>;
   constexpr int N = Simd<T>::N;
-  alignas(64) static const T zeros[V * N] = {};
   const ptrdiff_t O = p.out_features, I = p.in_features, bases = p.bases();
-  Vt total[V] = {};
+  KAN_UNROLL for (int v = 0; v < V; ++v) total[v] = Vt{};
   for (ptrdiff_t i0 = 0; i0 < I; i0 += kBlockInputs) {
     Vt a[V] = {};
     const ptrdiff_t i1 = smaller<ptrdiff_t>(I, i0 + kBlockInputs);
     for (ptrdiff_t i = i0; i < i1; ++i) {
       if (row.interval[i] != end) {
-        const ptrdiff_t first = ptrdiff_t(row.interval[i]) - p.spline_order;
-        const T* c = p.spline_weight + (i * bases + first) * O + o;
-        if (first >= 0 && first + M <= bases) {
-          KAN_UNROLL for (int m = 0; m < M; ++m) {
-            const T w = row.w[m][i];
-            KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += w * load<T>(c + m * O + v * N);
-          }
-        } else {
-          for (int m = 0; m < M; ++m) {
-            const T w = row.w[m][i], *from = first + m >= 0 && first + m < bases ? c + m * O : zeros;
-            KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += w * load<T>(from + v * N);
-          }
+        const ptrdiff_t first = ptrdiff_t(row.interval[i]) - p.spline_order, c = (i * bases + first) * O + o;
+        const bool whole = first >= 0 && first + M <= bases;
+        KAN_UNROLL for (int m = 0; m < M; ++m) {
+          if (!whole && (first + m < 0 || first + m >= bases)) continue;
+          const T w = row.w[m][i];
+          KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += w * spline.at(c + m * O + v * N);
         }
       }
       if (p.base_weight) {
-        const T s = row.base[i], *b = p.base_weight + i * O + o;
-        KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += s * load<T>(b + v * N);
+        const T s = row.base[i];
+        KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += s * base.at(i * O + o + v * N);
       }
     }
     KAN_UNROLL for (int v = 0; v < V; ++v) total[v] += a[v];
   }
-  KAN_UNROLL for (int v = 0; v < V; ++v) store<T>(y + v * N, total[v]);
 }
 
-// The same where a vector is wider than the outputs: its lanes behind them hold what the next rows of weights make of it, which nobody
-// stores. The last rows, behind which nothing may be read, are copied.
+template <class T, int M, int V> void accumulate_whole(const Problem<T>& p, const Row<T>& row, int end, int64_t o, T* y) {
+  using Rows = WholeRows<T>;
+  Vec<T> total[V];
+  accumulate_row<T, M, V>(p, row, end, o, Rows{p.spline_weight}, Rows{p.base_weight}, total);
+  KAN_UNROLL for (int v = 0; v < V; ++v) store<T>(y + v * Simd<T>::N, total[v]);
+}
 template <class T, int M> void accumulate_narrow(const Problem<T>& p, const Row<T>& row, int end, T* y) {
-  using Vt = Vec<T>;
-  constexpr int N = Simd<T>::N;
-  const ptrdiff_t O = p.out_features, I = p.in_features, bases = p.bases();
-  auto read = [&](const T* weights, ptrdiff_t at, ptrdiff_t size) {
-    if (at + N <= size) return load<T>(weights + at);
-    alignas(64) T last[N] = {};
-    memcpy(last, weights + at, sizeof(T) * size_t(O));
-    return load<T>(last);
-  };
-  Vt total = {};
-  for (ptrdiff_t i0 = 0; i0 < I; i0 += kBlockInputs) {
-    Vt a = {};
-    const ptrdiff_t i1 = smaller<ptrdiff_t>(I, i0 + kBlockInputs);
-    for (ptrdiff_t i = i0; i < i1; ++i) {
-      if (row.interval[i] != end) {
-        const ptrdiff_t first = ptrdiff_t(row.interval[i]) - p.spline_order;
-        for (int m = 0; m < M; ++m)
-          if (first + m >= 0 && first + m < bases) a += row.w[m][i] * read(p.spline_weight, (i * bases + first + m) * O, I * bases * O);
-      }
-      if (p.base_weight) a += row.base[i] * read(p.base_weight, i * O, I * O);
-    }
-    total += a;
-  }
-  alignas(64) T out[N];
-  store<T>(out, total);
+  using Rows = NarrowRows<T>;
+  const ptrdiff_t O = p.out_features, edges = p.in_features * O;
+  Vec<T> total[1];
+  accumulate_row<T, M, 1>(p, row, end, 0, Rows{p.spline_weight, edges * p.bases(), O}, Rows{p.base_weight, edges, O}, total);
+  alignas(64) T out[Simd<T>::N];
+  store<T>(out, total[0]);
   memcpy(y, out, sizeof(T) * size_t(O));
 }
 
@@ -104,15 +99,15 @@ void accumulate(const Problem<T>& p, const Row<T>& row, int end, int64_t o0, int
   if (p.out_features < N) return accumulate_narrow<T, M>(p, row, end, y);
   for (int64_t o = o0; o < o1;) {
     if (o1 - o >= kWidest * N) {
-      accumulate_row<T, M, kWidest>(p, row, end, o, y + o);
+      accumulate_whole<T, M, kWidest>(p, row, end, o, y + o);
       o += kWidest * N;
     } else if (o1 - o >= 2 * N) {
-      accumulate_row<T, M, 2>(p, row, end, o, y + o);
+      accumulate_whole<T, M, 2>(p, row, end, o, y + o);
       o += 2 * N;
     } else {
       // The last tile begins early enough to be whole: some outputs are computed twice, to the same bits.
       o = smaller(o, o1 - N);
-      accumulate_row<T, M, 1>(p, row, end, o, y + o);
+      accumulate_whole<T, M, 1>(p, row, end, o, y + o);
       o += N;
     }
   }
