@@ -25,7 +25,7 @@ void accumulate_input(const Tile<T>& given, const Window<T>& c, const T* base, c
     Vt last[V], d[M > 1 ? M - 1 : 1][V];
     const T* p[M];
     KAN_UNROLL for (int m = 0; m < M; ++m) {
-      int r = k + c.offset + m;
+      const int r = k + c.offset + window_row<M>(m);
       p[m] = spline && r >= 0 && r < c.count ? c.rows + r * c.stride : zeros;
     }
     KAN_UNROLL for (int v = 0; v < V; ++v) {
@@ -116,7 +116,7 @@ void accumulate_weight(const Tile<T>& given, const T* __restrict g, ptrdiff_t ld
       }
     }
     KAN_UNROLL for (int m = 0; m < M; ++m) {
-      const int r = k + offset + m;
+      const int r = k + offset + window_row<M>(m);
       if (r < 0 || r >= count) continue;
       T* to = d + r * stride;
       KAN_UNROLL for (int v = 0; v < V; ++v) {

@@ -30,7 +30,7 @@ void accumulate_outputs(const Tile<T>& given, const Window<T>& c, const T* base,
     }
     const T* p[M];
     KAN_UNROLL for (int m = 0; m < M; ++m) {
-      int r = g + c.offset + m;
+      const int r = g + c.offset + window_row<M>(m);
       p[m] = r >= 0 && r < c.count ? c.rows + r * c.stride : zeros;
     }
     Vt last[V], d[M > 1 ? M - 1 : 1][V];

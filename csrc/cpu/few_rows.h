@@ -23,7 +23,7 @@ constexpr int kRowsOfNarrow = 8;
 // One row of the batch, prepared: everything by input.
 template <class T> struct Row {
   uint16_t* interval;    // of the input's grid; low + buckets where it has no spline
-  T* w[kMaxOrder + 1];   // weights of the window
+  T* w[kMaxOrder + 1];   // weights of the window in the order of window_row
   T* base;               // base activation
 };
 
@@ -61,9 +61,10 @@ KAN_INLINE void accumulate_row(const Problem<T>& p, const Row<T>& row, int end, 
         const ptrdiff_t first = ptrdiff_t(row.interval[i]) - p.spline_order, c = (i * bases + first) * O + o;
         const bool whole = first >= 0 && first + M <= bases;
         KAN_UNROLL for (int m = 0; m < M; ++m) {
-          if (!whole && (first + m < 0 || first + m >= bases)) continue;
+          const int r = window_row<M>(m);
+          if (!whole && (first + r < 0 || first + r >= bases)) continue;
           const T w = row.w[m][i];
-          KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += w * spline.at(c + m * O + v * N);
+          KAN_UNROLL for (int v = 0; v < V; ++v) a[v] += w * spline.at(c + r * O + v * N);
         }
       }
       if (p.base_weight) {
