@@ -1,5 +1,6 @@
 """Every backend, one parametrisation: results, dtypes, shapes, strides, odd values. The native one is why it is named so."""
 
+import math
 import os
 
 import pytest
@@ -329,6 +330,25 @@ def test_fine_grids(place):
     for operation in OPERATIONS:
         assert_close_to_truth(place, problem, operation, 0)
         assert_close_to_truth(place, far, operation, 0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_small_weights_are_exact(place, rows, k):
+    """A basis just behind the knot where it begins: (u / h)^k / k!, however large its coefficient. Its weight must not come from
+    1 - the others, whose roundings are as large."""
+    layer = KANLayer(3, 40, grid_size=8, spline_order=k, grid_range=(-4.0, 4.0), base_activation=None, backend=place.backend)
+    layer.to(place.device)
+    begins_at_0 = 4 + k  # the basis whose first knot is 0; h is 1
+    u = 2.0**-9
+    with torch.no_grad():
+        layer.spline_weight.zero_()
+        layer.spline_weight[1, begins_at_0] = 1000
+        x = torch.full((rows, 3), u, device=place.device)
+        y = layer(x)
+    want = 1000 * u**k / math.factorial(k)
+    # u is counted from the grid's middle or from its first knot, 4 + k away: rounded to eps (4 + k), k times in the power.
+    assert float((y / want - 1).abs().max()) <= 4 * k * (4 + k) * torch.finfo(torch.float32).eps / u
 
 
 @pytest.mark.slow
