@@ -321,21 +321,8 @@ def _resize(
         if isinstance(optimizer, torch.optim.LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
-    set_knots_in_place(layer, grid, laid_out_as(converted, weight))
-
-
-@torch.no_grad()
-def set_knots_in_place(layer: KANLayer, grid: Tensor, spline_weight: Tensor) -> None:
-    """layer.set_grid, with the Parameter staying the same object in its new shape: optimisers keep it."""
-    weight = layer.spline_weight
-    weight.grad = None
-    if weight.shape != spline_weight.shape:
-        # While some graph of the old shape is alive, autograd would go on to expect gradients of that shape. A change of
-        # dtype makes it forget.
-        other = torch.float32 if weight.dtype != torch.float32 else torch.float64
-        weight.data = weight.new_empty(0, dtype=other)
-        weight.data = spline_weight.to(grid.device).clone()
-    layer.set_grid(grid, spline_weight)
+    weight.grad = None  # by the old coefficients
+    layer.set_grid(grid, laid_out_as(converted, weight))
 
 
 def _check_share(name: str, value: float, least: float) -> None:

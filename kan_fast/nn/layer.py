@@ -196,10 +196,11 @@ class KANLayer(KnotsStayWide):
         """Replace the knots, and with them the spline weights where they are given.
 
         grid (in, G' + 2k + 1), non-decreasing, of any G' >= 1; spline_weight (in, G' + k, out), needed where G' is not the
-        present grid size. The Parameter stays the same object, so
-        optimisers keep it. Raises ValueError or TypeError.
+        present grid size. The Parameter stays the same object, so optimisers keep it; in a
+        new shape it has no gradient. Raises ValueError or TypeError.
         """
         expect(isinstance(grid, Tensor), "grid", "a tensor", grid)
+        expect(spline_weight is None or isinstance(spline_weight, Tensor), "spline_weight", "a tensor or None", spline_weight)
         spline.check_grid(grid, self.in_features, self.spline_order)
         num_bases = grid.shape[1] - self.spline_order - 1
         if spline_weight is None and num_bases != self.spline_weight.shape[1]:
@@ -222,7 +223,11 @@ class KANLayer(KnotsStayWide):
                 weight.copy_(spline_weight)
         else:
             weight.grad = None
-            weight.data = spline_weight.detach().to(weight.device, weight.dtype, copy=True)
+            new = spline_weight.detach().to(weight.device, weight.dtype, copy=True)
+            # While some graph of the old shape is alive, autograd would go on to expect gradients of that shape. A change of
+            # dtype makes it forget.
+            weight.data = weight.new_empty(0, dtype=torch.float64 if weight.dtype == torch.float32 else torch.float32)
+            weight.data = new
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses."""
