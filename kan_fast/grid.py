@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kan_fast.checks import check_int, check_number, expect
+from kan_fast.checks import check_int, check_number, check_plain, expect
 from kan_fast.chunks import chunks
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import laid_out_as, whole
@@ -17,6 +17,7 @@ from kan_fast.traverse import Data, check_data, kan_layers, layer_inputs
 # Directions of the least-squares system weaker than this share of the strongest one keep the old function instead of
 # chasing the data. The old function's own representation is untouched by it: the ridge acts on the correction only.
 _RIDGE = 1e-4
+_WRITTEN = ("spline_weight",)
 
 
 class InputsNotFinite(ValueError):
@@ -108,7 +109,7 @@ def adaptive_grid_refinement(
 
     The parameters stay the same objects with a new shape, so an optimiser keeps them. Its state has the old shape: pass
     `optimizer`, and choose optimizer_state "carry" (moments go through the same knot insertion as the coefficients) or
-    "reset". L-BFGS can only be reset.
+    "reset". L-BFGS can only be reset. Raises ValueError for parametrized spline weights.
     """
     if isinstance(refinement_factor, bool) or not isinstance(refinement_factor, int) or refinement_factor < 2:
         raise ValueError(f"refinement_factor: expected an integer of 2 or more, got {refinement_factor!r}")
@@ -116,6 +117,8 @@ def adaptive_grid_refinement(
     check_int("max_samples", max_samples, 1)
     _check_share("uniform_share", uniform_share, 0.0)
     _check_optimizer(optimizer, optimizer_state)
+    for name, layer in kan_layers(model).items():
+        check_plain(layer, name, _WRITTEN)
     inputs = layer_inputs(model, loader, max_samples, all_ranks=True)
     sizes = []
     for name, layer in kan_layers(model).items():
@@ -154,15 +157,20 @@ def update_grid(
     trainable_only: layers whose spline_weight does not require a gradient stay as they are; their change is 0.
     optimizer, optimizer_state: as in adaptive_grid_refinement; moments go through the same refit as the coefficients.
     Layers are taken in order, each with the inputs that the already updated ones before it produce.
+    Raises ValueError for parametrized spline weights.
     """
     check_data("loader_or_x", loader_or_x)
     check_int("max_samples", max_samples, 1)
     _check_share("grid_eps", grid_eps, 1e-6)
     check_number("margin", margin, 0)
     _check_optimizer(optimizer, optimizer_state)
+    frozen = {name for name, layer in kan_layers(model).items() if trainable_only and not _is_trainable(layer)}
+    for name, layer in kan_layers(model).items():
+        if name not in frozen:
+            check_plain(layer, name, _WRITTEN)
     changes = []
     for name, layer in kan_layers(model).items():
-        if trainable_only and not layer.spline_weight.requires_grad:
+        if name in frozen:
             changes.append(0.0)
             continue
         x = layer_inputs(model, loader_or_x, max_samples, all_ranks=True)[name]
@@ -179,6 +187,11 @@ def update_grid(
         size = before.norm()
         changes.append(float((layer(x).double() - before).norm() / size) if size > 0 else 0.0)
     return changes
+
+
+def _is_trainable(layer: KANLayer) -> bool:
+    with torch.enable_grad():  # or a parametrized weight, which is computed here, would never require a gradient
+        return layer.spline_weight.requires_grad
 
 
 def _mapped(spline_weight: Tensor, matrix: Tensor) -> Tensor:

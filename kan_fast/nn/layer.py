@@ -11,7 +11,7 @@ from kan_fast import ops, spline
 from kan_fast.activations import ACTIVATIONS, activation
 from kan_fast.autocast import beneath_autocast
 from kan_fast.backends import NAMES, choose
-from kan_fast.checks import DTYPES, check_int, expect
+from kan_fast.checks import DTYPES, check_int, check_plain, expect
 from kan_fast.functional import BaseActivation, kan_linear
 from kan_fast.nn import init
 from kan_fast.nn.knots import KnotsStayWide, at_least_float32
@@ -94,7 +94,11 @@ class KANLayer(KnotsStayWide):
         return self.spline_weight.shape[1] - self.spline_order
 
     def reset_parameters(self) -> None:
-        """Uniform knots on `grid_range`, weights that keep the signal's variance (nn/init.py), bias zero. The mask stays."""
+        """Uniform knots on `grid_range`, weights that keep the signal's variance (nn/init.py), bias zero. The mask stays.
+
+        Raises ValueError for parametrized weights.
+        """
+        check_plain(self)
         if self.grid.is_meta:  # no numbers to set, and a base activation may have some that are not meta
             return
         grid = spline.uniform_grid(
@@ -197,7 +201,7 @@ class KANLayer(KnotsStayWide):
 
         grid (in, G' + 2k + 1), non-decreasing, of any G' >= 1; spline_weight (in, G' + k, out), needed where G' is not the
         present grid size. The Parameter stays the same object, so optimisers keep it; in a
-        new shape it has no gradient. Raises ValueError or TypeError.
+        new shape it has no gradient. Raises ValueError or TypeError, for a parametrized spline_weight too.
         """
         expect(isinstance(grid, Tensor), "grid", "a tensor", grid)
         expect(spline_weight is None or isinstance(spline_weight, Tensor), "spline_weight", "a tensor or None", spline_weight)
@@ -214,6 +218,8 @@ class KANLayer(KnotsStayWide):
                 f"spline_weight: expected shape (in_features, grid_size + spline_order, out_features) = {shape},"
                 f" got {tuple(spline_weight.shape)}"
             )
+        if spline_weight is not None:
+            check_plain(self, weights=("spline_weight",))
         weight = self.spline_weight
         self.grid = grid.detach().to(self.grid.device, self.grid.dtype, copy=True)
         if spline_weight is None:
