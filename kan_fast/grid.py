@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,9 @@ def adaptive_grid_refinement(
 
     The parameters stay the same objects with a new shape, so an optimiser keeps them. Its state has the old shape: pass
     `optimizer`, and choose optimizer_state "carry" (moments go through the same knot insertion as the coefficients) or
-    "reset". L-BFGS can only be reset. Raises ValueError for parametrized spline weights.
+    "reset". Where an optimiser keeps more of a spline_weight than moments of its shape and single numbers, as Adafactor's
+    row and column sums are, the state of that weight is reset either way, and other parameters' stays. L-BFGS can only be
+    reset. Raises ValueError for parametrized spline weights.
     """
     if isinstance(refinement_factor, bool) or not isinstance(refinement_factor, int) or refinement_factor < 2:
         raise ValueError(f"refinement_factor: expected an integer of 2 or more, got {refinement_factor!r}")
@@ -326,6 +329,8 @@ def _resize(
         state = optimizer.state.get(weight, {})
         if optimizer_state == "reset":
             state.clear()
+        if not all(_can_follow(value, weight) for value in state.values()):
+            state.clear()
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 full = whole(value)
@@ -336,6 +341,16 @@ def _resize(
             optimizer._numel_cache = None
     weight.grad = None  # by the old coefficients
     layer.set_grid(grid, laid_out_as(converted, weight))
+
+
+def _can_follow(value: Any, weight: Tensor) -> bool:
+    """Whether an optimiser's value for a weight, one per coefficient or one for all, outlasts a change of coefficients.
+
+    Sums over coefficients, as factored second moments are, and whatever containers hold, do not.
+    """
+    if isinstance(value, Tensor):
+        return value.shape == weight.shape or value.numel() == 1
+    return not isinstance(value, dict | list | tuple)
 
 
 def _check_share(name: str, value: float, least: float) -> None:
