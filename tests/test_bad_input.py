@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import make_problem
 
-from kan_fast import KAN, KANLayer, available_backends, backends, ops
+from kan_fast import KAN, KANLayer, SparseKANLayer, available_backends, backends, ops
 from kan_fast.functional import kan_linear
 
 
@@ -70,6 +70,18 @@ def test_edge_values():
         layer.edge_values(torch.zeros(4, 3), derivative=1.0)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [KANLayer(3, 2).edge(0, 0), KANLayer(3, 2).edge_values, SparseKANLayer(3, 2, 1)],
+    ids=["edge", "edge_values", "sparse"],
+)
+def test_what_is_no_dense_tensor(function):
+    with pytest.raises(TypeError, match="^x: expected a tensor, got 'x'"):
+        function("x")
+    with pytest.raises(TypeError, match="^x: expected a dense tensor .*, got layout torch.sparse_coo"):
+        function(torch.rand(4, 3).to_sparse())
+
+
 def break_order(grid):
     grid[1, 4] = 2.0
 
@@ -120,7 +132,14 @@ BAD_CALLS = [
     ({"base_activation": "swish"}, ValueError, "^base_activation: expected one of .* got 'swish'"),
     ({"base_activation": None}, ValueError, "^base_weight: expected None with base_activation None"),
     ({"base_activation": lambda x: x[:, :1]}, ValueError, r"^base_activation: expected a result of x's shape \(7, 3\)"),
+    ({"base_activation": 3}, TypeError, "^base_activation: expected a name, a function or None, got 3"),
     ({"outside": "extend"}, ValueError, "^outside: expected one of .* got 'extend'"),
+    ({"spline_weight": None}, TypeError, "^spline_weight: expected a tensor, got None"),
+    ({"spline_weight": "w"}, TypeError, "^spline_weight: expected a tensor, got 'w'"),
+    ({"grid": None}, TypeError, "^grid: expected a tensor, got None"),
+    ({"grid": "g"}, TypeError, "^grid: expected a tensor, got 'g'"),
+    ({"base_weight": "w"}, TypeError, "^base_weight: expected a tensor or None, got 'w'"),
+    ({"bias": [0.0]}, TypeError, "^bias: expected a tensor or None, got list"),
 ]
 
 

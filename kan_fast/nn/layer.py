@@ -11,7 +11,7 @@ from kan_fast import ops, spline
 from kan_fast.activations import ACTIVATIONS, activation
 from kan_fast.autocast import beneath_autocast
 from kan_fast.backends import NAMES, choose
-from kan_fast.checks import DTYPES, check_int, check_plain, expect
+from kan_fast.checks import DTYPES, check_int, check_layout, check_plain, expect
 from kan_fast.functional import BaseActivation, kan_linear
 from kan_fast.nn import init
 from kan_fast.nn.knots import KnotsStayWide, at_least_float32
@@ -148,6 +148,7 @@ class KANLayer(KnotsStayWide):
         the dtype of the weights.
         """
         expect(isinstance(x, Tensor), "x", "a tensor", x)
+        check_layout("x", x)
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, in_features) with in_features = {self.in_features}, got {tuple(x.shape)}")
         derivative = check_int("derivative", derivative, 0)
@@ -173,6 +174,8 @@ class KANLayer(KnotsStayWide):
         i, j = i % self.in_features, j % self.out_features
 
         def function(x: Tensor, derivative: int = 0) -> Tensor:
+            expect(isinstance(x, Tensor), "x", "a tensor", x)
+            check_layout("x", x)
             derivative = check_int("derivative", derivative, 0)
             spline_weight, base_weight = self.masked_weights()
             spline_weight = spline_weight[i : i + 1, :, j : j + 1]

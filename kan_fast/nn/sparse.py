@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kan_fast import spline
 from kan_fast.activations import activation
 from kan_fast.autocast import autocast_dtype
-from kan_fast.checks import DTYPES, check_int, check_number, check_plain, expect
+from kan_fast.checks import DTYPES, check_int, check_layout, check_number, check_plain, expect
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
 from kan_fast.nn import init
@@ -72,6 +72,7 @@ class SparseKANLayer(KnotsStayWide):
         self.out_features = check_int("out_features", out_features, 0)
         self.spline_order, self.grid_range, self.outside = like.spline_order, like.grid_range, like.outside
         self.base_activation = like.base_activation
+        expect(edges is None or isinstance(edges, Tensor), "edges", "a tensor or None", edges)
         if (fan_in is None) == (edges is None):
             raise TypeError(f"fan_in: expected either fan_in or edges, got fan_in = {fan_in} and edges {_shown(edges)}")
         if edges is None:
@@ -130,6 +131,8 @@ class SparseKANLayer(KnotsStayWide):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)"""
+        expect(isinstance(x, Tensor), "x", "a tensor", x)
+        check_layout("x", x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected shape (..., in_features) with in_features = {self.in_features}, got {tuple(x.shape)}"
