@@ -331,6 +331,26 @@ def test_fine_grids(place):
         assert_close_to_truth(place, far, operation, 0)
 
 
+@every_outside
+@pytest.mark.parametrize("out_features", [2, 33])
+def test_the_largest_grids(outside, out_features):
+    """The last of as many intervals as 16 bits can number, and what lies behind it."""
+    if Place("native", torch.device("cpu")) not in places(torch.float64):
+        pytest.skip("the native code is not built")
+    grid_size = 65525 if outside == "zero" else 65531
+    layer = KANLayer(1, out_features, grid_size, outside=outside, dtype=torch.float64, backend="native")
+    torch.nn.init.normal_(layer.spline_weight)
+    x = torch.cat([torch.rand(40, dtype=torch.float64), torch.tensor([-1, -1 + 1e-6, 1 - 1e-6, 1, 1 + 1e-5, 3])])
+    x = x[:, None].requires_grad_()
+    results = []
+    for backend in ("native", "reference"):
+        layer.backend = backend
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, layer.spline_weight])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.detach().abs().max()))
+
+
 @pytest.mark.slow
 def test_long_sums(place):
     """Errors of the order of summation show in long sums."""
