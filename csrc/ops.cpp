@@ -166,6 +166,14 @@ void check_order(int64_t order, const Tensor& grid) {
   KAN_REQUIRE(grid.scalar_type() == ScalarType::Float || grid.scalar_type() == ScalarType::Double, "grid must be float32 or float64");
 }
 
+// The CPU's kernels keep the interval of a row, and numbers a little past the last one, in 16 bits: larger ones would wrap
+// around to other intervals.
+void check_intervals(const Tensor& grid, int64_t order, int64_t outside) {
+  const int64_t grid_size = grid.size(1) - 2 * order - 1, most = 65534 - (outside == kan::kZero ? 3 : 1) * order;
+  KAN_REQUIRE(grid_size <= most, "grid must hold at most " + std::to_string(most) + " intervals for spline_order " +
+                                     std::to_string(order) + " on a CPU, got " + std::to_string(grid_size));
+}
+
 // What an operator with spline weights is given, but for shapes that set_sizes checks; the spline's order.
 int64_t checked_order(const Tensor& x, const Tensor& spline, const MaybeTensor& base, const Tensor& grid, int64_t activation,
                       int64_t outside, int64_t n) {
@@ -215,6 +223,7 @@ Call<T> prepare(const Tensor& x, const MaybeTensor& scale, const MaybeTensor& sp
   Call<T> call;
   Problem<T>& p = call.p;
   set_sizes(p, x, scale, spline, base, g, grid, spline_order, activation, outside);
+  check_intervals(grid, spline_order, outside);
   call.input(x, p.x, &p.x_storage);
   call.input(grid, p.grid);
   if (scale) call.input(*scale, p.scale);

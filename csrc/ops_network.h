@@ -97,6 +97,7 @@ NetworkCall<T> prepare_network(const Tensor& x, const std::vector<Tensor>& layer
   for_every_layer(x, layers, activation, outside, bias, [&](const LayerTensors& tensors) {
     kan::NetworkLayer<T> layer{problem_of<Problem<T>>(tensors, x.size(0), activation, outside), nullptr, nullptr};
     Problem<T>& p = layer.problem;
+    check_intervals(*tensors.grid, tensors.order, outside);
     p.n_input = 1;
     p.spline_weight = call.input(*tensors.spline);
     p.grid = call.input(*tensors.grid);

@@ -9,7 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kan_fast.atomic import replacing
-from kan_fast.grid import set_knots_in_place
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import laid_out_as, rank, whole
 
@@ -41,7 +40,7 @@ def load_model_state(model: nn.Module, state: State) -> None:
                     f"model: {prefix}spline_weight is sharded with shape {tuple(layer.spline_weight.shape)}, the checkpoint"
                     f" has {tuple(weight.shape)}: give it the checkpoint's grid size before sharding"
                 )
-            set_knots_in_place(layer, grid.to(layer.grid), weight.to(layer.spline_weight))
+            layer.set_grid(grid.to(layer.grid), weight)
     own = model.state_dict()
     model.load_state_dict({name: _laid_out(value, own.get(name)) for name, value in state.items()})
 

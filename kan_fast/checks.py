@@ -10,7 +10,8 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kan_fast.activations import ACTIVATIONS
 from kan_fast.spline import OUTSIDE
@@ -51,6 +52,23 @@ def check_number(name: str, value: Any, least: float = -math.inf) -> None:
 def check_iterable(name: str, value: Any, wanted: str) -> None:
     """Raise TypeError for what a loop cannot go through."""
     expect(hasattr(value, "__iter__") or hasattr(value, "__getitem__"), name, wanted, value)
+
+
+def check_plain(layer: nn.Module, name: str = "", weights: tuple[str, ...] = ("spline_weight", "base_weight", "bias")) -> None:
+    """Raise ValueError where a weight of a layer, known by its `name` in a model, is no parameter but computed from others.
+
+    For tools that write into weights, or carry them elsewhere: a write into a computed one changes nothing that lasts.
+    """
+    for weight in weights:
+        if weight in layer._parameters:
+            continue
+        if parametrize.is_parametrized(layer, weight):
+            found, remedy = "a parametrized one", "torch.nn.utils.parametrize.remove_parametrizations(layer, {!r})"
+        else:
+            found = "one that a hook computes before every call"
+            remedy = "torch.nn.utils.prune.remove(layer, {!r}), or remove_weight_norm and its like,"
+        full = f"{name}.{weight}" if name else weight
+        raise ValueError(f"{full}: expected a plain parameter, got {found}: {remedy.format(weight)} makes it one")
 
 
 def check_layout(name: str, tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 """kan_linear: the layer as a function."""
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from kan_fast import ops
 from kan_fast.autocast import autocast_dtype
 from kan_fast.backends import choose
-from kan_fast.checks import check_layout
+from kan_fast.checks import check_layout, expect
 
 BaseActivation = str | Callable[[Tensor], Tensor] | None
 
@@ -48,6 +49,13 @@ def kan_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not (
+        isinstance(spline_weight, Tensor)
+        and isinstance(grid, Tensor)
+        and (base_weight is None or isinstance(base_weight, Tensor))
+        and (bias is None or isinstance(bias, Tensor))
+    ):
+        _refuse(spline_weight=spline_weight, grid=grid, base_weight=base_weight, bias=bias)
     if torch._C._is_any_autocast_enabled():
         dtype = autocast_dtype(x, spline_weight)
         spline_weight = spline_weight.to(dtype)
@@ -74,7 +82,17 @@ def kan_linear(
     return y if bias is None else _with_bias(y, bias)
 
 
+def _refuse(**arguments: Any) -> NoReturn:
+    """Say which of the weights and knots is no tensor."""
+    for name, value in arguments.items():
+        optional = name in ("base_weight", "bias")
+        fits = isinstance(value, Tensor) or (optional and value is None)
+        expect(fits, name, "a tensor or None" if optional else "a tensor", value)
+    raise AssertionError("all are tensors")
+
+
 def _activated(base_activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    expect(callable(base_activation), "base_activation", "a name, a function or None", base_activation)
     value = base_activation(x)
     if value.shape != x.shape:
         raise ValueError(f"base_activation: expected a result of x's shape {tuple(x.shape)}, got {tuple(value.shape)}")

@@ -3,11 +3,12 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kan_fast.checks import check_int, check_number, expect
+from kan_fast.checks import check_int, check_number, check_plain, expect
 from kan_fast.chunks import chunks
 from kan_fast.nn import KANLayer
 from kan_fast.ranks import laid_out_as, whole
@@ -17,6 +18,7 @@ from kan_fast.traverse import Data, check_data, kan_layers, layer_inputs
 # Directions of the least-squares system weaker than this share of the strongest one keep the old function instead of
 # chasing the data. The old function's own representation is untouched by it: the ridge acts on the correction only.
 _RIDGE = 1e-4
+_WRITTEN = ("spline_weight",)
 
 
 class InputsNotFinite(ValueError):
@@ -108,7 +110,9 @@ def adaptive_grid_refinement(
 
     The parameters stay the same objects with a new shape, so an optimiser keeps them. Its state has the old shape: pass
     `optimizer`, and choose optimizer_state "carry" (moments go through the same knot insertion as the coefficients) or
-    "reset". L-BFGS can only be reset.
+    "reset". Where an optimiser keeps more of a spline_weight than moments of its shape and single numbers, as Adafactor's
+    row and column sums are, the state of that weight is reset either way, and other parameters' stays. L-BFGS can only be
+    reset. Raises ValueError for parametrized spline weights.
     """
     if isinstance(refinement_factor, bool) or not isinstance(refinement_factor, int) or refinement_factor < 2:
         raise ValueError(f"refinement_factor: expected an integer of 2 or more, got {refinement_factor!r}")
@@ -116,6 +120,8 @@ def adaptive_grid_refinement(
     check_int("max_samples", max_samples, 1)
     _check_share("uniform_share", uniform_share, 0.0)
     _check_optimizer(optimizer, optimizer_state)
+    for name, layer in kan_layers(model).items():
+        check_plain(layer, name, _WRITTEN)
     inputs = layer_inputs(model, loader, max_samples, all_ranks=True)
     sizes = []
     for name, layer in kan_layers(model).items():
@@ -154,15 +160,20 @@ def update_grid(
     trainable_only: layers whose spline_weight does not require a gradient stay as they are; their change is 0.
     optimizer, optimizer_state: as in adaptive_grid_refinement; moments go through the same refit as the coefficients.
     Layers are taken in order, each with the inputs that the already updated ones before it produce.
+    Raises ValueError for parametrized spline weights.
     """
     check_data("loader_or_x", loader_or_x)
     check_int("max_samples", max_samples, 1)
     _check_share("grid_eps", grid_eps, 1e-6)
     check_number("margin", margin, 0)
     _check_optimizer(optimizer, optimizer_state)
+    frozen = {name for name, layer in kan_layers(model).items() if trainable_only and not _is_trainable(layer)}
+    for name, layer in kan_layers(model).items():
+        if name not in frozen:
+            check_plain(layer, name, _WRITTEN)
     changes = []
     for name, layer in kan_layers(model).items():
-        if trainable_only and not layer.spline_weight.requires_grad:
+        if name in frozen:
             changes.append(0.0)
             continue
         x = layer_inputs(model, loader_or_x, max_samples, all_ranks=True)[name]
@@ -179,6 +190,11 @@ def update_grid(
         size = before.norm()
         changes.append(float((layer(x).double() - before).norm() / size) if size > 0 else 0.0)
     return changes
+
+
+def _is_trainable(layer: KANLayer) -> bool:
+    with torch.enable_grad():  # or a parametrized weight, which is computed here, would never require a gradient
+        return layer.spline_weight.requires_grad
 
 
 def _mapped(spline_weight: Tensor, matrix: Tensor) -> Tensor:
@@ -313,6 +329,8 @@ def _resize(
         state = optimizer.state.get(weight, {})
         if optimizer_state == "reset":
             state.clear()
+        if not all(_can_follow(value, weight) for value in state.values()):
+            state.clear()
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 full = whole(value)
@@ -321,21 +339,18 @@ def _resize(
         if isinstance(optimizer, torch.optim.LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
-    set_knots_in_place(layer, grid, laid_out_as(converted, weight))
+    weight.grad = None  # by the old coefficients
+    layer.set_grid(grid, laid_out_as(converted, weight))
 
 
-@torch.no_grad()
-def set_knots_in_place(layer: KANLayer, grid: Tensor, spline_weight: Tensor) -> None:
-    """layer.set_grid, with the Parameter staying the same object in its new shape: optimisers keep it."""
-    weight = layer.spline_weight
-    weight.grad = None
-    if weight.shape != spline_weight.shape:
-        # While some graph of the old shape is alive, autograd would go on to expect gradients of that shape. A change of
-        # dtype makes it forget.
-        other = torch.float32 if weight.dtype != torch.float32 else torch.float64
-        weight.data = weight.new_empty(0, dtype=other)
-        weight.data = spline_weight.to(grid.device).clone()
-    layer.set_grid(grid, spline_weight)
+def _can_follow(value: Any, weight: Tensor) -> bool:
+    """Whether an optimiser's value for a weight, one per coefficient or one for all, outlasts a change of coefficients.
+
+    Sums over coefficients, as factored second moments are, and whatever containers hold, do not.
+    """
+    if isinstance(value, Tensor):
+        return value.shape == weight.shape or value.numel() == 1
+    return not isinstance(value, dict | list | tuple)
 
 
 def _check_share(name: str, value: float, least: float) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from kan_fast import ops
-from kan_fast.checks import expect
+from kan_fast.checks import check_plain, expect
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.traverse import network_layers
 
@@ -78,6 +78,7 @@ class _Style(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, KANLayer):
             raise TypeError(f"module: expected a KANLayer, got {type(module).__name__}")
+        check_plain(module)
         return distribute_module(module, device_mesh, self._partition, self._prepare, self._finish)
 
     def _partition(self, _: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -154,6 +155,8 @@ def parallelize_kan(model: KAN, mesh: DeviceMesh) -> KAN:
     if mesh.ndim != 1:
         raise ValueError(f"mesh: expected one dimension, got {mesh.ndim}: take one with mesh[name]")
     layers = network_layers(model)
+    for place, layer in enumerate(layers):
+        check_plain(layer, f"layers.{place}")
     last = len(layers) - 1
     styles = [ShardOutputs if place % 2 == 0 and place != last else ShardInputs for place in range(len(layers))]
     for place, (layer, style) in enumerate(zip(layers, styles, strict=True)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kan_fast.checks import check_iterable, check_number
+from kan_fast.checks import check_iterable, check_number, check_plain
 from kan_fast.chunks import chunks
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.ranks import sum_over_ranks
@@ -103,7 +103,7 @@ def prune_kan(
     branch "spline": scores count, and the call sets to zero, the spline coefficients alone; they are not masked.
     input_names: names for the report, x_0, x_1, ... by default.
 
-    Raises ValueError when a layer would lose all its edges.
+    Raises ValueError when a layer would lose all its edges, and with branch "spline" for parametrized spline weights.
     """
     if branch not in ("both", "spline"):
         raise ValueError(f"branch: expected 'both' or 'spline', got {branch!r}")
@@ -113,6 +113,9 @@ def prune_kan(
     if input_names is not None:
         check_iterable("input_names", input_names, "names")
     layers = kan_layers(model)
+    if branch == "spline":
+        for name, layer in layers.items():
+            check_plain(layer, name, ("spline_weight",))
     scores = edge_scores(model, data, method, include_base=branch == "both")
     weak = {}
     for name, score in scores.items():
@@ -164,9 +167,12 @@ def compact(model: KAN, drop_inputs: bool = False) -> KAN:
     the buffer `input_index` (used inputs,) int64: compact(model, True)(x[..., index]) equals model(x).
     A hidden node that nothing feeds is a constant; what its edges make of that constant goes into a bias of the next layer.
     Edges that are masked between nodes that stay remain masked.
+    Raises ValueError for parametrized weights, which the new network would not have.
     """
     if not isinstance(model, KAN):
         raise TypeError(f"model: expected a KAN, got {type(model).__name__}")
+    for place, layer in enumerate(network_layers(model)):
+        check_plain(layer, f"layers.{place}")
     used = _reachable(model)
     keep = [torch.nonzero(u)[:, 0] for u in used]
     if not drop_inputs:

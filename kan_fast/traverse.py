@@ -79,7 +79,9 @@ def watch_inputs(model: nn.Module, data: Data, layers: Iterable[KANLayer], visit
     """Run the model in eval mode over the data and call visit(layer, x (n, in)) on what each layer receives."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        visit(cast(KANLayer, layer), args[0].detach().flatten(0, -2))
+        x, layer = args[0], cast(KANLayer, layer)
+        if x.shape[-1:] == (layer.in_features,):  # else the layer's own error comes next
+            visit(layer, x.detach().flatten(0, -2))
 
     layers = list(layers)
     if any(hasattr(layer.grid, "full_tensor") for layer in layers):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from samples import make_problem
 
-from kan_fast import KAN, KANLayer, available_backends, backends, ops
+from kan_fast import KAN, KANLayer, SparseKANLayer, available_backends, backends, ops
 from kan_fast.functional import kan_linear
+from kan_fast.spline import OUTSIDE
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,18 @@ def test_edge_values():
         layer.edge_values(torch.zeros(4, 3), derivative=1.0)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [KANLayer(3, 2).edge(0, 0), KANLayer(3, 2).edge_values, SparseKANLayer(3, 2, 1)],
+    ids=["edge", "edge_values", "sparse"],
+)
+def test_what_is_no_dense_tensor(function):
+    with pytest.raises(TypeError, match="^x: expected a tensor, got 'x'"):
+        function("x")
+    with pytest.raises(TypeError, match="^x: expected a dense tensor .*, got layout torch.sparse_coo"):
+        function(torch.rand(4, 3).to_sparse())
+
+
 def break_order(grid):
     grid[1, 4] = 2.0
 
@@ -120,7 +133,14 @@ BAD_CALLS = [
     ({"base_activation": "swish"}, ValueError, "^base_activation: expected one of .* got 'swish'"),
     ({"base_activation": None}, ValueError, "^base_weight: expected None with base_activation None"),
     ({"base_activation": lambda x: x[:, :1]}, ValueError, r"^base_activation: expected a result of x's shape \(7, 3\)"),
+    ({"base_activation": 3}, TypeError, "^base_activation: expected a name, a function or None, got 3"),
     ({"outside": "extend"}, ValueError, "^outside: expected one of .* got 'extend'"),
+    ({"spline_weight": None}, TypeError, "^spline_weight: expected a tensor, got None"),
+    ({"spline_weight": "w"}, TypeError, "^spline_weight: expected a tensor, got 'w'"),
+    ({"grid": None}, TypeError, "^grid: expected a tensor, got None"),
+    ({"grid": "g"}, TypeError, "^grid: expected a tensor, got 'g'"),
+    ({"base_weight": "w"}, TypeError, "^base_weight: expected a tensor or None, got 'w'"),
+    ({"bias": [0.0]}, TypeError, "^bias: expected a tensor or None, got list"),
 ]
 
 
@@ -153,6 +173,34 @@ def test_what_only_the_native_backend_does_not_serve():
     assert KANLayer(3, 2, spline_order=6, backend="reference")(x).isfinite().all()
     with pytest.raises(ValueError, match="^n: expected 0 to 32 with backend 'native', got 33"):
         KANLayer(3, 2).edge(0, 0)(x, derivative=33)
+
+
+@pytest.mark.parametrize(("outside", "most"), [("zero", 65525), ("linear", 65531), ("clamp", 65531)])
+def test_grids_that_only_the_native_backend_does_not_serve(outside, most):
+    """Its kernels for CPUs number intervals in 16 bits."""
+    if "native" not in available_backends("cpu"):
+        pytest.skip("the native code is not built")
+    x = torch.rand(200, 1) * 2 - 1
+    message = f"^grid: expected a grid_size of at most {most} with backend 'native' on CPUs, got {most + 1}; backend='ref"
+    for backend in ("auto", "native"):
+        options = {"grid_size": most + 1, "outside": outside, "backend": backend}
+        for model in (KANLayer(1, 33, **options), KAN([1, 1, 1], **options)):
+            with pytest.raises(ValueError, match=message):
+                model(x)
+    layer = KANLayer(1, 33, grid_size=most + 1, outside=outside, backend="reference")
+    assert layer(x).isfinite().all()
+
+    native, code = torch.ops.kan_fast_native, OUTSIDE.index(outside)
+    weight, g, grid = layer.spline_weight.detach(), torch.zeros(200, 33), layer.grid
+    for call in (
+        lambda: native.contract_output(x, None, weight, None, grid, 0, code, 0),
+        lambda: native.contract_input(x, weight, None, g, grid, 0, code, 0),
+        lambda: native.contract_weight(x, None, g, grid, 3, 0, code, 0),
+        lambda: native.contract_backward(x, weight, None, g, grid, 0, code, 0),
+        lambda: native.network_output(x, [weight[..., :1], grid], 0, code, False),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=f"grid must hold at most {most} intervals .* got {most + 1}"):
+            call()
 
 
 @pytest.mark.parametrize("backend", ["auto", "native", "reference"])

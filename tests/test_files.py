@@ -150,6 +150,24 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_failed_save_names_the_path_given(tmp_path):
+    model = KAN([2, 3, 1])
+    (tmp_path / "file").write_bytes(b"")
+    for path, error in (
+        (tmp_path / "nowhere" / "m", FileNotFoundError),
+        (tmp_path / "file" / "m", NotADirectoryError),
+        (tmp_path, IsADirectoryError),
+    ):
+        with pytest.raises(error) as caught:
+            model.save(path)
+        assert caught.value.filename == str(path)
+        assert str(caught.value).endswith(f": {str(path)!r}")
+    for path in ("", "/"):
+        with pytest.raises(ValueError, match=f"^path: expected that of a file, got '{path}'"):
+            model.save(path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_every_truncation_is_noticed(tmp_path):
     KAN([1, 1], 1, 1).save(tmp_path / "m")
     whole = (tmp_path / "m").read_bytes()

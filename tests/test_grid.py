@@ -264,6 +264,31 @@ def test_optimizer_goes_on(change, state):
     assert [step() for _ in range(20)][-1] < first
 
 
+@pytest.mark.parametrize("change", [adaptive_grid_refinement, update_grid])
+def test_factored_moments_begin_anew(change):
+    model = KAN([2, 3, 1], bias=True)
+    x = torch.rand(200, 2)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+
+    def step():
+        optimizer.zero_grad()
+        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    first = step()
+    step()
+    factored = {model.layers[0].spline_weight, model.layers[1].spline_weight}
+    others = {parameter: dict(optimizer.state[parameter]) for parameter in set(model.parameters()) - factored}
+    change(model, x, optimizer=optimizer)
+    # With one output the row sums of the second layer have its weight's shape, and its column sums still have not.
+    assert not any(optimizer.state[weight] for weight in factored)
+    assert all(optimizer.state[parameter] == state and state["step"] == 2 for parameter, state in others.items())
+    assert [step() for _ in range(20)][-1] < first
+    assert optimizer.state[model.layers[0].spline_weight]["row_var"].shape[1] == model.layers[0].spline_weight.shape[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_living_graph_of_the_old_shape_does_no_harm(dtype):
     model = KAN([2, 3, 1], dtype=dtype)

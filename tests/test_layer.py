@@ -10,7 +10,7 @@ from samples import every_outside, make_grid
 from torch import nn
 from torch.nn import functional as F
 
-from kan_fast import KANLayer, ops
+from kan_fast import KANLayer, ops, spline
 from kan_fast.functional import kan_linear
 
 NAMES = ("silu", "identity", "gelu", "relu", "tanh")
@@ -259,6 +259,25 @@ def test_a_state_dict_of_another_grid_size_names_the_sizes():
         layer.load_state_dict(other.state_dict())
     for name, value in before.items():
         assert torch.equal(layer.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_set_grid_while_a_graph_of_the_old_shape_is_alive(dtype):
+    layer, x = KANLayer(3, 4, dtype=dtype), torch.randn(5, 3, dtype=dtype)
+    loss = layer(x).square().mean()
+    loss.backward()
+    weight, values = layer.spline_weight, torch.randn(3, 13, 4, dtype=dtype)
+    layer.set_grid(spline.uniform_grid(3, 10, 3, (-1, 1)), values)
+    assert layer.spline_weight is weight and weight.grad is None and weight.dtype == dtype
+    assert torch.equal(weight, values) and weight.data_ptr() != values.data_ptr()
+    layer(x).square().mean().backward()
+    assert weight.grad.shape == (3, 13, 4)
+    assert loss.isfinite()
+
+
+def test_set_grid_wants_a_tensor():
+    with pytest.raises(TypeError, match="^spline_weight: expected a tensor or None, got list"):
+        KANLayer(1, 1).set_grid(spline.uniform_grid(1, 5, 3, (-1, 1)), [1.0])
 
 
 @every_outside

@@ -250,9 +250,7 @@ def test_intervals_are_half_open(place, k):
     grid_size = 5
     knots = torch.arange(-k, grid_size + k + 1, dtype=torch.float32)
     problem = make_problem(place, torch.float32, (len(knots), 2, 3), grid_size, k, activation="none")
-    problem = problem._replace(
-        grid=knots.to(place.device).repeat(2, 1), x=knots.to(place.device)[:, None].repeat(1, 2)
-    )
+    problem = problem._replace(grid=knots.to(place.device).repeat(2, 1), x=knots.to(place.device)[:, None].repeat(1, 2))
     for outside in OUTSIDE:
         args = problem._replace(outside=outside).args("contract_output", k, False)
         (mine,) = results(place.backend, "contract_output", args)
@@ -335,8 +333,8 @@ def test_fine_grids(place):
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("rows", [2, 40])
 def test_small_weights_are_exact(place, rows, k):
-    """A basis just behind the knot where it begins: (u / h)^k / k!, however large its coefficient. Its weight must not come from
-    1 - the others, whose roundings are as large."""
+    """A basis just behind the knot where it begins: (u / h)^k / k!, however large its coefficient. Its weight must not come
+    from 1 - the others, whose roundings are as large."""
     layer = KANLayer(3, 40, grid_size=8, spline_order=k, grid_range=(-4.0, 4.0), base_activation=None, backend=place.backend)
     layer.to(place.device)
     begins_at_0 = 4 + k  # the basis whose first knot is 0; h is 1
@@ -349,6 +347,26 @@ def test_small_weights_are_exact(place, rows, k):
     want = 1000 * u**k / math.factorial(k)
     # u is counted from the grid's middle or from its first knot, 4 + k away: rounded to eps (4 + k), k times in the power.
     assert float((y / want - 1).abs().max()) <= 4 * k * (4 + k) * torch.finfo(torch.float32).eps / u
+
+
+@every_outside
+@pytest.mark.parametrize("out_features", [2, 33])
+def test_the_largest_grids(outside, out_features):
+    """The last of as many intervals as 16 bits can number, and what lies behind it."""
+    if Place("native", torch.device("cpu")) not in places(torch.float64):
+        pytest.skip("the native code is not built")
+    grid_size = 65525 if outside == "zero" else 65531
+    layer = KANLayer(1, out_features, grid_size, outside=outside, dtype=torch.float64, backend="native")
+    torch.nn.init.normal_(layer.spline_weight)
+    x = torch.cat([torch.rand(40, dtype=torch.float64), torch.tensor([-1, -1 + 1e-6, 1 - 1e-6, 1, 1 + 1e-5, 3])])
+    x = x[:, None].requires_grad_()
+    results = []
+    for backend in ("native", "reference"):
+        layer.backend = backend
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, layer.spline_weight])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.detach().abs().max()))
 
 
 @pytest.mark.slow

@@ -224,3 +224,11 @@ def test_node_threshold_silences_whole_nodes():
 def test_errors_name_the_argument(call, error, match):
     with pytest.raises(error, match=match):
         call(make_model())
+
+
+@pytest.mark.parametrize("method", ["activation", "attribution"])
+def test_data_of_another_width(method):
+    model = KAN([3, 4, 2])
+    for call in (edge_scores, prune_kan):
+        with pytest.raises(ValueError, match=r"^x: expected in_features = 3 as spline_weight has, got shape \(5, 7\)"):
+            call(model, data=torch.randn(5, 7), method=method)

@@ -395,6 +395,7 @@ def test_onnx(tmp_path):
             r"^edges: expected bool of shape .* = \(6, 5\), got \(5, 6\)",
         ),
         ({"edges": torch.ones(2, 3)}, ValueError, r"^edges: expected \(2, E\) of int64 .* torch.float32"),
+        ({"edges": [[0], [0]]}, TypeError, "^edges: expected a tensor or None, got list"),
         ({"edges": torch.tensor([[6], [0]])}, ValueError, "^edges: expected inputs from 0 to 5, got 6 to 6"),
         ({"edges": torch.tensor([[1, 1], [0, 0]])}, ValueError, "^edges: expected every pair once"),
         ({"fan_in": 2, "outside": "wrap"}, ValueError, "^outside: "),

@@ -29,6 +29,11 @@ _OPERATORS = (
 _MAX_ORDER, _MAX_DERIVATIVE = 5, 32
 
 
+def _most_intervals(spline_order: int, outside: str) -> int:
+    """The largest grid_size on CPUs, as check_intervals of csrc/ops.cpp has it."""
+    return 65534 - (3 if outside == "zero" else 1) * spline_order
+
+
 def _load() -> str | None:
     """Load the library; why it cannot be, or None."""
     if not _LIBRARY.exists() and "KAN_FAST_NATIVE_LIBRARY" in os.environ:
@@ -140,11 +145,18 @@ def _explain(
     """Raise what the other backends raise for such arguments, or what of them only this one cannot serve."""
     check_problem(x, scale, spline_weight, base_weight, g, grid, spline_order, activation, outside, n)
     order = grid.shape[1] - spline_weight.shape[1] - 1 if spline_weight is not None else spline_order
+    assert order is not None
     for name, value, most in (("spline_order", order, _MAX_ORDER), ("n", n, _MAX_DERIVATIVE)):
-        if value is not None and value > most:
+        if value > most:
             raise ValueError(
                 f"{name}: expected 0 to {most} with backend 'native', got {value}; backend='reference' has no such limit"
             )
+    grid_size, most = grid.shape[1] - 2 * order - 1, _most_intervals(order, outside)
+    if x.device.type == "cpu" and grid_size > most:
+        raise ValueError(
+            f"grid: expected a grid_size of at most {most} with backend 'native' on CPUs, got {grid_size};"
+            " backend='reference' has no such limit"
+        )
 
 
 def contract_output(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_fast.activations import fused_name
+from kan_fast.checks import check_plain
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.layer import KANLayer
 from kan_fast.nn.sparse import SparseKANLayer
@@ -27,6 +28,8 @@ def save_layers(path: Path, network: nn.Module, layers: Sequence[nn.Module]) -> 
     """Write a network's layers and the buffer input_index that `compact` may have given it; see KAN.save."""
     known: list[Layer] = []
     for place, layer in enumerate(layers):
+        if isinstance(layer, KANLayer | SparseKANLayer):
+            check_plain(layer, f"layers.{place}")
         if type(layer) not in (KANLayer, SparseKANLayer):
             raise TypeError(
                 f"layers: expected KANLayers and SparseKANLayers, got {type(layer).__name__} at {place}; save its state_dict"

@@ -11,7 +11,7 @@ from kan_fast import ops, spline
 from kan_fast.activations import ACTIVATIONS, activation
 from kan_fast.autocast import beneath_autocast
 from kan_fast.backends import NAMES, choose
-from kan_fast.checks import DTYPES, check_int, expect
+from kan_fast.checks import DTYPES, check_int, check_layout, check_plain, expect
 from kan_fast.functional import BaseActivation, kan_linear
 from kan_fast.nn import init
 from kan_fast.nn.knots import KnotsStayWide, at_least_float32
@@ -94,7 +94,11 @@ class KANLayer(KnotsStayWide):
         return self.spline_weight.shape[1] - self.spline_order
 
     def reset_parameters(self) -> None:
-        """Uniform knots on `grid_range`, weights that keep the signal's variance (nn/init.py), bias zero. The mask stays."""
+        """Uniform knots on `grid_range`, weights that keep the signal's variance (nn/init.py), bias zero. The mask stays.
+
+        Raises ValueError for parametrized weights.
+        """
+        check_plain(self)
         if self.grid.is_meta:  # no numbers to set, and a base activation may have some that are not meta
             return
         grid = spline.uniform_grid(
@@ -144,6 +148,7 @@ class KANLayer(KnotsStayWide):
         the dtype of the weights.
         """
         expect(isinstance(x, Tensor), "x", "a tensor", x)
+        check_layout("x", x)
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (N, in_features) with in_features = {self.in_features}, got {tuple(x.shape)}")
         derivative = check_int("derivative", derivative, 0)
@@ -169,6 +174,8 @@ class KANLayer(KnotsStayWide):
         i, j = i % self.in_features, j % self.out_features
 
         def function(x: Tensor, derivative: int = 0) -> Tensor:
+            expect(isinstance(x, Tensor), "x", "a tensor", x)
+            check_layout("x", x)
             derivative = check_int("derivative", derivative, 0)
             spline_weight, base_weight = self.masked_weights()
             spline_weight = spline_weight[i : i + 1, :, j : j + 1]
@@ -196,10 +203,11 @@ class KANLayer(KnotsStayWide):
         """Replace the knots, and with them the spline weights where they are given.
 
         grid (in, G' + 2k + 1), non-decreasing, of any G' >= 1; spline_weight (in, G' + k, out), needed where G' is not the
-        present grid size. The Parameter stays the same object, so
-        optimisers keep it. Raises ValueError or TypeError.
+        present grid size. The Parameter stays the same object, so optimisers keep it; in a
+        new shape it has no gradient. Raises ValueError or TypeError, for a parametrized spline_weight too.
         """
         expect(isinstance(grid, Tensor), "grid", "a tensor", grid)
+        expect(spline_weight is None or isinstance(spline_weight, Tensor), "spline_weight", "a tensor or None", spline_weight)
         spline.check_grid(grid, self.in_features, self.spline_order)
         num_bases = grid.shape[1] - self.spline_order - 1
         if spline_weight is None and num_bases != self.spline_weight.shape[1]:
@@ -213,6 +221,8 @@ class KANLayer(KnotsStayWide):
                 f"spline_weight: expected shape (in_features, grid_size + spline_order, out_features) = {shape},"
                 f" got {tuple(spline_weight.shape)}"
             )
+        if spline_weight is not None:
+            check_plain(self, weights=("spline_weight",))
         weight = self.spline_weight
         self.grid = grid.detach().to(self.grid.device, self.grid.dtype, copy=True)
         if spline_weight is None:
@@ -222,7 +232,11 @@ class KANLayer(KnotsStayWide):
                 weight.copy_(spline_weight)
         else:
             weight.grad = None
-            weight.data = spline_weight.detach().to(weight.device, weight.dtype, copy=True)
+            new = spline_weight.detach().to(weight.device, weight.dtype, copy=True)
+            # While some graph of the old shape is alive, autograd would go on to expect gradients of that shape. A change of
+            # dtype makes it forget.
+            weight.data = weight.new_empty(0, dtype=torch.float64 if weight.dtype == torch.float32 else torch.float32)
+            weight.data = new
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from kan_fast import stack
-from kan_fast.checks import check_iterable, check_number, expect
+from kan_fast.checks import check_iterable, check_number, check_plain, expect
 from kan_fast.functional import BaseActivation
 from kan_fast.nn.files import load_layers, save_layers
 from kan_fast.nn.layer import KANLayer
@@ -88,7 +88,9 @@ class KAN(nn.Module):
         return x
 
     def reset_parameters(self) -> None:
-        """Draw every layer anew."""
+        """Draw every layer anew. Raises ValueError for parametrized weights."""
+        for name, layer in self.layers.named_children():
+            check_plain(layer, f"layers.{name}")
         for layer in self._kan_layers():
             layer.reset_parameters()
 
@@ -103,7 +105,7 @@ class KAN(nn.Module):
 
         Masks, knots, different grid sizes and the `input_index` of `compact` are kept, requires_grad is not. An existing
         file is replaced when the new one is complete. SparseKANLayers that `sparsify` has put in are kept too. Raises
-        TypeError for other layers, and for further parameters or buffers.
+        TypeError for other layers, and for further parameters or buffers, ValueError for parametrized weights.
         """
         save_layers(path, self, list(self.layers))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kan_fast import spline
 from kan_fast.activations import activation
 from kan_fast.autocast import autocast_dtype
-from kan_fast.checks import DTYPES, check_int, check_number, expect
+from kan_fast.checks import DTYPES, check_int, check_layout, check_number, check_plain, expect
 from kan_fast.edges import Edges, Features, edge_list, edge_output
 from kan_fast.functional import BaseActivation
 from kan_fast.nn import init
@@ -72,6 +72,7 @@ class SparseKANLayer(KnotsStayWide):
         self.out_features = check_int("out_features", out_features, 0)
         self.spline_order, self.grid_range, self.outside = like.spline_order, like.grid_range, like.outside
         self.base_activation = like.base_activation
+        expect(edges is None or isinstance(edges, Tensor), "edges", "a tensor or None", edges)
         if (fan_in is None) == (edges is None):
             raise TypeError(f"fan_in: expected either fan_in or edges, got fan_in = {fan_in} and edges {_shown(edges)}")
         if edges is None:
@@ -100,8 +101,9 @@ class SparseKANLayer(KnotsStayWide):
         """Uniform knots on `grid_range`, weights that keep the signal's variance, bias zero.
 
         KANLayer's rule (nn/init.py) with the number of edges that an output has in place of in_features. The edges stay, and
-        have stayed where to_empty took the numbers of parameters.
+        have stayed where to_empty took the numbers of parameters. Raises ValueError for parametrized weights.
         """
+        check_plain(self)
         if self.grid.is_meta:
             return
         k = self.spline_order
@@ -129,6 +131,8 @@ class SparseKANLayer(KnotsStayWide):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)"""
+        expect(isinstance(x, Tensor), "x", "a tensor", x)
+        check_layout("x", x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected shape (..., in_features) with in_features = {self.in_features}, got {tuple(x.shape)}"
@@ -157,7 +161,11 @@ class SparseKANLayer(KnotsStayWide):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, layer: KANLayer) -> "SparseKANLayer":
-        """The same function as a KANLayer's, with the edges that its edge_mask leaves (all of them without one)."""
+        """The same function as a KANLayer's, with the edges that its edge_mask leaves (all of them without one).
+
+        Raises ValueError for parametrized weights, which the new layer would not have.
+        """
+        check_plain(layer)
         mask = layer.edge_mask
         if mask is None:
             mask = torch.ones(layer.in_features, layer.out_features, dtype=torch.bool, device=layer.grid.device)
@@ -172,7 +180,11 @@ class SparseKANLayer(KnotsStayWide):
 
     @torch.no_grad()
     def to_dense(self) -> KANLayer:
-        """The same function as a KANLayer, whose edge_mask says which edges there are."""
+        """The same function as a KANLayer, whose edge_mask says which edges there are.
+
+        Raises ValueError for parametrized weights, which the new layer would not have.
+        """
+        check_plain(self)
         layer = KANLayer(self.in_features, self.out_features, **_options(self))
         inputs, outputs = self.edges
         layer.spline_weight.zero_()
@@ -246,24 +258,24 @@ def sparsify(model: nn.Module, max_density: float = 0.25) -> list[str]:
 
     model: any module that holds KANLayers, after prune_kan. Returns the names of the layers; the function stays the same, and
     a layer that stands in several places, named by the first, is one layer in all of them again.
-    Parameters are new: make the optimiser afterwards. layer.to_dense() goes back.
+    Parameters are new: make the optimiser afterwards. layer.to_dense() goes back. Raises ValueError for parametrized weights.
     """
     expect(isinstance(model, nn.Module), "model", "a module", model)
     check_number("max_density", max_density)
     if not 0 <= max_density <= 1:
         raise ValueError(f"max_density: expected a number from 0 to 1, got {max_density}")
-    names = []
-    successors: dict[nn.Module, SparseKANLayer] = {}
+    names: dict[KANLayer, str] = {}
+    for name, layer in model.named_modules():
+        if name and isinstance(layer, KANLayer) and layer.edge_mask is not None:
+            if float(layer.edge_mask.double().mean()) <= max_density:
+                check_plain(layer, name)
+                names[layer] = name
+    successors: dict[nn.Module, SparseKANLayer] = {layer: SparseKANLayer.from_dense(layer) for layer in names}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not name or not isinstance(layer, KANLayer) or layer.edge_mask is None:
-            continue
-        if layer not in successors and float(layer.edge_mask.double().mean()) <= max_density:
-            successors[layer] = SparseKANLayer.from_dense(layer)
-            names.append(name)
-        if layer in successors:
+        if name and layer in successors:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, successors[layer])
-    return names
+    return list(names.values())
 
 
 def random_edges(in_features: int, out_features: int, fan_in: int) -> Tensor:

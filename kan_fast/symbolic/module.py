@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kan_fast.checks import check_plain
 from kan_fast.chunks import CHUNK_ELEMENTS, chunks
 from kan_fast.nn import KAN, KANLayer
 from kan_fast.symbolic.fit import SymbolicFit
@@ -198,7 +199,8 @@ def snap_edges(model: KAN, fits: Mapping[Edge, SymbolicFit]) -> SymbolicKAN:
     """Put formulas in place of some edges of a KAN: a new module, the model stays as it is.
 
     fits: (layer, input, output) -> the formula, from fit_symbolic_function or symbolic_extraction. The other edges keep
-    their splines, which train on together with the formulas' constants; masked edges stay dead.
+    their splines, which train on together with the formulas' constants; masked edges stay dead. Raises ValueError where the
+    bias of a layer that keeps splines is parametrized: the formulas take its place.
     """
     formulas: list[SymbolicLayer] = []
     splines: list[KANLayer | None] = []
@@ -222,6 +224,7 @@ def snap_edges(model: KAN, fits: Mapping[Edge, SymbolicFit]) -> SymbolicKAN:
         if not bool(left.any()):
             splines.append(None)
             continue
+        check_plain(layer, f"layers.{place}", ("bias",))
         rest = copy.deepcopy(layer)
         rest.edge_mask = left
         if rest.bias is not None:  # the formulas' bias has it
