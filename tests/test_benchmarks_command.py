@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import kan_fast
-from benchmarks import __main__, cases, environment, rows
+from benchmarks import __main__, cases, environment
 from benchmarks.cases import Shape
 from benchmarks.gpu import run_tests
 
@@ -109,38 +108,6 @@ def test_gpu_probes_compile(name: str, arch: str, tmp_path: Path) -> None:
     subprocess.run(["nvcc", "-std=c++20", f"-arch={arch}", "-cubin", "-o", tmp_path / "out.cubin", source], check=True)
 
 
-def test_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path], capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "no CUDA device" in done.stdout
-
-
-def test_gpu_check_gives_a_build_without_a_gpu_its_time(tmp_path: Path) -> None:
-    """A stand-in for `timeout` writes down the limits that the stages get."""
-    limits = tmp_path / "limits"
-    (tmp_path / "timeout").write_text(f'#!/bin/sh\necho "$3 $*" >> {limits}\n')
-    (tmp_path / "python").write_text("#!/bin/sh\necho 1\n")  # also to the question whether there is a GPU
-    for name in ("timeout", "python"):
-        (tmp_path / name).chmod(0o755)
-
-    def run(*arguments: str) -> dict[str, int]:
-        limits.unlink(missing_ok=True)
-        environment_ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python")}
-        command = ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path / "out", "--minutes", "7", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment_)
-        assert done.returncode == 0, done.stdout
-        lines = [line.split(maxsplit=1) for line in limits.read_text().splitlines()]
-        return {"build" if "setup.py" in command else command: int(limit) for limit, command in lines}
-
-    on_a_gpu, dry = run(), run("--dry-run")
-    assert on_a_gpu.pop("build") <= 300
-    assert dry.pop("build") == 1200
-    assert max(on_a_gpu.values()) <= 7 * 60 and max(dry.values()) <= 150
 
 
 def test_shards_run_every_test_once(
@@ -180,17 +147,3 @@ def test_gpu_tests_that_are_cut_short_say_what_they_have_seen(tmp_path):
     assert "cut short: gpu-tests-1.log" in said
     assert re.search("^FAILED .*test_wrong: assert .2 . 3. == 7$", said, re.MULTILINE), said
     assert "1 passed, 1 failed" in said
-
-
-@pytest.mark.slow
-def test_gpu_check_dry_run(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", tmp_path, "--dry-run"], capture_output=True, text=True,
-        env={"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", "PYTHON": sys.executable},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    for stage in ("info", "twins", "small-set", "bench-layer", "bench-contractions", "bitwise", "plot"):
-        assert f"ok        {stage} " in done.stdout
-    assert "LEFT OUT  memcheck,racecheck: no GPU" in done.stdout
-    assert int(re.search(r"(\d+)/\d+ tests collected", done.stdout)[1]) > 1000  # what would run on a GPU
-    assert rows.read([tmp_path / "rows.jsonl"])
