@@ -13,7 +13,7 @@ from benchmarks import cases, environment, latency, memory, steps
 from benchmarks.cases import BARS, Shape
 from benchmarks.gate import Verdict, judge
 from benchmarks.options import Options
-from benchmarks.timing import Timing, time_interleaved
+from benchmarks.timing import NOISE, Timing, noise, time_interleaved
 
 Row = dict[str, Any]
 Report = Callable[[str], None]
@@ -107,7 +107,7 @@ def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> R
         row[f"{phase}_ms"] = _milliseconds(ours)
         row[f"{phase}_linear_ms"] = _milliseconds(base)
         row[f"{phase}_ratio"] = ours.ratio_to(base)
-        row[f"{phase}_spread"] = ours.spread
+        row |= ours.columns(phase) | base.columns(f"{phase}_linear")
         row[f"{phase}_bar"] = bar
         row[f"{phase}_verdict"] = _verdict(row[f"{phase}_ratio"], bar)
         if extras:
@@ -127,8 +127,8 @@ def print_row(row: Row, report: Report) -> None:
         bar = row[f"{phase}_bar"]
         bound = "" if bar is None else f" <= {bar:.2f} {row[f'{phase}_verdict']}"
         cells.append(
-            f"{phase} {row[f'{phase}_ms']:8.3f} ms, linear {row[f'{phase}_linear_ms']:8.3f}, "
-            f"ratio {row[f'{phase}_ratio']:.3f}{bound} (spread {row[f'{phase}_spread']:.0%})"
+            f"{phase} {row[f'{phase}_ms']:8.3f}{noise(row, phase)} ms, "
+            f"linear {row[f'{phase}_linear_ms']:8.3f}{noise(row, f'{phase}_linear')}, ratio {row[f'{phase}_ratio']:.3f}{bound}"
         )
     cells.append(f"error {row['error']:.1e} (reference {row['reference_error']:.1e})")
     report(" | ".join(cells))
@@ -158,6 +158,7 @@ def run(options: Options) -> list[Row]:
     """Measure and print; without shapes all bars and the latency line."""
     report = options.report
     rows: list[Row] = []
+    report(NOISE)
     for shape in options.shapes or list(BARS):
         options.progress(f"bars {shape}")
         row = measure_shape(shape, options.one_backend(), options.seconds, options.extras)

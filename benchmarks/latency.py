@@ -13,7 +13,7 @@ import kan_fast
 from benchmarks import cases, gate, host, steps
 from benchmarks.cases import BAR_LATENCY
 from benchmarks.options import Options
-from benchmarks.timing import time_interleaved
+from benchmarks.timing import NOISE, noise, time_interleaved
 
 Row = dict[str, Any]
 # Widths of the KAN, widths of the MLP, batch. The first is the one with a bar.
@@ -63,7 +63,7 @@ def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: O
         row[f"{phase}_us"] = timings["kan"].median * 1e6
         row[f"{phase}_mlp_us"] = timings["mlp"].median * 1e6
         row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
-        row[f"{phase}_spread"] = timings["kan"].spread
+        row |= timings["kan"].columns(phase) | timings["mlp"].columns(f"{phase}_mlp")
     if (kan_widths, mlp_widths, batch) == CASES[0] and options.device == "cpu":
         for phase in ("forward", "step"):
             row[f"{phase}_bar"] = BAR_LATENCY
@@ -87,7 +87,8 @@ def print_row(row: Row, report: Callable[[str], None]) -> None:
     for phase in ("forward", "step"):
         bar = f" <= {row[f'{phase}_bar']:.2f} {row[f'{phase}_verdict']}" if f"{phase}_bar" in row else ""
         cells.append(
-            f"{phase} {row[f'{phase}_us']:.1f} us, MLP {row[f'{phase}_mlp_us']:.1f} us, "
+            f"{phase} {row[f'{phase}_us']:.1f}{noise(row, phase)} us, "
+            f"MLP {row[f'{phase}_mlp_us']:.1f}{noise(row, f'{phase}_mlp')} us, "
             f"ratio {row[f'{phase}_ratio']:.2f}{bar}"
         )
     report(f"KAN({row['kan']}) on {row['batch']} samples against MLP {row['mlp']}: " + " | ".join(cells))
@@ -95,6 +96,7 @@ def print_row(row: Row, report: Callable[[str], None]) -> None:
 
 def run(options: Options) -> list[Row]:
     rows = []
+    options.report(NOISE)
     for kan_widths, mlp_widths, batch in CASES:
         options.progress(f"latency {kan_widths} batch {batch}")
         rows.append(measure(kan_widths, mlp_widths, batch, options))

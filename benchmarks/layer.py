@@ -119,6 +119,13 @@ class Case:
 
     def measure(self, phase: str, seconds: float) -> None:
         """Time one phase of all contestants, interleaved; one that raises gets its error in its row."""
+        if phase == "optimiser":
+            with steps.unchanged(self.modules.values()):  # the next phase is of the same function
+                self._measure(phase, seconds)
+        else:
+            self._measure(phase, seconds)
+
+    def _measure(self, phase: str, seconds: float) -> None:
         calls: dict[str, Call] = {}
         for name, module in self.modules.items():
             if phase == "second_derivative" and name.startswith("linear"):
@@ -151,8 +158,7 @@ class Case:
             if rival is not None:
                 row[f"{phase}_ratio_to_fastest_rival"] = found.ratio_to(timings[rival])
             row[f"{phase}_ms"] = found.median * 1e3
-            row[f"{phase}_spread"] = found.spread
-            row[f"{phase}_rounds"] = len(found.rounds)
+            row |= found.columns(phase)
             if "linear equal" in timings:
                 row[f"{phase}_ratio"] = found.ratio_to(timings["linear equal"])
             if phase in ("forward", "step"):
@@ -222,13 +228,13 @@ def _cell(row: Row, phase: str) -> str:
     if f"{phase}_ms" not in row:
         return "-"
     ratio = row.get(f"{phase}_ratio")
-    return f"{row[f'{phase}_ms']:.3g}" + (f" ({ratio:.2f})" if ratio is not None else "")
+    return f"{row[f'{phase}_ms']:.3g}{timing.noise(row, phase)}" + (f" ({ratio:.2f})" if ratio is not None else "")
 
 
 def print_case(rows: list[Row], phases: list[str], report: Callable[[str], None]) -> None:
     """Table of one shape: milliseconds (ratio to the equal-parameter linear layer), errors, memory, then remarks."""
     shape = Shape.parse(rows[0]["shape"])
-    report(f"\n{shape}, {rows[0]['dtype']}: ms (ratio to linear equal)")
+    report(f"\n{shape}, {rows[0]['dtype']}: ms (ratio to linear equal). {timing.NOISE}")
     head = ["contestant", *phases, "error to float64", "memory fwd / step, MiB"]
     report(" | ".join(f"{text:>22}" for text in head))
     remarks = []

@@ -119,15 +119,17 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
         rows[name] |= {
             "forward_ms": forward[name].median * 1e3,
             "backward_ms": backward[name].median * 1e3,
-            "forward_spread": forward[name].spread,
-            "backward_spread": backward[name].spread,
+            **forward[name].columns("forward"),
+            **backward[name].columns("backward"),
         }
-    options.report(f"\nKAN-benchmarking protocol, {list(PROTOCOL_WIDTHS)}, batch {PROTOCOL_BATCH}, {dtype_name}: ms")
+    title = f"KAN-benchmarking protocol, {list(PROTOCOL_WIDTHS)}, batch {PROTOCOL_BATCH}, {dtype_name}"
+    options.report(f"\n{title}: ms. {timing.NOISE}")
     for name, row in rows.items():
         if "forward_ms" in row:
             published = PROTOCOL_PUBLISHED.get(name)
             beside = f"   (published, another device: {published[0]} / {published[1]})" if published else ""
-            options.report(f"{name:>22} forward {row['forward_ms']:8.3f}  backward {row['backward_ms']:8.3f}{beside}")
+            cells = [f"{phase} {row[f'{phase}_ms']:8.3f}{timing.noise(row, phase):6}" for phase in ("forward", "backward")]
+            options.report(f"{name:>22} {'  '.join(cells)}{beside}")
         else:
             options.report(f"{name:>22} {'absent, ' + row['absent'] if 'absent' in row else row['failed']}")
     options.emit(list(rows.values()))
@@ -177,9 +179,11 @@ def small_networks(options: Options) -> list[Row]:
             row[f"{phase}_ms"] = timings["kan"].median * 1e3
             row[f"{phase}_mlp_ms"] = timings["mlp"].median * 1e3
             row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
+            row |= timings["kan"].columns(phase) | timings["mlp"].columns(f"{phase}_mlp")
         rows.append(row)
         options.emit([row])
-        cells = ", ".join(f"{p} {row[f'{p}_ms']:.3g} ms ({row[f'{p}_ratio']:.2f})" for p in ("forward", "step", "optimiser"))
+        phases = ("forward", "step", "optimiser")
+        cells = ", ".join(f"{p} {row[f'{p}_ms']:.3g}{timing.noise(row, p)} ms ({row[f'{p}_ratio']:.2f})" for p in phases)
         options.report(f"KAN({widths}), batch {batch}, against MLP {dense_widths}: {cells}")
     return rows
 

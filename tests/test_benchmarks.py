@@ -107,7 +107,7 @@ def test_cuda_timing_flushes_before_every_call_and_interleaves(monkeypatch: pyte
         assert timed[index] == "flush"
         assert timed[index + 1] == timed[index + 3] == "record"
     assert all(set(timed[index + 2 : index + 8 : 4]) == {"a", "b"} for index in range(0, len(timed), 8))
-    assert happened.count("record") == 2 * (2 + 2 * 4)  # one trial and four rounds of each
+    assert happened.count("record") == 2 * (2 * 3 + 2 * 4)  # three trials and four rounds of each
 
 
 def test_layer_times_every_phase_of_every_contestant() -> None:
