@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import time
@@ -15,7 +16,8 @@ from benchmarks import cases, gate, layer, steps, timing, timing_cuda
 from benchmarks.cases import DTYPES, Shape
 from benchmarks.contestants import Contestant, add_peer_paths, build, contestants
 from benchmarks.latency import mlp
-from benchmarks.options import Options
+from benchmarks.options import Options, count
+from benchmarks.rows import short
 from benchmarks.timing import Timing
 
 Row = dict[str, Any]
@@ -27,6 +29,7 @@ PROTOCOL_PUBLISHED = {
     "fast-kan": (1.44, 2.13),
     "linear": (0.49, 1.07),
 }
+PHASES = ("forward", "step", "optimiser")
 NETWORKS = [([64, 32, 10], 64), ([784, 64, 10], 256), ([8, 64, 64, 1], 1024)]
 
 
@@ -79,7 +82,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
         row: Row = {
             "what": "protocol", "contestant": contestant.name, "ours": contestant.ours, "dtype": dtype_name,
             "widths": list(PROTOCOL_WIDTHS), "batch": PROTOCOL_BATCH, "note": contestant.note,
-            "same_function": contestant.exact,
+            "same_function": contestant.exact, **contestant.versions(),
         }
         if contestant.name == "linear":
             row["note"] = "MLP [1000, 10000, 1]: equal parameters"
@@ -96,7 +99,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
             for _ in range(2):
                 nn.functional.mse_loss(models[contestant.name](x), target).backward()
         except Exception as error:
-            row["failed"] = layer._short(error)
+            row["failed"] = short(error)
             models.pop(contestant.name, None)
     forward = {name: Timing() for name in models}
     backward = {name: Timing() for name in models}
@@ -152,7 +155,8 @@ def small_networks(options: Options) -> list[Row]:
     """Forward, step and optimiser step of KANs against MLPs of equal depth and parameter count."""
     device = options.device
     rows: list[Row] = []
-    for widths, batch in NETWORKS:
+    for at, (widths, batch) in enumerate(NETWORKS, 1):
+        options.progress(f"{count(at, len(NETWORKS))}networks {widths} batch {batch}")
         torch.manual_seed(0)
         kan = kan_fast.KAN(widths, backend=options.one_backend()).to(device)
         parameters = sum(p.numel() for p in kan.parameters())
@@ -170,22 +174,27 @@ def small_networks(options: Options) -> list[Row]:
             options.emit(rows[-1:])
             options.report(f"KAN({widths}), batch {batch}: {wrong}")
             continue
-        for phase in ("forward", "step", "optimiser"):
-            calls = {name: layer.make_call(phase, model, x, cotangent) for name, model in models.items()}
-            if device == "cuda":
-                timings = timing_cuda.time_interleaved(calls, budget=options.seconds)
-            else:
-                timings = timing.time_interleaved(calls, budget=options.seconds)
-            row[f"{phase}_ms"] = timings["kan"].median * 1e3
-            row[f"{phase}_mlp_ms"] = timings["mlp"].median * 1e3
-            row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
-            row |= timings["kan"].columns(phase) | timings["mlp"].columns(f"{phase}_mlp")
+        with options.kept(row, functools.partial(print_network, options)):
+            for phase in PHASES:
+                calls = {name: layer.make_call(phase, model, x, cotangent) for name, model in models.items()}
+                if device == "cuda":
+                    timings = timing_cuda.time_interleaved(calls, budget=options.seconds)
+                else:
+                    timings = timing.time_interleaved(calls, budget=options.seconds)
+                row[f"{phase}_ms"] = timings["kan"].median * 1e3
+                row[f"{phase}_mlp_ms"] = timings["mlp"].median * 1e3
+                row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
+                row |= timings["kan"].columns(phase) | timings["mlp"].columns(f"{phase}_mlp")
         rows.append(row)
         options.emit([row])
-        phases = ("forward", "step", "optimiser")
-        cells = ", ".join(f"{p} {row[f'{p}_ms']:.3g}{timing.noise(row, p)} ms ({row[f'{p}_ratio']:.2f})" for p in phases)
-        options.report(f"KAN({widths}), batch {batch}, against MLP {dense_widths}: {cells}")
+        print_network(options, row)
     return rows
+
+
+def print_network(options: Options, row: Row) -> None:
+    phases = [phase for phase in PHASES if f"{phase}_ms" in row]
+    cells = ", ".join(f"{p} {row[f'{p}_ms']:.3g}{timing.noise(row, p)} ms ({row[f'{p}_ratio']:.2f})" for p in phases)
+    options.report(f"KAN({row['kan']}), batch {row['batch']}, against MLP {row['mlp']}: {cells}")
 
 
 def run(options: Options) -> list[Row]:

@@ -47,10 +47,17 @@ def test_command_line_writes_rows(tmp_path: Path) -> None:
         ("--what sweep --device cpu --shapes 8,4,4", "--shapes: expected points of batch, width, grid_size, spline_order on"),
         ("--what sweep --device cpu --shapes 8,4,4", "1024,256,256,80 1024,256,256,5,0 "),
         ("--what sweep --device cpu --axes batch --shapes 1024,8,8", "16384,256,256,5), got 1024,8,8,5"),
-        ("--threads 0", "argument --threads: expected an integer from 1 on, got '0'"),
-        ("--threads 1.5", "argument --threads: expected an integer from 1 on, got '1.5'"),
-        ("--seconds -1", "argument --seconds: expected a number from 0 on, got '-1'"),
-        ("--seconds soon", "argument --seconds: expected a number from 0 on, got 'soon'"),
+        ("--threads 0", f"argument --threads: expected an integer from 1 to {__main__.MOST_THREADS}, got '0'"),
+        ("--threads 1.5", f"argument --threads: expected an integer from 1 to {__main__.MOST_THREADS}, got '1.5'"),
+        ("--threads 100000", f"argument --threads: expected an integer from 1 to {__main__.MOST_THREADS}, got '100000'"),
+        ("--seconds -1", "argument --seconds: expected a finite number from 0 on, got '-1'"),
+        ("--seconds soon", "argument --seconds: expected a finite number from 0 on, got 'soon'"),
+        ("--seconds inf", "argument --seconds: expected a finite number from 0 on, got 'inf'"),
+        ("--minutes 0", "argument --minutes: expected a finite number above 0, got '0'"),
+        ("--out /dev/null/rows.jsonl", "--out: cannot write to /dev/null/rows.jsonl: "),
+        ("--out /tmp", "--out: cannot write to /tmp: Is a directory"),
+        ("--what training --times /dev/null/times", "--times: cannot write to /dev/null/times: "),
+        (f"--what training --times {__file__}", f"--times: expected a file of JSON, got {__file__}: "),
         ("--peer-path /nowhere/at/all", "argument --peer-path: expected a folder, got /nowhere/at/all"),
     ],
 )
@@ -60,6 +67,24 @@ def test_command_line_refuses_what_it_would_ignore(
     with pytest.raises(SystemExit, match="2"):
         __main__.main(arguments.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", sorted(__main__.TAKES["backend"]))
+def test_a_backend_that_is_not_there_is_a_usage_error(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kan_fast.backends, "reason_not", lambda name, device, dtype: f"no kernels for {device}")
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["--what", what, "--device", "cpu", "--backend", "triton"])
+    assert "--backend triton: it cannot serve float32 on cpu: no kernels for cpu" in capsys.readouterr().err
+
+
+def test_where_rows_could_be_written_nothing_is_left(tmp_path: Path) -> None:
+    __main__.writable("out", tmp_path / "folder" / "rows.jsonl")
+    assert not (tmp_path / "folder" / "rows.jsonl").exists()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    __main__.writable("out", tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == "{}\n"
 
 
 def test_every_option_of_some_topics_is_one() -> None:
