@@ -22,6 +22,7 @@ from benchmarks.timing import Timing
 
 Row = dict[str, Any]
 PROTOCOL_WIDTHS, PROTOCOL_BATCH = (1000, 1000, 1), 100
+PROTOCOL_ROUNDS = 10  # at least
 PROTOCOL_SOURCE = "KAN-benchmarking (Jerry-Master/KAN-benchmarking), README table, RTX A5000"
 # The table published with that protocol, milliseconds forward / backward: other hardware, to be set beside, not compared.
 PROTOCOL_PUBLISHED = {
@@ -101,23 +102,7 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
         except Exception as error:
             row["failed"] = short(error)
             models.pop(contestant.name, None)
-    forward = {name: Timing() for name in models}
-    backward = {name: Timing() for name in models}
-    order, shuffle = list(models), random.Random(0)
-    end, rounds = time.monotonic() + 2 * options.seconds, 0
-    while rounds < 10 or (time.monotonic() < end and rounds < 200):
-        rounds += 1
-        shuffle.shuffle(order)
-        for name in order:
-            start = _clock(device)
-            y = models[name](x)
-            middle = _clock(device)
-            loss = nn.functional.mse_loss(y, target)
-            before = _clock(device)
-            loss.backward()
-            after = _clock(device)
-            forward[name].rounds.append(middle - start)
-            backward[name].rounds.append(after - before)
+    forward, backward = _protocol_rounds(models, x, target, options)
     for name in models:
         rows[name] |= {
             "forward_ms": forward[name].median * 1e3,
@@ -137,6 +122,42 @@ def protocol(options: Options, dtype_name: str = "float32") -> list[Row]:
             options.report(f"{name:>22} {'absent, ' + row['absent'] if 'absent' in row else row['failed']}")
     options.emit(list(rows.values()))
     return list(rows.values())
+
+
+def _protocol_rounds(
+    models: dict[str, nn.Module], x: Tensor, target: Tensor, options: Options
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Times of forward and backward of every model, interleaved; of disturbed rounds that were the fewest, a second try counts
+    if it is quieter.
+    """
+    shuffle = random.Random(0)
+
+    def measure() -> dict[str, dict[str, Timing]]:
+        found = {phase: {name: Timing() for name in models} for phase in ("forward", "backward")}
+        order = list(models)
+        end, rounds = time.monotonic() + 2 * options.seconds, 0
+        while rounds < PROTOCOL_ROUNDS or (time.monotonic() < end and rounds < 200):
+            rounds += 1
+            shuffle.shuffle(order)
+            for name in order:
+                start = _clock(options.device)
+                y = models[name](x)
+                middle = _clock(options.device)
+                loss = nn.functional.mse_loss(y, target)
+                before = _clock(options.device)
+                loss.backward()
+                after = _clock(options.device)
+                found["forward"][name].rounds.append(middle - start)
+                found["backward"][name].rounds.append(after - before)
+        return found
+
+    def every(found: dict[str, dict[str, Timing]]) -> list[Timing]:
+        return [one for phase in found.values() for one in phase.values()]
+
+    found = measure()
+    if any(one.disturbed and len(one.rounds) == PROTOCOL_ROUNDS for one in every(found)):
+        found = min(found, measure(), key=lambda tried: max(one.uncertainty for one in every(tried)))
+    return found["forward"], found["backward"]
 
 
 def equal_mlp(widths: list[int], parameters: int) -> list[int]:
