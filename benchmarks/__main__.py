@@ -44,8 +44,6 @@ TAKES = {
     "times": {"training"},
     "extras": {"bars"},
 }
-
-
 MOST_THREADS = 8 * (os.cpu_count() or 1)  # more only wait for one another, and of very many the system refuses some
 
 

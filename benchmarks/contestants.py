@@ -202,6 +202,8 @@ def add_peer_paths(folders: list[Path]) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"--peer-path: expected a folder, got {folder}")
+        if folder.resolve() in _peer_paths:
+            continue
         _peer_paths.append(folder.resolve())
         for place in (folder, folder / "src"):
             if place.is_dir():
