@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,22 +44,36 @@ TAKES = {
     "times": {"training"},
     "extras": {"bars"},
 }
+MOST_THREADS = 8 * (os.cpu_count() or 1)  # more only wait for one another, and of very many the system refuses some
 
 
-def number(least: float, kind: type[float] = float) -> Callable[[str], float]:
-    """A parser of numbers of at least so much."""
+def number(least: float, kind: type[float] = float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers of at least so much and at most so much; with `above`, of more than the least."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not value >= least:
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {name} from {least} on, got {text!r}")
+        if not least <= value <= most or (above and value == least) or math.isinf(value):
+            name = "an integer" if kind is int else "a finite number"
+            span = f"above {least}" if above else f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {name} {span}, got {text!r}")
         return value
 
     return parse
+
+
+def writable(name: str, path: Path) -> None:
+    """Raise ValueError if nothing could be written to this file at the end; what is made to find out is taken away again."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"--{name}: cannot write to {path}: {error.strerror or error}") from error
 
 
 def folder(text: str) -> Path:
@@ -80,8 +98,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peer-path", action="append", type=folder, default=[], metavar="DIR",
                       help="a checkout of a rival that is not on PyPI; may be repeated")
     made.add_argument("--seconds", type=number(0), default=2.0, help="budget of each measurement (default 2)")
-    made.add_argument("--minutes", type=number(0), help="stop beginning new cases after this long")
-    made.add_argument("--threads", type=number(1, int), help="PyTorch threads (default: 2 on the CPU, as the bars are set)")
+    made.add_argument("--minutes", type=number(0, above=True), help="stop beginning new cases after this long")
+    made.add_argument("--threads", type=number(1, int, MOST_THREADS),
+                      help="PyTorch threads (default: 2 on the CPU, as the bars are set)")
     made.add_argument("--allocator", choices=["keep", "default"], default="keep",
                       help="keep: freed memory is not given back to the system, so no page faults in a steady state")
     made.add_argument("--extras", action="store_true", help="bars: bfloat16, non-uniform grids, no grad of x")
@@ -98,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(made: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """End the program where options do not go together."""
+    """End the program where options do not go together or ask for what is not there; set the device that "auto" stands for."""
     for name, topics in TAKES.items():
         if given.what not in topics and getattr(given, name) != made.get_default(name):
             made.error(f"--{name}: expected with --what {' or '.join(sorted(topics))} alone, got --what {given.what}")
@@ -106,6 +125,24 @@ def check(made: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         made.error("--device cuda: expected cpu with --what bars, which are those of a CPU")
     if given.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: expected a CUDA device, torch.cuda.is_available() is False")
+    if given.device == "auto":
+        given.device = "cuda" if torch.cuda.is_available() and given.what != "bars" else "cpu"
+    if given.backend != "auto":
+        for dtype in given.dtype:
+            reason = backends.reason_not(given.backend, torch.device(given.device), DTYPES[dtype])
+            if reason is not None:
+                made.error(f"--backend {given.backend}: it cannot serve {dtype} on {given.device}: {reason}")
+    try:
+        if given.out is not None:
+            writable("out", given.out)
+        if given.times is not None:
+            writable("times", given.times)
+            if given.times.exists():
+                json.loads(given.times.read_text())
+    except json.JSONDecodeError as error:
+        made.error(f"--times: expected a file of JSON, got {given.times}: {error}")
+    except ValueError as error:
+        made.error(str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,8 +150,6 @@ def main(arguments: list[str] | None = None) -> int:
     given = made.parse_args(arguments)
     check(made, given)
     device = given.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() and given.what != "bars" else "cpu"
     try:
         shapes = [Shape.parse(text) for text in given.shapes] if given.shapes else None
         if given.what == "sweep":
@@ -130,12 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
         f"{circumstances['device_name']}, {threads} threads, torch {torch.__version__}, "
         f"allocator {allocator}, commit {circumstances['commit']}"
     )
-    written: set[int] = set()
 
     def emit(done: list[rows.Row]) -> None:
         if given.out is not None:
             rows.write(given.out, done, circumstances)
-        written.update(id(row) for row in done)
 
     options = Options(
         device=device,
@@ -156,9 +189,14 @@ def main(arguments: list[str] | None = None) -> int:
         progress=progress,
         emit=emit,
     )
-    found = importlib.import_module(TOPICS[given.what][0]).run(options)
+    try:
+        found = importlib.import_module(TOPICS[given.what][0]).run(options)
+    except KeyboardInterrupt:
+        progress("")
+        kept = f"; the rows of what was finished are in {given.out}" if given.out is not None else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        return 130  # as a shell says it of a program that SIGINT ended
     progress("")
-    emit([row for row in found if id(row) not in written])
     return 1 if any("failed" in row and row.get("ours", True) for row in found) else 0
 
 

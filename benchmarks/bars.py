@@ -12,8 +12,9 @@ import kan_fast
 from benchmarks import cases, environment, latency, memory, steps
 from benchmarks.cases import BARS, Shape
 from benchmarks.gate import Verdict, judge
-from benchmarks.options import Options
-from benchmarks.timing import Timing, time_interleaved
+from benchmarks.options import Options, count
+from benchmarks.rows import short
+from benchmarks.timing import NOISE, Timing, noise, time_interleaved
 
 Row = dict[str, Any]
 Report = Callable[[str], None]
@@ -60,8 +61,8 @@ def measure_memory(shape: Shape, backend: str) -> tuple[int, int]:
     return ours, linear
 
 
-def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> Row:
-    """One row: times, ratios and errors of one shape.
+def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool, row: Row | None = None) -> Row:
+    """One row: times, ratios and errors of one shape; `row`, if it is given, is filled as they come.
 
     extras: also bfloat16 against float32, a non-uniform grid against the uniform one, and a step without grad of x.
     """
@@ -70,7 +71,8 @@ def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> R
     wide = cases.uniform_input(shape.batch, shape.linear_features, seed=2)
     cotangent = cases.uniform_input(shape.batch, shape.out_features, seed=1)
     verdict: Verdict = judge(layer, x, cotangent)
-    row: Row = {
+    row = {} if row is None else row
+    row |= {
         "what": "bars",
         "shape": shape.key(),
         "backend": backend,
@@ -107,7 +109,7 @@ def measure_shape(shape: Shape, backend: str, seconds: float, extras: bool) -> R
         row[f"{phase}_ms"] = _milliseconds(ours)
         row[f"{phase}_linear_ms"] = _milliseconds(base)
         row[f"{phase}_ratio"] = ours.ratio_to(base)
-        row[f"{phase}_spread"] = ours.spread
+        row |= ours.columns(phase) | base.columns(f"{phase}_linear")
         row[f"{phase}_bar"] = bar
         row[f"{phase}_verdict"] = _verdict(row[f"{phase}_ratio"], bar)
         if extras:
@@ -123,12 +125,12 @@ def print_row(row: Row, report: Report) -> None:
         report(f"{Shape.parse(row['shape'])!s:24} WRONG: {row['failed']}")
         return
     cells = [f"{Shape.parse(row['shape'])!s:24}"]
-    for phase in ("forward", "step"):
+    for phase in (phase for phase in ("forward", "step") if f"{phase}_ms" in row):
         bar = row[f"{phase}_bar"]
         bound = "" if bar is None else f" <= {bar:.2f} {row[f'{phase}_verdict']}"
         cells.append(
-            f"{phase} {row[f'{phase}_ms']:8.3f} ms, linear {row[f'{phase}_linear_ms']:8.3f}, "
-            f"ratio {row[f'{phase}_ratio']:.3f}{bound} (spread {row[f'{phase}_spread']:.0%})"
+            f"{phase} {row[f'{phase}_ms']:8.3f}{noise(row, phase)} ms, "
+            f"linear {row[f'{phase}_linear_ms']:8.3f}{noise(row, f'{phase}_linear')}, ratio {row[f'{phase}_ratio']:.3f}{bound}"
         )
     cells.append(f"error {row['error']:.1e} (reference {row['reference_error']:.1e})")
     report(" | ".join(cells))
@@ -152,22 +154,32 @@ def print_row(row: Row, report: Report) -> None:
         ours, linear = row["memory_mib"], row["memory_linear_mib"]
         verdict = _verdict(ours / max(linear, 0.5), cases.BAR_MEMORY)
         report(" " * 24 + f" | peak extra memory of a step {ours:.1f} MiB, linear {linear:.1f} MiB {verdict}")
+    if "memory_failed" in row:
+        report(" " * 24 + f" | peak extra memory of a step: fails, {row['memory_failed']}")
 
 
 def run(options: Options) -> list[Row]:
     """Measure and print; without shapes all bars and the latency line."""
     report = options.report
     rows: list[Row] = []
-    for shape in options.shapes or list(BARS):
-        options.progress(f"bars {shape}")
-        row = measure_shape(shape, options.one_backend(), options.seconds, options.extras)
-        if options.memory and "failed" not in row:
-            ours, linear = measure_memory(shape, options.one_backend())
-            row["memory_mib"], row["memory_linear_mib"] = ours / 2**20, linear / 2**20
+    report(NOISE)
+    shapes = options.shapes or list(BARS)
+    for at, shape in enumerate(shapes, 1):
+        options.progress(f"{count(at, len(shapes))}bars {shape}")
+        row: Row = {}
+        with options.kept(row, lambda row: print_row(row, report)):
+            measure_shape(shape, options.one_backend(), options.seconds, options.extras, row)
+            if options.memory and "failed" not in row:
+                try:
+                    ours, linear = measure_memory(shape, options.one_backend())
+                    row["memory_mib"], row["memory_linear_mib"] = ours / 2**20, linear / 2**20
+                except Exception as error:  # the times are a result without it
+                    row["memory_failed"] = short(error)
         print_row(row, report)
         options.emit([row])
         rows.append(row)
     if options.shapes is None:
         rows.append(latency.measure(*latency.CASES[0], options))
         latency.print_row(rows[-1], report)
+        options.emit(rows[-1:])
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import kan_fast
+from benchmarks import environment
 from benchmarks.cases import Shape
 from benchmarks.gate import with_backend
 from benchmarks.plain import PlainKANLayer
+from kan_fast import backends
 
 Make = Callable[[Shape, kan_fast.KANLayer], nn.Module]
 
@@ -33,7 +36,8 @@ class Contestant:
 
     make: (shape, our layer) -> a module from x (batch, width) to y (batch, out). exact: computes our function, given
     our coefficients. ours: a backend of kan_fast. wide: takes x of in * (G + k + 1) features (equal parameters).
-    absent: why it cannot take part here, or None. package: the distribution whose version the row names.
+    absent: why it cannot take part here, or None. version: of the package that is measured besides torch and kan_fast, or the
+    commit of its checkout.
     """
 
     name: str
@@ -42,8 +46,12 @@ class Contestant:
     ours: bool = False
     wide: bool = False
     absent: str | None = None
-    package: str | None = None
+    version: str | None = None
     note: str = ""
+
+    def versions(self) -> dict[str, str]:
+        """A row's column of it."""
+        return {} if self.version is None else {"version": self.version}
 
 
 def _require_cubic(shape: Shape, name: str) -> None:
@@ -186,14 +194,44 @@ def _missing(module: str, hint: str) -> str | None:
     return None
 
 
+_peer_paths: list[Path] = []
+
+
 def add_peer_paths(folders: list[Path]) -> None:
     """Let checkouts be imported from; FileNotFoundError for a folder that is not there."""
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"--peer-path: expected a folder, got {folder}")
+        if folder.resolve() in _peer_paths:
+            continue
+        _peer_paths.append(folder.resolve())
         for place in (folder, folder / "src"):
             if place.is_dir():
                 sys.path.append(str(place.resolve()))
+
+
+def version_of(module: str, package: str | None) -> str | None:
+    """The commit of the --peer-path checkout that a module is from, else its distribution's version; None if unknown."""
+    found = getattr(sys.modules[module], "__file__", None)
+    for folder in _peer_paths:
+        if found is not None and Path(found).resolve().is_relative_to(folder):
+            return _commit(folder)
+    return environment.version(package) if package is not None else None
+
+
+def _commit(folder: Path) -> str | None:
+    """The short commit of a checkout; None where the folder is in no repository, or only in ours."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == environment.ROOT:
+            return None
+        return git("rev-parse", "--short", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 PIP, CHECKOUT = "pip install .[peers]", "not on PyPI: --peer-path DIR"
@@ -222,16 +260,17 @@ def contestants(
 ) -> list[Contestant]:
     """All lines of the table, in its order.
 
-    backend: "auto" for every backend that serves `dtype` on `device`, else that one. peers: names of those to measure besides
-    kan_fast and the equal-parameter linear layer; None for all. ValueError names an unknown peer.
+    backend: "auto" for every backend, absent where it does not serve `dtype` on `device`, else that one. peers: names of those
+    to measure besides kan_fast and the equal-parameter linear layer; None for all. ValueError names an unknown peer.
     """
     known = peer_names()
     chosen = known if peers is None else peers
     for peer in chosen:
         if peer not in known:
             raise ValueError(f"peers: expected any of {known}, got {peer!r}")
-    names = list(kan_fast.available_backends(device, dtype)) if backend == "auto" else [backend]
-    ours = [Contestant(f"kan_fast {name}", _backend(name), exact=True, ours=True) for name in names]
+    names = backends.NAMES if backend == "auto" else [backend]
+    reasons = {name: backends.reason_not(name, torch.device(device), dtype) for name in names}
+    ours = [Contestant(f"kan_fast {name}", _backend(name), exact=True, ours=True, absent=reasons[name]) for name in names]
     others = [
         Contestant("linear", _linear, note="same in and out"),
         Contestant("cox-de-boor", _plain, exact=True, note="plain PyTorch"),
@@ -239,7 +278,9 @@ def contestants(
     ]
     for name, module, make, exact, package, hint, note in RIVALS:
         if name in chosen:
-            others.append(Contestant(name, make, exact=exact, absent=_missing(module, hint), package=package, note=note))
+            absent = _missing(module, hint)
+            version = None if absent is not None else version_of(module, package)
+            others.append(Contestant(name, make, exact=exact, absent=absent, version=version, note=note))
     equal = Contestant("linear equal", _linear_equal, wide=True, note="in * (G + k + 1) inputs: equal parameters")
     return [*ours, equal, *(other for other in others if other.name in chosen)]
 

@@ -9,7 +9,7 @@ import torch
 import kan_fast
 from benchmarks import cases, gate, timing, timing_cuda
 from benchmarks.cases import DTYPES, Shape
-from benchmarks.options import Options
+from benchmarks.options import Options, count
 from benchmarks.timing import Call
 from kan_fast import backends
 
@@ -74,12 +74,12 @@ def _repeat(call: Call) -> Call:
 
 def run(options: Options) -> list[Row]:
     rows = []
-    for dtype in options.dtypes:
-        for shape in options.shapes or SHAPES:
-            options.progress(f"contractions {shape} {dtype}")
-            row = measure(shape, DTYPES[dtype], options)
-            rows.append(row)
-            said = row.get("failed") or ", ".join(f"{key[:-3]} {row[key]:.2f} us" for key in row if key.endswith("_us"))
-            options.report(f"{shape}, {dtype}: {said}")
-            options.emit([row])
+    chosen = [(dtype, shape) for dtype in options.dtypes for shape in options.shapes or SHAPES]
+    for at, (dtype, shape) in enumerate(chosen, 1):
+        options.progress(f"{count(at, len(chosen))}contractions {shape} {dtype}")
+        row = measure(shape, DTYPES[dtype], options)
+        rows.append(row)
+        said = row.get("failed") or ", ".join(f"{key[:-3]} {row[key]:.2f} us" for key in row if key.endswith("_us"))
+        options.report(f"{shape}, {dtype}: {said}")
+        options.emit([row])
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from matplotlib.axes import Axes
 from benchmarks import ceilings
 from benchmarks.cases import BARS, DTYPES, Shape
 from benchmarks.layer import CUDA_SHAPES
-from benchmarks.tables import latest
+from benchmarks.merge import Row, latest, setting
 
-Row = dict[str, Any]
 NOTE = "rivals are left out where plain PyTorch would need seconds a call"
 AXES = {"batch": "batch", "width": "width (in = out)", "grid_size": "grid size G", "spline_order": "spline order k"}
 COLOURS = {
@@ -25,6 +25,12 @@ COLOURS = {
     "inkan": "#1e8449", "inkan eager": "#7dcea0", "flashkan": "#b7950b", "fast-kan": "#5dade2", "kanditioned": "#707b7c",
     "pykan": "#34495e",
 }
+
+
+def _of_one_setting(rows: list[Row]) -> list[Row]:
+    """The rows of the device, threads and torch that most are of: lines and bars of several would run into one another."""
+    counts = Counter(setting(row) for row in rows)
+    return [row for row in rows if setting(row) == counts.most_common(1)[0][0]]
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -43,7 +49,7 @@ def scaling(rows: list[Row], folder: Path) -> list[Path]:
     made = []
     swept = latest(rows, what="sweep")
     for device in dict.fromkeys(row["device"] for row in swept):
-        mine = [row for row in swept if row["device"] == device]
+        mine = _of_one_setting([row for row in swept if row["device"] == device])
         axes_present = [axis for axis in AXES if any(row["axis"] == axis for row in mine)]
         figure, grid = plt.subplots(2, len(axes_present), figsize=(4.1 * len(axes_present), 7), squeeze=False)
         for column, axis in enumerate(axes_present):
@@ -97,11 +103,11 @@ def roofline(rows: list[Row], folder: Path) -> list[Path]:
     chosen = [row for row in latest(rows, what="layer") if "matmul_tflops" in row]
     for device in dict.fromkeys(row["device"] for row in chosen):
         for dtype in dict.fromkeys(row["dtype"] for row in chosen if row["device"] == device):
-            mine = [
+            mine = _of_one_setting([
                 row for row in chosen
                 if row["device"] == device and row["dtype"] == dtype and (row["ours"] or row["contestant"] == "linear equal")
                 and row["contestant"] != "kan_fast reference"
-            ]
+            ])
             if not any("forward_tflops" in row for row in mine):
                 continue
             figure, panel = plt.subplots(figsize=(7.5, 5))
@@ -149,9 +155,9 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
     made = []
     chosen = latest(rows, what="layer")
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
-        mine = [row for row in chosen if row["device"] == device and row["dtype"] == dtype
-                and "linear" not in row["contestant"]
-                and row["contestant"] != "kan_fast reference" and "step_ratio" in row]
+        mine = _of_one_setting([row for row in chosen if row["device"] == device and row["dtype"] == dtype
+                                and "linear" not in row["contestant"]
+                                and row["contestant"] != "kan_fast reference" and "step_ratio" in row])
         if not mine:
             continue
         present = list(dict.fromkeys(Shape.parse(row["shape"]) for row in mine))
@@ -182,7 +188,7 @@ def rivals(rows: list[Row], folder: Path) -> list[Path]:
 
 def training(rows: list[Row], folder: Path) -> list[Path]:
     """Metric over training time, mean and range of the seeds."""
-    chosen = [row for row in latest(rows, what="training") if "step_ms" in row]
+    chosen = _of_one_setting([row for row in latest(rows, what="training") if "step_ms" in row])
     tasks = list(dict.fromkeys(row["task"] for row in chosen))
     if not tasks:
         return []

@@ -5,43 +5,48 @@
 #
 #   benchmarks/gpu_check.sh [OUT_DIR] [--minutes N] [--only STAGE,STAGE...] [--dry-run]
 #
-# OUT_DIR    logs, rows (rows.jsonl), pictures, summary.txt; default benchmarks/results/local
+# OUT_DIR    logs, rows (rows.jsonl), pictures, summary.txt; default benchmarks/results/local. What an earlier run left there is
+#            replaced; other files stay
 # --minutes  total budget (default 8); what does not fit is left out and named, so the stages stand in order of worth;
 #            a build without a GPU is not counted
-# --only     these stages alone (a name as the summary has it), of what is built already unless build is one of them
+# --only     these stages alone (a name as the summary has it), of what is built already unless build is one of them; another
+#            name is refused, and the names that there are are listed
 # --dry-run  without a GPU: all that can be run is run, the rest is named
 # PYTHON     the interpreter (default: .venv/bin/python if there is one, else python3)
 # PEER_PATHS checkouts of rivals that are not on PyPI, separated by colons; what is not there is listed as absent
+#
+# Ends with 0 if stages ran and none failed, 1 if one failed or none ran, 2 if it was asked for what it cannot do.
 #
 # A new stage is one line: stage NAME LIMIT_S COMMAND..., or missing NAME REASON where it cannot run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=benchmarks/results/local minutes=8 dry=0 only=''
+refuse() { echo "$*" >&2; exit 2; }
+
+out='' minutes=8 dry=0 only='' listing=0
 while [ $# -gt 0 ]; do
   case $1 in
-    --minutes) minutes=${2:?--minutes: expected a number}; shift 2 ;;
-    --only) only=${2:?--only: expected names of stages}; shift 2 ;;
+    --minutes) minutes=${2:-}; shift; [ $# -gt 0 ] && shift ;;
+    --only) only=${2:-}; [ -n "$only" ] || refuse "--only: expected names of stages"; shift 2 ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,16p' "$0" | cut -c3-; exit 0 ;;
-    -*) echo "unknown option $1; see --help" >&2; exit 2 ;;
-    *) out=$1; shift ;;
+    -h | --help) sed -n '2,/^# PEER_PATHS/p' "$0" | cut -c3-; exit 0 ;;
+    -*) refuse "unknown option $1; see --help" ;;
+    '') refuse "OUT_DIR: expected a folder, got an empty name" ;;
+    *) [ -z "$out" ] || refuse "expected one OUT_DIR, got $out and $1"; out=$1; shift ;;
   esac
 done
-case $minutes in '' | *[!0-9]*) echo "--minutes: expected a whole number, got $minutes" >&2; exit 2 ;; esac
+out=${out:-benchmarks/results/local}
+case $minutes in '' | *[!0-9]* | ???????*) refuse "--minutes: expected a whole number of minutes, got '$minutes'" ;; esac
+minutes=$((10#$minutes))
+[ "$minutes" -gt 0 ] || refuse "--minutes: expected a whole number from 1 on, got 0"
 if [ -z "${PYTHON:-}" ]; then PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3); fi
 export PYTHONDONTWRITEBYTECODE=1
 export PYTHONFAULTHANDLER=1   # a stage that ends by a signal leaves its stack in its log
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-summary=$out/summary.txt rows=$out/rows.jsonl
-: > "$summary"
-rm -f "$rows" "$out/rows-kernels.jsonl" "$out/rows-tuned.jsonl" "$out"/*.log
-failed=0
+failed=0 ran=0
 
 say() { echo "$*" | tee -a "$summary"; }
 left() { echo $((minutes * 60 - reserve - SECONDS + uncounted)); }
-show() { sed 's/^/          /' "$out/$1.log" | tail -n "${2:-40}" | tee -a "$summary"; }
+show() { [ $listing = 1 ] || [ ! -f "$out/$1.log" ] || sed 's/^/          /' "$out/$1.log" | tail -n "${2:-40}" | tee -a "$summary"; }
 reserve=30   # seconds kept for the pictures and tables at the end
 uncounted=0  # seconds that the budget does not count
 refusal=''   # if the log of a failing stage matches it, the machine refused: no failure of the code
@@ -52,6 +57,7 @@ refused=''   # the same for tools that end with 0 all the same
 stage() {
   local name=$1 limit=$2 start=$SECONDS code pattern
   shift 2
+  if [ $listing = 1 ]; then echo "$name"; return 0; fi
   wanted "$name" || return 1
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$limit" -lt 5 ]; then say "LEFT OUT  $name: the $minutes minutes are spent"; return 1; fi
@@ -62,6 +68,7 @@ stage() {
     say "REFUSED   $name: $(grep -iE "$pattern" "$out/$name.log" | head -n 1 | cut -c1-200)"
     return 1
   fi
+  ran=$((ran + 1))
   case $code in
     0) say "ok        $name ($((SECONDS - start)) s)" ;;
     124 | 137)
@@ -76,31 +83,16 @@ stage() {
   return $code
 }
 wanted() { [ -z "$only" ] || case ",$only," in *",$1,"*) ;; *) return 1 ;; esac; }
-missing() { [ -n "$only" ] || say "LEFT OUT  $1: $2"; }
-have() { command -v "$1" > /dev/null 2>&1; }
-module() { "$PYTHON" -c "import $1" > /dev/null 2>&1; }
+missing() {
+  [ $listing = 0 ] || return 0
+  local name
+  for name in ${1//,/ }; do wanted "$name" && { say "LEFT OUT  $1: $2"; return 0; }; done
+}
+have() { [ $listing = 1 ] || command -v "$1" > /dev/null 2>&1; }
+module() { [ $listing = 1 ] || "$PYTHON" -c "import $1" > /dev/null 2>&1; }
 
-gpu=$("$PYTHON" -c "import torch; print(int(torch.cuda.is_available()))" 2> /dev/null || echo 0)
-if [ "$gpu" != 1 ] && [ $dry = 0 ]; then
-  say "no CUDA device that torch of $PYTHON can use; --dry-run runs what can be run without"
-  exit 2
-fi
-if [ $dry = 1 ]; then
-  gpu=0
-  export OMP_NUM_THREADS=1   # nothing is measured, and idle threads would only spin
-fi
-nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
-have "$nvcc" || nvcc=/usr/local/cuda/bin/nvcc
-say "$(date -u +%Y-%m-%dT%H:%MZ), budget $minutes minutes, $([ $gpu = 1 ] && echo "with a GPU" || echo "dry run, no GPU is used")"
-have nvidia-smi && [ $gpu = 1 ] && nvidia-smi > "$out/nvidia-smi.log" 2>&1
-if [ $gpu = 1 ]; then
-  # Only this machine's architecture: a fraction of the time of all of them.
-  arch=$("$PYTHON" -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))")
-  targets="-gencode arch=compute_${arch/./},code=sm_${arch/./}"
-else
-  arch='' targets="-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
-fi
-device=$([ $gpu = 1 ] && echo cuda || echo cpu)
+# The stages stand in a function, not indented, so that their names can be listed without running any.
+stages() {
 
 # 1. Build in place: with a GPU and nvcc by force with CUDA, for this architecture; else whatever the tools found allow,
 # which the next stage prints.
@@ -140,7 +132,7 @@ for name in probe rates; do
   stage $name 60 "$out/$name"
   wanted $name && show $name
 done
-[ -f "$out/rates.log" ] && grep '^{"what"' "$out/rates.log" >> "$rows"
+[ $listing = 0 ] && [ -f "$out/rates.log" ] && grep '^{"what"' "$out/rates.log" >> "$rows"
 
 # 3. Every test that needs a GPU, in several processes.
 if ! module pytest; then
@@ -209,7 +201,7 @@ else
 fi
 if [ $gpu = 1 ]; then
   if [ "$arch" = 9.0a ] && have "$nvcc"; then
-    module pytest && mkdir -p "$out/cluster" &&
+    module pytest &&
       stage gpu-tests-cluster 60 "$PYTHON" -m benchmarks.gpu.run_tests --select cluster --out "$out/cluster" &&
       show gpu-tests-cluster 24
     for kernel in wgmma cluster; do
@@ -220,7 +212,7 @@ if [ $gpu = 1 ]; then
   else
     missing gpu-tests-cluster,contractions-wgmma,contractions-cluster "they need a GPU of compute capability 9.0 and nvcc"
   fi
-  module pytest && mkdir -p "$out/triton" &&
+  module pytest &&
     stage gpu-tests-triton 400 "$PYTHON" -m benchmarks.gpu.run_tests --select triton --out "$out/triton"
   wanted gpu-tests-triton && show gpu-tests-triton 24
   # Which of the tensor-core kernels is the fastest here: the rows say which was forced.
@@ -259,6 +251,62 @@ if module matplotlib; then
 else
   missing plot "matplotlib is not installed"
 fi
+}
+
+# The names of all stages, of a GPU with everything that any of them needs and of a machine without one.
+names() {
+  listing=1 out='' rows=''
+  gpu=1 arch=9.0a device=cuda targets='' nvcc=nvcc
+  stages
+  gpu=0 arch='' device=cpu
+  stages
+}
+known=$(names 2> /dev/null | sort -u)
+IFS=', ' read -ra asked <<< "$only"
+only=$(IFS=,; echo "${asked[*]}")
+for name in "${asked[@]}"; do
+  grep -qxF -- "$name" <<< "$known" || refuse "--only: expected any of" $known"; got $name"
+done
+
+gpu=$("$PYTHON" -c "import torch; print(int(torch.cuda.is_available()))" 2> /dev/null || echo 0)
+if [ "$gpu" != 1 ] && [ $dry = 0 ]; then
+  echo "no CUDA device that torch of $PYTHON can use; --dry-run runs what can be run without"
+  exit 2
+fi
+if [ $dry = 1 ]; then
+  gpu=0
+  export OMP_NUM_THREADS=1   # nothing is measured, and idle threads would only spin
+fi
+
+# Nothing is written or deleted before the folder is there; what is deleted are the files of an earlier run, by their names.
+mkdir -p -- "$out" && folder=$(CDPATH='' cd -- "$out" && pwd) && [ -w "$folder" ] || refuse "OUT_DIR: cannot write to $out"
+out=$folder
+summary=$out/summary.txt rows=$out/rows.jsonl
+: > "$summary" || refuse "OUT_DIR: cannot write $summary"
+rm -f "$rows" "$out/rows-kernels.jsonl" "$out/rows-tuned.jsonl" "$out/nvidia-smi.log" "$out"/gpu-tests-[0-9]*.log
+for name in $known; do rm -f "$out/$name.log"; done
+
+nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
+have "$nvcc" || nvcc=/usr/local/cuda/bin/nvcc
+say "$(date -u +%Y-%m-%dT%H:%MZ), budget $minutes minutes, $([ $gpu = 1 ] && echo "with a GPU" || echo "dry run, no GPU is used")"
+have nvidia-smi && [ $gpu = 1 ] && nvidia-smi > "$out/nvidia-smi.log" 2>&1
+if [ $gpu = 1 ]; then
+  # Only this machine's architecture: a fraction of the time of all of them.
+  arch=$("$PYTHON" -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + ('a' if a == 9 else ''))")
+  targets="-gencode arch=compute_${arch/./},code=sm_${arch/./}"
+else
+  arch='' targets="-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+fi
+device=$([ $gpu = 1 ] && echo cuda || echo cpu)
+
+stages
 rm -f "$out/check_twins" "$out/probe" "$out/rates"
-say "$([ $failed = 0 ] && echo "all stages that ran passed" || echo "some stages failed: see above") ($SECONDS s)"
+if [ $ran = 0 ]; then
+  failed=1 said="no stage ran: see above"
+elif [ $failed = 0 ]; then
+  said="all stages that ran passed"
+else
+  said="some stages failed: see above"
+fi
+say "$said ($SECONDS s)"
 exit $failed

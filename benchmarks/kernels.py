@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.options import Options
+from benchmarks.options import Options, count
 
 if TYPE_CHECKING:
     from benchmarks.offline import Resources
@@ -147,11 +147,13 @@ def run(options: Options) -> list[dict[str, Any]]:
         options.report("not done: the package triton is not installed")
         return []
     options.report("compiled offline, not run: what the compiler made of the kernels, and nothing about their speed")
-    for configuration in default_configurations():
-        options.progress(configuration.name)
+    configurations = default_configurations()
+    for at, configuration in enumerate(configurations, 1):
+        options.progress(count(at, len(configurations)) + configuration.name)
         for resources in compile_configuration(configuration):
             made = row(resources)
             found.append(made)
+            options.emit([made])
             options.report(
                 f"{made['arch']:>7} {made['registers']:4} registers {made['spills']:4} spills {made['shared']:7} B shared"
                 f" {made['warps']:2} warps {made['instructions']:6} instructions  {made['kernel']}"

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kan_fast
 from benchmarks import cases, gate, host, steps
 from benchmarks.cases import BAR_LATENCY
-from benchmarks.options import Options
-from benchmarks.timing import time_interleaved
+from benchmarks.options import Options, count
+from benchmarks.timing import NOISE, noise, time_interleaved
 
 Row = dict[str, Any]
 # Widths of the KAN, widths of the MLP, batch. The first is the one with a bar.
@@ -52,6 +52,16 @@ def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: O
     if wrong is not None:
         row["failed"] = wrong
         return row
+    with options.kept(row, lambda row: print_row(row, options.report)):
+        _measure_phases(row, kan, dense, x, cotangent, options)
+    if (kan_widths, mlp_widths, batch) == CASES[0] and options.device == "cpu":
+        for phase in ("forward", "step"):
+            row[f"{phase}_bar"] = BAR_LATENCY
+            row[f"{phase}_verdict"] = "PASS" if row[f"{phase}_ratio"] <= BAR_LATENCY else "MISS"
+    return row
+
+
+def _measure_phases(row: Row, kan: nn.Module, dense: nn.Module, x: Tensor, cotangent: Tensor, options: Options) -> None:
     for phase, calls in (
         ("forward", {"kan": steps.forward(kan, x), "mlp": steps.forward(dense, x)}),
         ("step", {"kan": steps.step(kan, x, cotangent), "mlp": steps.step(dense, x, cotangent)}),
@@ -63,12 +73,7 @@ def measure(kan_widths: list[int], mlp_widths: list[int], batch: int, options: O
         row[f"{phase}_us"] = timings["kan"].median * 1e6
         row[f"{phase}_mlp_us"] = timings["mlp"].median * 1e6
         row[f"{phase}_ratio"] = timings["kan"].ratio_to(timings["mlp"])
-        row[f"{phase}_spread"] = timings["kan"].spread
-    if (kan_widths, mlp_widths, batch) == CASES[0] and options.device == "cpu":
-        for phase in ("forward", "step"):
-            row[f"{phase}_bar"] = BAR_LATENCY
-            row[f"{phase}_verdict"] = "PASS" if row[f"{phase}_ratio"] <= BAR_LATENCY else "MISS"
-    return row
+        row |= timings["kan"].columns(phase) | timings["mlp"].columns(f"{phase}_mlp")
 
 
 def _synchronised(call: Callable[[], object]) -> Callable[[], object]:
@@ -84,10 +89,11 @@ def print_row(row: Row, report: Callable[[str], None]) -> None:
         report(f"KAN({row['kan']}) on {row['batch']} samples: {row['failed']}")
         return
     cells = []
-    for phase in ("forward", "step"):
+    for phase in (phase for phase in ("forward", "step") if f"{phase}_us" in row):
         bar = f" <= {row[f'{phase}_bar']:.2f} {row[f'{phase}_verdict']}" if f"{phase}_bar" in row else ""
         cells.append(
-            f"{phase} {row[f'{phase}_us']:.1f} us, MLP {row[f'{phase}_mlp_us']:.1f} us, "
+            f"{phase} {row[f'{phase}_us']:.1f}{noise(row, phase)} us, "
+            f"MLP {row[f'{phase}_mlp_us']:.1f}{noise(row, f'{phase}_mlp')} us, "
             f"ratio {row[f'{phase}_ratio']:.2f}{bar}"
         )
     report(f"KAN({row['kan']}) on {row['batch']} samples against MLP {row['mlp']}: " + " | ".join(cells))
@@ -95,8 +101,9 @@ def print_row(row: Row, report: Callable[[str], None]) -> None:
 
 def run(options: Options) -> list[Row]:
     rows = []
-    for kan_widths, mlp_widths, batch in CASES:
-        options.progress(f"latency {kan_widths} batch {batch}")
+    options.report(NOISE)
+    for at, (kan_widths, mlp_widths, batch) in enumerate(CASES, 1):
+        options.progress(f"{count(at, len(CASES))}latency {kan_widths} batch {batch}")
         rows.append(measure(kan_widths, mlp_widths, batch, options))
         print_row(rows[-1], options.report)
         options.emit(rows[-1:])

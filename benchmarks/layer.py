@@ -13,11 +13,13 @@ import kan_fast
 from benchmarks import cases, ceilings, gate, memory, steps, timing, timing_cuda
 from benchmarks.cases import BARS, DTYPES, Shape
 from benchmarks.contestants import Contestant, add_peer_paths, build, contestants
-from benchmarks.options import Options
+from benchmarks.options import Options, count
+from benchmarks.rows import short
 from benchmarks.timing import Call, Timing
 
 Row = dict[str, Any]
 PHASES = ("forward", "step", "optimiser", "second_derivative")
+MEMORY = ("forward", "step")  # phases whose peak is measured
 # On a GPU the wide shapes are what its tensor cores are for.
 CUDA_SHAPES = [
     Shape(4096, 256, 256, 5),
@@ -57,11 +59,6 @@ def make_call(phase: str, module: nn.Module, x: Tensor, cotangent: Tensor) -> Ca
     return steps.second_derivative_step(module, x)
 
 
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
-
-
 def judge(contestant: Contestant, module: nn.Module, ours: kan_fast.KANLayer, x: Tensor, cotangent: Tensor) -> Row:
     """Error to float64 of one that computes our function. Ours: outputs and gradients, and "failed" when wrong."""
     if contestant.ours:
@@ -78,9 +75,14 @@ def judge(contestant: Contestant, module: nn.Module, ours: kan_fast.KANLayer, x:
 
 
 class Case:
-    """One shape, dtype and device: the contestants that could be built, and the rows of those that could not."""
+    """One shape, dtype and device: the contestants that could be built, and the rows of those that could not.
 
-    def __init__(self, shape: Shape, device: str, dtype_name: str, lines: list[Contestant]) -> None:
+    about: columns of every row besides.
+    """
+
+    def __init__(
+        self, shape: Shape, device: str, dtype_name: str, lines: list[Contestant], about: Row | None = None
+    ) -> None:
         self.shape, self.device, self.dtype_name = shape, device, dtype_name
         self.dtype = DTYPES[dtype_name]
         self.ours = make_layer(shape, device, self.dtype)
@@ -90,6 +92,9 @@ class Case:
         self.rows: dict[str, Row] = {}
         for contestant in lines:
             self._admit(contestant)
+            self.rows[contestant.name] |= about or {}
+        self._about = {name: dict(row) for name, row in self.rows.items()}
+        self._told: dict[str, set[str]] = {name: set() for name in self.rows}
 
     def _admit(self, contestant: Contestant) -> None:
         row: Row = {
@@ -100,6 +105,7 @@ class Case:
             "ours": contestant.ours,
             "same_function": contestant.exact,
             "note": contestant.note,
+            **contestant.versions(),
         }
         self.rows[contestant.name] = row
         if contestant.absent is not None:
@@ -112,13 +118,31 @@ class Case:
             if contestant.exact:
                 row |= judge(contestant, module, self.ours, x, cotangent)
         except Exception as error:  # a rival's failure is a result, and it is listed
-            row["failed"] = _short(error)
+            row["failed"] = short(error)
         if "failed" not in row:
             self.modules[contestant.name] = module
             self.inputs[contestant.name] = (x, cotangent)
 
+    def fresh(self) -> list[Row]:
+        """What was found since the last time that this was asked, in rows of its own; none of contestants with nothing new."""
+        found = []
+        for name, row in self.rows.items():
+            told = self._told[name]
+            new = {key: value for key, value in row.items() if key not in told}
+            if new:
+                found.append({**self._about[name], **new})
+                told.update(row)
+        return found
+
     def measure(self, phase: str, seconds: float) -> None:
         """Time one phase of all contestants, interleaved; one that raises gets its error in its row."""
+        if phase == "optimiser":
+            with steps.unchanged(self.modules.values()):  # the next phase is of the same function
+                self._measure(phase, seconds)
+        else:
+            self._measure(phase, seconds)
+
+    def _measure(self, phase: str, seconds: float) -> None:
         calls: dict[str, Call] = {}
         for name, module in self.modules.items():
             if phase == "second_derivative" and name.startswith("linear"):
@@ -129,7 +153,7 @@ class Case:
                 if phase == "second_derivative" and not self._second_derivative_is_right(name, module):
                     continue
             except Exception as error:
-                self.rows[name][f"{phase}_failed"] = _short(error)
+                self.rows[name][f"{phase}_failed"] = short(error)
                 continue
             calls[name] = call
         if not calls:
@@ -151,8 +175,7 @@ class Case:
             if rival is not None:
                 row[f"{phase}_ratio_to_fastest_rival"] = found.ratio_to(timings[rival])
             row[f"{phase}_ms"] = found.median * 1e3
-            row[f"{phase}_spread"] = found.spread
-            row[f"{phase}_rounds"] = len(found.rounds)
+            row |= found.columns(phase)
             if "linear equal" in timings:
                 row[f"{phase}_ratio"] = found.ratio_to(timings["linear equal"])
             if phase in ("forward", "step"):
@@ -177,7 +200,7 @@ class Case:
             try:
                 graphs[name] = timing_cuda.graph(call)
             except Exception as error:
-                self.rows[name][f"{phase}_graph_failed"] = _short(error)
+                self.rows[name][f"{phase}_graph_failed"] = short(error)
                 torch.cuda.synchronize()
         if graphs:
             for name, found in timing_cuda.time_interleaved(graphs, budget=seconds / 2).items():
@@ -186,7 +209,7 @@ class Case:
     def measure_memory(self, threads: int) -> None:
         """Peak extra memory of forward and step; on the CPU a process for each."""
         for name, module in self.modules.items():
-            for phase in ("forward", "step"):
+            for phase in MEMORY:
                 try:
                     if self.device == "cuda":
                         peak = memory.peak_extra_cuda(make_call(phase, module, *self.inputs[name]))
@@ -194,7 +217,7 @@ class Case:
                         arguments = (name, self.shape.key(), self.dtype_name, phase, tuple(_PEER_PATHS))
                         peak = memory.peak_extra_cpu(_memory_case, arguments, threads)
                 except Exception as error:
-                    self.rows[name][f"{phase}_memory_failed"] = _short(error)
+                    self.rows[name][f"{phase}_memory_failed"] = short(error)
                     continue
                 self.rows[name][f"{phase}_memory_mib"] = peak / 2**20
 
@@ -216,19 +239,26 @@ def _memory_case(
     return make_call(phase, module, x[:small], cotangent[:small]), make_call(phase, module, x, cotangent)
 
 
+def memory_cell(row: Row, phase: str) -> str:
+    """Peak extra memory of a phase in MiB."""
+    if f"{phase}_memory_failed" in row:
+        return "fails"
+    return f"{row[f'{phase}_memory_mib']:.1f}" if f"{phase}_memory_mib" in row else "-"
+
+
 def _cell(row: Row, phase: str) -> str:
     if f"{phase}_failed" in row:
         return "fails"
     if f"{phase}_ms" not in row:
         return "-"
     ratio = row.get(f"{phase}_ratio")
-    return f"{row[f'{phase}_ms']:.3g}" + (f" ({ratio:.2f})" if ratio is not None else "")
+    return f"{row[f'{phase}_ms']:.3g}{timing.noise(row, phase)}" + (f" ({ratio:.2f})" if ratio is not None else "")
 
 
 def print_case(rows: list[Row], phases: list[str], report: Callable[[str], None]) -> None:
     """Table of one shape: milliseconds (ratio to the equal-parameter linear layer), errors, memory, then remarks."""
     shape = Shape.parse(rows[0]["shape"])
-    report(f"\n{shape}, {rows[0]['dtype']}: ms (ratio to linear equal)")
+    report(f"\n{shape}, {rows[0]['dtype']}: ms (ratio to linear equal). {timing.NOISE}")
     head = ["contestant", *phases, "error to float64", "memory fwd / step, MiB"]
     report(" | ".join(f"{text:>22}" for text in head))
     remarks = []
@@ -238,7 +268,8 @@ def print_case(rows: list[Row], phases: list[str], report: Callable[[str], None]
             continue
         remarks += [f"  {row['contestant']}, {p}: {row[f'{p}_failed']}" for p in phases if f"{p}_failed" in row]
         error = f"{row['error']:.1e}" if "error" in row else "-" if "linear" in row["contestant"] else "another function"
-        peak = [f"{row[key]:.1f}" if key in row else "-" for key in ("forward_memory_mib", "step_memory_mib")]
+        remarks += [f"  {row['contestant']}, memory of {p}: {row[key]}" for p in MEMORY if (key := f"{p}_memory_failed") in row]
+        peak = [memory_cell(row, phase) for phase in MEMORY]
         cells = [row["contestant"], *(_cell(row, phase) for phase in phases), error, " / ".join(peak)]
         report(" | ".join(f"{text:>22}" for text in cells))
     for phase in phases:
@@ -261,29 +292,42 @@ def run(options: Options) -> list[Row]:
     phases = list(PHASES) if options.phases is None else options.phases
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     rows: list[Row] = []
-    for dtype_name in options.dtypes:
+    total = len(options.dtypes) * len(shapes)
+    for index, dtype_name in enumerate(options.dtypes):
         limits = ceilings.measure(options.device, DTYPES[dtype_name], min(1.0, options.seconds)) if phases else None
         lines = contestants(options.backend, options.peers, options.device, DTYPES[dtype_name])
+        about: Row = {}
         if limits is not None:
             options.report(f"{dtype_name}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bandwidth / 1e9:.3g} GB/s")
-        for shape in shapes:
+            about = {"matmul_tflops": limits.flops / 1e12, "copy_gbps": limits.bandwidth / 1e9}
+        for at, shape in enumerate(shapes, index * len(shapes) + 1):
             if time.monotonic() > end:
                 options.report(f"out of time: {shape}, {dtype_name} not measured")
                 continue
             torch.compiler.reset()  # each shape is compiled for itself, not for shapes in general
-            options.progress(f"{shape} {dtype_name}: building and checking")
-            case = Case(shape, options.device, dtype_name, lines)
-            for phase in phases:
-                options.progress(f"{shape} {dtype_name}: {phase}")
-                case.measure(phase, options.seconds)
-            if options.memory:
-                options.progress(f"{shape} {dtype_name}: memory")
-                case.measure_memory(torch.get_num_threads())
-            found = list(case.rows.values())
-            if limits is not None:
-                for row in found:
-                    row["matmul_tflops"], row["copy_gbps"] = limits.flops / 1e12, limits.bandwidth / 1e9
-            print_case(found, phases, options.report)
-            options.emit(found)
-            rows += found
+            title = f"{count(at, total)}{shape} {dtype_name}: "
+            options.progress(f"{title}building and checking")
+            case = Case(shape, options.device, dtype_name, lines, about)
+            rows += _measured(case, phases, options, title)
     return rows
+
+
+def _measured(case: Case, phases: list[str], options: Options, title: str) -> list[Row]:
+    """All rows of a case: written phase by phase, printed at the end, or when the run is interrupted."""
+    found, done = list(case.rows.values()), []
+    try:
+        for phase in phases:
+            options.progress(f"{title}{phase}")
+            case.measure(phase, options.seconds)
+            options.emit(case.fresh())
+            done.append(phase)
+        if options.memory:
+            options.progress(f"{title}memory")
+            case.measure_memory(torch.get_num_threads())
+    except KeyboardInterrupt:
+        if done:
+            print_case(found, done, options.report)
+        raise
+    print_case(found, phases, options.report)
+    options.emit(case.fresh())
+    return found

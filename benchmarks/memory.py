@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def _measure(build: Build, arguments: tuple[object, ...], threads: int) -> int:
 
 
 def _child(pipe, build: Build, arguments: tuple[object, ...], threads: int) -> None:  # type: ignore[no-untyped-def]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told as well, and ends this process
     try:
         pipe.send(_measure(build, arguments, threads))
     except Exception as error:  # the parent raises it with the child's words
@@ -58,6 +60,9 @@ def peak_extra_cpu(build: Build, arguments: tuple[object, ...], threads: int) ->
         answer = ours.recv()
     except EOFError:
         answer = "the child ended without an answer"
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     process.join()
     if isinstance(answer, str):
         raise RuntimeError(f"measuring memory failed: {answer}")

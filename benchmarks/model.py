@@ -9,6 +9,7 @@ that is well made comes within about 1.5 of it; one that is below it was mismeas
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass
 
@@ -35,12 +36,14 @@ def _card(name: str, float16: float, tf32: float, tf32x3: float, float64: float,
     return Card(name, {way: rate * 1e12 for way, rate in ways.items()}, lanes * 1e12, bandwidth * 1e12)
 
 
-# Vendors' data sheets, dense (no structured sparsity): H100 SXM5, A100 SXM4 80 GB, and MI300X. "tf32x3" is three tf32
-# products on NVIDIA. Lanes: float32 FMA peak / 2.
+# Vendors' data sheets, dense (no structured sparsity): H100 SXM5, H200 SXM (NVIDIA H200 Tensor Core GPU datasheet: the H100's
+# chip with HBM3e; its rates with sparsity, halved), A100 SXM4 80 GB, and MI300X. "tf32x3" is three tf32 products on NVIDIA.
+# Lanes: float32 FMA peak / 2. float64: that of the tensor cores, where there are any.
 CARDS = {
     made.name: made
     for made in (
         _card("H100", 989, 494, 494 / 3, 67, 33.5, 3.35),
+        _card("H200", 989, 494, 494 / 3, 67, 33.5, 4.8),
         _card("A100", 312, 156, 156 / 3, 19.5, 9.75, 2.04),
         _card("MI300X", 1307, 654, 163, 163, 81.7, 5.3),
     )
@@ -102,10 +105,27 @@ def step_floor(shape: Shape, way: str, card: Card) -> float:
 DEFAULT_SHAPES = ("16384,1024,1024", "4096,784,64", "1024,256,256,20", "1000000,2,5", "65536,5,1")
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.model", description="Floors of a layer's time on a GPU.")
+    made.add_argument("card", nargs="?", metavar="CARD", help=f"one of {', '.join(CARDS)} (default: H100)")
+    made.add_argument("shapes", nargs="*", metavar="B,I,O[,G[,K]]", help=f"shapes (default: {' '.join(DEFAULT_SHAPES)})")
+    return made
+
+
 def main(arguments: list[str]) -> None:
     """Print the floors of shapes on a card."""
-    card = CARDS[arguments[0]] if arguments and arguments[0] in CARDS else CARDS["H100"]
-    shapes = [Shape.parse(text) for text in arguments if text not in CARDS] or [Shape.parse(text) for text in DEFAULT_SHAPES]
+    made = parser()
+    given = made.parse_args(arguments)
+    name, texts = given.card or "H100", given.shapes
+    if "," in name:  # a shape: the card was left out
+        name, texts = "H100", [name, *texts]
+    if name not in CARDS:
+        made.error(f"CARD: expected one of {', '.join(CARDS)}, got {name!r}")
+    try:
+        shapes = [Shape.parse(text) for text in texts or DEFAULT_SHAPES]
+    except ValueError as error:
+        made.error(str(error))
+    card = CARDS[name]
     print(f"floors on {card.name} by its data sheet, in microseconds; calculated, not measured")
     for shape in shapes:
         for way in ("bfloat16", "tf32", "tf32x3", "float16x3"):

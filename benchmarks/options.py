@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,11 +40,27 @@ class Options:
     memory: bool = False
     report: Callable[[str], None] = to_stdout
     progress: Callable[[str], None] = lambda text: None
-    emit: Callable[[list[Row]], None] = lambda rows: None  # called as soon as a case is done, so that no row is lost
+    emit: Callable[[list[Row]], None] = lambda rows: None  # called as soon as a phase is done, so that no row is lost
 
     def one_backend(self) -> str:
         """The backend that `backend` stands for on the device, by name: what rows record."""
         return choose(self.backend, torch.device(self.device), torch.float32)
+
+    @contextlib.contextmanager
+    def kept(self, row: Row, show: Callable[[Row], None]) -> Iterator[None]:
+        """Where the run is interrupted within this block, the phases that `row` has by then are shown and emitted."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if any(key.endswith(("_ms", "_us")) for key in row):
+                show(row)
+                self.emit([row])
+            raise
+
+
+def count(at: int, total: int) -> str:
+    """What the progress line begins with: "3 of 7, "; nothing where there is one case alone."""
+    return f"{at} of {total}, " if total > 1 else ""
 
 
 class Progress:
@@ -53,7 +71,8 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         if self.shown:
-            sys.stderr.write("\r\033[K" + text[:120])
+            # The last column stays free: a character in it would begin a new line, which nothing overwrites.
+            sys.stderr.write("\r\033[K" + text[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
 
     def report(self, line: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,22 @@ from benchmarks.timing import Call
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Parameters, their gradients and buffers are afterwards what they were before, whatever trains the modules meanwhile."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    before = [(tensor.detach().clone(), tensor.grad) for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None  # the next backward would add to it in place
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, (value, gradient) in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+                tensor.grad = gradient
 
 
 def forward(module: Callable[[Tensor], Tensor], x: Tensor) -> Call:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 from benchmarks import layer
 from benchmarks.cases import Shape
-from benchmarks.options import Options
+from benchmarks.options import Options, count
 
 Row = dict[str, Any]
 CENTRE = {"cpu": Shape(1024, 256, 256, 5), "cuda": Shape(8192, 1024, 1024, 5)}
@@ -45,16 +46,32 @@ def run(options: Options) -> list[Row]:
     """Forward and step of every point of `options.axes` (all four without), or of those among them in `options.shapes`."""
     check(options.shapes, options.axes, options.device)
     rows: list[Row] = []
-    for axis in options.axes or list(VALUES):
-        for value, shape in points(axis, options.device):
-            if options.shapes is not None and shape not in options.shapes:
-                continue
-            peers = PEERS if options.peers is None else options.peers
-            if options.device == "cpu" and shape.batch * shape.parameters > MOST:
-                peers = []
-            one = replace(options, shapes=[shape], peers=peers, phases=options.phases or ["forward", "step"],
-                          emit=lambda made: None)
-            found = [{**row, "what": "sweep", "axis": axis, "value": value} for row in layer.run(one)]
-            options.emit(found)
-            rows += found
+    chosen = [
+        (axis, value, shape)
+        for axis in options.axes or list(VALUES)
+        for value, shape in points(axis, options.device)
+        if options.shapes is None or shape in options.shapes
+    ]
+    for at, (axis, value, shape) in enumerate(chosen, 1):
+        peers = PEERS if options.peers is None else options.peers
+        if options.device == "cpu" and shape.batch * shape.parameters > MOST:
+            peers = []
+        one = replace(
+            options, shapes=[shape], peers=peers, phases=options.phases or ["forward", "step"],
+            emit=functools.partial(_emit_point, options, axis, value),
+            progress=functools.partial(_progress_point, options, count(at, len(chosen))),
+        )  # fmt: skip
+        rows += _of_point(layer.run(one), axis, value)
     return rows
+
+
+def _of_point(found: list[Row], axis: str, value: int) -> list[Row]:
+    return [{**row, "what": "sweep", "axis": axis, "value": value} for row in found]
+
+
+def _emit_point(options: Options, axis: str, value: int, found: list[Row]) -> None:
+    options.emit(_of_point(found, axis, value))
+
+
+def _progress_point(options: Options, prefix: str, text: str) -> None:
+    options.progress(prefix + text)

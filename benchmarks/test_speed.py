@@ -16,7 +16,7 @@ from benchmarks.contestants import Contestant, build, contestants
 pytest.importorskip("pytest_benchmark")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LINES = contestants("auto", ["linear", "cox-de-boor"], DEVICE)
+LINES = [line for line in contestants("auto", ["linear", "cox-de-boor"], DEVICE) if line.absent is None]
 
 
 @pytest.mark.parametrize("phase", ["forward", "step"])

@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ import kan_fast
 from benchmarks import cases, gate
 from benchmarks.latency import mlp
 from benchmarks.network import equal_mlp
-from benchmarks.options import Options
+from benchmarks.options import Options, count
 from benchmarks.timing import time_interleaved
 
 Row = dict[str, Any]
@@ -326,11 +326,16 @@ def measure(task: Task, options: Options) -> list[Row]:
     return rows
 
 
+def _progress(options: Options, prefix: str, text: str) -> None:
+    options.progress(prefix + text)
+
+
 def run(options: Options) -> list[Row]:
     chosen = options.tasks or list(TASKS)
     rows: list[Row] = []
-    for name in chosen:
-        found = measure(TASKS[name](options.device), options)
+    for at, name in enumerate(chosen, 1):
+        one = replace(options, progress=functools.partial(_progress, options, count(at, len(chosen))))
+        found = measure(TASKS[name](options.device), one)
         options.emit(found)
         rows += found
     return rows

@@ -50,6 +50,7 @@ def run(shards: int, out: Path | None, select: str = "") -> int:
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         logs = [folder / f"gpu-tests-{shard}.log" for shard in range(1, shards + 1)]
         running = [_start(log, f"{shard}/{shards}", select) for shard, log in enumerate(logs, 1)]
         before = signal.signal(signal.SIGTERM, _stop)
