@@ -20,7 +20,7 @@ from samples import (
 
 from kan_fast import KANLayer
 from kan_fast.backends import choose, get, native, reference
-from kan_fast.spline import OUTSIDE
+from kan_fast.spline import OUTSIDE, uniform_grid
 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -335,15 +335,12 @@ def test_fine_grids(place):
 def test_small_weights_are_exact(place, rows, k):
     """A basis just behind the knot where it begins: (u / h)^k / k!, however large its coefficient. Its weight must not come
     from 1 - the others, whose roundings are as large."""
-    layer = KANLayer(3, 40, grid_size=8, spline_order=k, grid_range=(-4.0, 4.0), base_activation=None, backend=place.backend)
-    layer.to(place.device)
-    begins_at_0 = 4 + k  # the basis whose first knot is 0; h is 1
-    u = 2.0**-9
-    with torch.no_grad():
-        layer.spline_weight.zero_()
-        layer.spline_weight[1, begins_at_0] = 1000
-        x = torch.full((rows, 3), u, device=place.device)
-        y = layer(x)
+    grid = uniform_grid(3, 8, k, (-4.0, 4.0)).to(place.device)  # h is 1
+    u, begins_at_0 = 2.0**-9, 4 + k  # the basis whose first knot is 0
+    spline_weight = torch.zeros(3, 8 + k, 40, device=place.device)
+    spline_weight[1, begins_at_0] = 1000
+    x = torch.full((rows, 3), u, device=place.device)
+    y = get(place.backend).contract_output(x, None, spline_weight, None, grid, "none", "zero", 0)
     want = 1000 * u**k / math.factorial(k)
     # u is counted from the grid's middle or from its first knot, 4 + k away: rounded to eps (4 + k), k times in the power.
     assert float((y / want - 1).abs().max()) <= 4 * k * (4 + k) * torch.finfo(torch.float32).eps / u
