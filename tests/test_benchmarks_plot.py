@@ -85,6 +85,8 @@ def test_printed_tables_draw_no_figures(
     assert not (tmp_path / "results").exists()
 
 
-def test_old_rows_are_still_rows() -> None:
-    old = [row for row in plot.committed() if "version" not in row]
-    assert len(old) > 700
+@pytest.mark.parametrize("version", [{}, {"version": "0.5.2"}])
+def test_rows_with_and_without_a_version(tmp_path: Path, page: Path, version: dict[str, str]) -> None:
+    """Older rows do not say which version of a rival they are of."""
+    assert made(tmp_path, page, json.dumps({**GOOD, **version})) == 0
+    assert "| linear |" in page.read_text()
