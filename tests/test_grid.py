@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -230,6 +231,15 @@ def test_refit_in_chunks_is_the_same(monkeypatch):
     torch.testing.assert_close(_refit_matrix(x, old, new, 3, "linear"), whole, rtol=0, atol=1e-9)
 
 
+def step_towards_product(model, x, optimizer):
+    """One step of training on the product of x's columns; the loss before it."""
+    optimizer.zero_grad()
+    loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
 @pytest.mark.parametrize("state", ["carry", "reset"])
 @pytest.mark.parametrize("change", [adaptive_grid_refinement, update_grid])
 def test_optimizer_goes_on(change, state):
@@ -237,14 +247,7 @@ def test_optimizer_goes_on(change, state):
     model = KAN([2, 3, 1], dtype=torch.float64)
     x = torch.rand(200, 2, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-
-    def step():
-        optimizer.zero_grad()
-        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
+    step = partial(step_towards_product, model, x, optimizer)
     first = step()
     for _ in range(19):
         step()
@@ -269,14 +272,7 @@ def test_factored_moments_begin_anew(change):
     model = KAN([2, 3, 1], bias=True)
     x = torch.rand(200, 2)
     optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
-
-    def step():
-        optimizer.zero_grad()
-        loss = (model(x) - x.prod(1, keepdim=True)).square().mean()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
+    step = partial(step_towards_product, model, x, optimizer)
     first = step()
     step()
     factored = {model.layers[0].spline_weight, model.layers[1].spline_weight}
