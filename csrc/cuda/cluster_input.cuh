@@ -44,9 +44,9 @@ KAN_DEVICE void copy_operands(const Problem& p, const InputMaps& maps, const Inp
     Signal* copied = signals.copied + turn.stage;
     wait_for(signals.released + turn.stage, turn.parity ^ 1);
     announce_bytes(copied, bytes);
-    copy_shared<kInputWide>(left + place.wide * kRows * kLineBytes, maps.g, o, int(b0) + place.wide * kRows, 0, copied, place.row());
-    copy_shared<kInputTall>(right + first * bases * kLineBytes, maps.spline, o, (int(i0) + first) * bases, 0, copied, place.column());
-    if (has_base) copy_shared<kInputTall>(right + (inputs * bases + first) * kLineBytes, maps.base, o, int(i0) + first, 0, copied, place.column());
+    copy_box(left + place.wide * kRows * kLineBytes, maps.g, o, int(b0) + place.wide * kRows, 0, copied, place.row());
+    copy_box(right + first * bases * kLineBytes, maps.spline, o, (int(i0) + first) * bases, 0, copied, place.column());
+    if (has_base) copy_box(right + (inputs * bases + first) * kLineBytes, maps.base, o, int(i0) + first, 0, copied, place.column());
     turn.advance();
   }
 }

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) output_cluster(KAN_ARGUMENT 
       int panel = block_of_cluster() * kPanels;  // asked anew: registers are few
       KAN_NO_UNROLL
       for (int m = 0; m < kPanels; ++m, ++panel)
-        copy_shared<kOutputTall>(memory.right + stage * kOutputRight + panel * kPanelBytes, map, o0 + panel * kLineNumbers, y, z, copied,
+        copy_box(memory.right + stage * kOutputRight + panel * kPanelBytes, map, o0 + panel * kLineNumbers, y, z, copied,
                                  place.column());
     }};
     multiply_left<P, false>(memory, first, stages, sums);

@@ -28,13 +28,6 @@ template <int kTall, int kWide> struct ClusterPlace {
   }
 };
 
-// To all blocks of `blocks`, of which there are kNumber.
-template <int kNumber>
-KAN_DEVICE void copy_shared(char* to, const TensorMap& map, int x, int y, int z, Signal* signal, int blocks) {
-  if constexpr (kNumber == 1) copy_box(to, map, x, y, z, signal);
-  else copy_box(to, map, x, y, z, signal, blocks);
-}
-
 // A stage, and the parity of the phases of its signals that end in this time round.
 template <int kStages> struct Turn {
   int stage = 0;

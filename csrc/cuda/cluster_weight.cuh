@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       int panel = block_of_cluster() * kPanels;  // asked anew: registers are few
       KAN_NO_UNROLL
       for (int m = 0; m < kPanels; ++m, ++panel)
-        copy_shared<kWeightTall>(right + stage * kWeightRight + panel * kPanelBytes, g, int(block.tile.o0) + panel * kLineNumbers,
+        copy_box(right + stage * kWeightRight + panel * kPanelBytes, g, int(block.tile.o0) + panel * kLineNumbers,
                                  int(step.b), 0, copied, place.column());
     }};
     multiply_features<P, kWeightColumns>(first, left, right, stages, sums);
