@@ -148,8 +148,9 @@ def test_weights_of_more_numbers_than_32_bits_count(kernel):
     sizes = {
         "x": (1, inputs), "spline_weight": (inputs, features, outputs), "base_weight": (inputs, outputs), "g": (1, outputs),
         "all_knots": (inputs, features + 4), "y": (1, outputs), "dx": (1, inputs), "uniform": (1,),
+        "middles": (inputs,), "scales": (inputs,),
     }  # fmt: skip
-    x, spline, base, g, grid, y, dx, _ = (torch.empty(size, device="meta") for size in sizes.values())
+    x, spline, base, g, grid, y, dx, *_ = (torch.empty(size, device="meta") for size in sizes.values())
     problem = launch.Problem(1, inputs, features, outputs, 3, *modes, F32, tiles.Target("cuda", 80, 2))
     if kernel == "contract_output":
         steps = launch.plan_contract_output(x, None, spline, base, grid, y, problem)
@@ -176,7 +177,8 @@ def test_weights_of_more_numbers_than_32_bits_count(kernel):
     some_x = give("x", i0, 2 * torch.rand(inputs - i0) - 1)[None]
     some_grid = give("all_knots", i0 * (features + 4), uniform_grid(inputs - i0, 5, 3, (-1.0, 1.0)))
     weights = lines("spline_weight", features), lines("base_weight", 1)[:, 0]
-    give("uniform", 0, torch.zeros(1))
+    for name in ("uniform", "middles", "scales"):
+        give(name, 0, torch.zeros(few))
     if kernel == "contract_output":
         result, truth = "y", reference.contract_output(some_x, None, *weights, some_grid, *modes)
     else:

@@ -275,8 +275,9 @@ def test_activations_far_away(activation):
     for n in range(3):
         case = Case(NARROW, outside="clamp", n=n, activation=activation)
         case.x[:4, 1] = torch.tensor([-torch.inf, torch.inf, -1e30, 1e30])
+        # The other rows: a place within its interval is off by 4 eps max|t| / h, as in `check`, here 4 * 2^-23 * 2.2 * 2.5.
         for ours, theirs in zip(case.results(backend), case.results(reference), strict=True):
-            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(ours, theirs, rtol=1.3e-6, atol=2.7e-6 * theirs.nan_to_num(posinf=0, neginf=0).abs().max().item())
 
 
 def test_against_scipy():
@@ -299,20 +300,20 @@ def test_uniform_is_decided_per_block_from_the_knots(monkeypatch):
 
     def run(self):
         original(self)
-        if self.kernel is launch.uniform_blocks:
+        if self.kernel is launch.describe_knots:
             seen.append(self.arguments["uniform"].tolist())
 
     monkeypatch.setattr(launch.Launch, "run", run)
-    case = Case((5, 9, 40))
+    case = Case((5, 2 * tiles.DESCRIBED + 1, 40))
     backend.contract_output(case.x, None, case.spline, case.base, case.grid, *case.modes)
     assert seen == [[1, 1, 1]]
-    case.grid[6, 4] += 1e-5
+    case.grid[tiles.DESCRIBED + 2, 4] += 1e-5
     backend.contract_output(case.x, None, case.spline, case.base, case.grid, *case.modes)
     assert seen[1] == [1, 0, 1]
-    case = Case((5, 9, 40), dtype=torch.float64)
+    case = Case((5, 2 * tiles.DESCRIBED + 1, 40), dtype=torch.float64)
     backend.contract_output(case.x, None, case.spline, case.base, case.grid.float(), *case.modes)
     # Seen in float64, knots that were rounded to float32 are not equidistant.
-    assert len(seen[2]) > 1 and not any(seen[2])
+    assert seen[2] == [0, 0, 0]
 
 
 @interpreted_only

@@ -17,7 +17,7 @@ from kan_fast.backends.triton import interpreted, tiles, tuning
 from kan_fast.backends.triton.kernels.contract_input import contract_input_narrow, contract_input_wide
 from kan_fast.backends.triton.kernels.contract_output import contract_output_narrow, contract_output_wide
 from kan_fast.backends.triton.kernels.contract_weight import add_splits, contract_weight_split
-from kan_fast.backends.triton.kernels.features import uniform_blocks
+from kan_fast.backends.triton.kernels.features import describe_knots
 from kan_fast.backends.triton.tiles import Target, Tile
 from kan_fast.spline import OUTSIDE
 
@@ -156,11 +156,13 @@ def plan_contract_output(
         arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
         return [_launch(contract_output_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
     tile = tile or tuning.tile("contract_output", p, x.device)
-    flags, uniform = _plan_uniform(grid, tile, p)
-    arguments.update(p.product_modes(), uniform=uniform, ROWS=tile.rows, COLUMNS=tile.columns)
+    knots, described = _plan_knots(grid, p)
+    arguments.update(p.product_modes(), **described, ROWS=tile.rows, COLUMNS=tile.columns)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
+    arguments["WHOLE"] = p.in_features % tile.inputs == 0
+    arguments["OFFSETS"] = tl.int32 if tile.inputs * p.features * p.out_features < 2**31 else tl.int64
     programs = -(-p.batch // tile.rows) * -(-p.out_features // tile.columns)
-    return [*flags, _launch(contract_output_wide, (programs,), arguments, tile)]
+    return [*knots, _launch(contract_output_wide, (programs,), arguments, tile)]
 
 
 def plan_contract_input(
@@ -237,16 +239,19 @@ def plan_contract_weight(
     return launches
 
 
-def _plan_uniform(grid: Tensor, tile: Tile, p: Problem) -> tuple[list[Launch], Tensor]:
-    """The launch that finds out which blocks of inputs have uniform knots, and where it leaves that."""
+def _plan_knots(grid: Tensor, p: Problem) -> tuple[list[Launch], dict[str, Any]]:
+    """The launch that describes knots, if there are splines, and the arguments that say where it leaves what it found."""
+    found = {"middles": grid, "scales": grid, "uniform": grid}
     if not p.spline:
-        return [], grid
-    blocks = -(-p.in_features // tile.inputs)
-    uniform = grid.new_empty(blocks, dtype=torch.int32)
+        return [], {**found, "DESCRIBED": tiles.DESCRIBED}
+    programs = -(-p.in_features // tiles.DESCRIBED)
+    for name in ("middles", "scales"):
+        found[name] = grid.new_empty(p.in_features, dtype=torch.promote_types(p.weight_dtype, torch.float32))
+    found["uniform"] = grid.new_empty(programs, dtype=torch.int32)
     modes = p.modes()
-    arguments = {"all_knots": grid, "uniform": uniform, "in_features": p.in_features, "INPUTS": tile.inputs}
+    arguments = {"all_knots": grid, **found, "in_features": p.in_features, "INPUTS": tiles.DESCRIBED}
     arguments.update({name: modes[name] for name in ("ORDER", "FEATURES", "DTYPE")})
-    return [Launch(uniform_blocks, (blocks,), arguments, _options(1, 1))], uniform
+    return [Launch(describe_knots, (programs,), arguments, _options(1, 1))], {**found, "DESCRIBED": tiles.DESCRIBED}
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:

@@ -97,6 +97,9 @@ def _sizes(kernel: str, products: str, target: Target) -> tuple[int, int, int, i
     return _TILES[key]
 
 
+# Inputs whose knots a program describes for contract_output: few, so that the one warp of each has little to wait for.
+DESCRIBED = 32
+
 # tl.dot needs this much of every dimension in every dtype and version (triton 3.6 wants a depth of 16 for all of them).
 _LEAST = 16
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, spline_features, spread
+from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, nan_where_unknown, spline_features
 from kan_fast.backends.triton.kernels.spline import uniform_inputs
 
 
@@ -37,6 +37,21 @@ def pull_back(
             w = tl.load(at_w, mask=(inputs < in_features)[:, None] & ok[None, :], other=0.0).to(OPERAND)
             base = tl.dot(pulled, tl.trans(w), base, input_precision=PRECISION, out_dtype=DTYPE)
     return spline, base
+
+
+@triton.jit
+def weigh(
+    spline, first, values, others, first_base, ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, ORDER: tl.constexpr
+):  # fmt: skip
+    """spline (ROWS, BASES * INPUTS), inputs running fastest, times bases first_base, ..., summed over them: (ROWS, INPUTS).
+
+    Inputs run fastest, so that a thread's share of an accumulator has several bases of an input, which it adds by itself.
+    """
+    which = first_base + tl.arange(0, BASES)[None, :, None] - tl.reshape(first, (ROWS, 1, INPUTS))
+    phi = tl.broadcast_to(tl.reshape(others, (ROWS, 1, INPUTS)), (ROWS, BASES, INPUTS))
+    for q in tl.static_range(ORDER + 1):
+        phi = tl.where(which == q, tl.reshape(values[q], (ROWS, 1, INPUTS)), phi)
+    return tl.sum(phi * tl.reshape(spline, (ROWS, BASES, INPUTS)), 1)
 
 
 @triton.jit
@@ -74,15 +89,14 @@ def contract_input_wide(
         knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
         flag = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
         first, values, others = spline_features(at, s, knots, flag, False, ORDER, FEATURES, OUTSIDE, N)
-        phi = spread(first, values, others, 0, ROWS, INPUTS, BASES, ORDER)
-        total += tl.sum(tl.reshape(phi * spline, (ROWS, BASES, INPUTS)), 1)
+        values = nan_where_unknown(values, others)
+        total += weigh(spline, first, values, others, 0, ROWS, INPUTS, BASES, ORDER)
         for chunk in range(1, CHUNKS):
             spline, _ = pull_back(
                 g, spline_weight, base_weight, rows, row_ok, block, chunk * BASES, in_features, out_features, g_row, g_col,
                 FEATURES, SPLINE, False, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, DEPTH,
             )  # fmt: skip
-            phi = spread(first, values, others, chunk * BASES, ROWS, INPUTS, BASES, ORDER)
-            total += tl.sum(tl.reshape(phi * spline, (ROWS, BASES, INPUTS)), 1)
+            total += weigh(spline, first, values, others, chunk * BASES, ROWS, INPUTS, BASES, ORDER)
     at_dx = dx + rows[:, None] * in_features + inputs
     tl.store(at_dx, total.to(dx.dtype.element_ty), mask=ok)
 
@@ -108,7 +122,8 @@ def contract_input_narrow(
         if SPLINE:
             knots = knots_of(all_knots, i, in_features, ORDER, FEATURES)
             flag = uniform_inputs(all_knots, i + tl.arange(0, 1), in_features, ORDER, FEATURES, DTYPE)
-            first, values, _ = spline_features(at, s, knots, flag, False, ORDER, FEATURES, OUTSIDE, N)
+            first, values, others = spline_features(at, s, knots, flag, False, ORDER, FEATURES, OUTSIDE, N)
+            values = nan_where_unknown(values, others)
             weights = spline_weight + i * FEATURES * out_features
             for q in tl.static_range(ORDER + 1):
                 f = first + q

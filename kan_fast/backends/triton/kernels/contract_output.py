@@ -5,25 +5,74 @@
 import triton
 import triton.language as tl
 
-from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, spline_features, spread
-from kan_fast.backends.triton.kernels.spline import uniform_inputs
+from kan_fast.backends.triton.kernels.features import (
+    all_uniform,
+    base_feature,
+    knots_of,
+    load_scaled,
+    nan_where_unknown,
+    smooth_features,
+    spline_features,
+    spread,
+)
+from kan_fast.backends.triton.kernels.spline import continuous, uniform_inputs
+
+
+@triton.jit
+def add_splines(
+    total, x, scale, spline_weight, all_knots, middles, scales, rows, row_ok, columns, column_ok,
+    in_features, out_features, x_row, x_col, scale_row, scale_col, steps, uniform,
+    SMOOTH: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """total (ROWS, COLUMNS) and the products of all splines: features (ROWS, INPUTS * BASES) by weights (INPUTS * BASES, COLUMNS)
+    a step. SMOOTH: by smooth_features, from middles and scales; else by spline_features, which `uniform` is for.
+    """
+    CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
+    k = tl.arange(0, INPUTS * BASES)
+    # Within a step's block of weights: the same in all steps, so that a step adds one number to each address.
+    at_block = (k // BASES * FEATURES + k % BASES)[:, None].to(OFFSETS) * out_features + columns[None, :]
+    for step in tl.range(steps, num_stages=None if SMOOTH else 2):
+        first_input = step // CHUNKS * INPUTS
+        first_base = step % CHUNKS * BASES
+        inputs = first_input + tl.arange(0, INPUTS)[None, :]
+        input_ok = tl.full((1, INPUTS), True, tl.int1) if WHOLE else inputs < in_features
+        at, s = load_scaled(
+            x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, row_ok[:, None] & input_ok, SCALED, DTYPE
+        )
+        if SMOOTH:
+            middle = tl.load(middles + inputs, mask=input_ok, other=0.0)
+            inverse = tl.load(scales + inputs, mask=input_ok, other=0.0)
+            first, values, others = smooth_features(at, s, middle, inverse, SCALED, ORDER, FEATURES, OUTSIDE, N)
+        else:
+            knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
+            first, values, others = spline_features(at, s, knots, uniform, SCALED, ORDER, FEATURES, OUTSIDE, N)
+        phi = spread(first, values, others, first_base, OPERAND, ROWS, INPUTS, BASES, ORDER)
+        block = spline_weight + (first_input.to(tl.int64) * FEATURES + first_base) * out_features
+        ok = column_ok[None, :]
+        if not WHOLE or FEATURES % BASES != 0:
+            ok = ok & ((first_input + k // BASES < in_features) & (first_base + k % BASES < FEATURES))[:, None]
+        w = tl.load(block + at_block, mask=ok, other=0.0)
+        total = tl.dot(phi, w.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+    return total
 
 
 @triton.jit
 def contract_output_wide(
-    x, scale, spline_weight, base_weight, all_knots, uniform, y,
+    x, scale, spline_weight, base_weight, all_knots, middles, scales, uniform, y,
     batch, in_features, out_features, x_row, x_col, scale_row, scale_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """One tile (ROWS, COLUMNS) of y: a product whose left operand is made in registers.
 
-    Each step multiplies features (ROWS, BASES * INPUTS) by weights (BASES * INPUTS, COLUMNS); then come the base
-    activations, DEPTH inputs a step. uniform (blocks of INPUTS inputs,) as uniform_blocks leaves it.
+    First come all splines, then the base activations, DEPTH inputs a step. middles, scales (in_features,) and uniform (blocks
+    of DESCRIBED inputs,) as describe_knots leaves them. WHOLE: in_features is a multiple of INPUTS. OFFSETS: the type that
+    holds the places of numbers within INPUTS inputs' weights.
     """
-    CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
     tile = tl.program_id(0)
     tall, wide = tl.cdiv(batch, ROWS), tl.cdiv(out_features, COLUMNS)
     # GROUP tiles under each other, then the next column of tiles: neighbours share weights and rows of x in the cache.
@@ -36,22 +85,28 @@ def contract_output_wide(
     total = tl.zeros((ROWS, COLUMNS), DTYPE)
 
     if SPLINE:
-        k = tl.arange(0, BASES * INPUTS)
-        for step in range(tl.cdiv(in_features, INPUTS) * CHUNKS):
-            block = step // CHUNKS
-            first_base = step % CHUNKS * BASES
-            inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
-            ok = row_ok[:, None] & (inputs < in_features)
-            at, s = load_scaled(x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
-            knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
-            flag = tl.load(uniform + block)
-            first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
-            phi = spread(first, values, others, first_base, ROWS, INPUTS, BASES, ORDER)
-            i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
-            k_ok = (i < in_features) & (f < FEATURES)
-            at_w = spline_weight + (i * FEATURES + f)[:, None].to(tl.int64) * out_features + columns[None, :]
-            w = tl.load(at_w, mask=k_ok[:, None] & column_ok[None, :], other=0.0)
-            total = tl.dot(phi.to(OPERAND), w.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+        flag = all_uniform(uniform, tl.cdiv(in_features, DESCRIBED), 128)
+        operands = (
+            x, scale, spline_weight, all_knots, middles, scales, rows, row_ok, columns, column_ok,
+            in_features, out_features, x_row, x_col, scale_row, scale_col,
+        )  # fmt: skip
+        steps = tl.cdiv(in_features, INPUTS) * ((FEATURES + BASES - 1) // BASES)
+        if continuous(ORDER, OUTSIDE, N):
+            # One loop or the other runs. As branches of an `if` they would meet in its result, the accumulator, and the
+            # assembler would then wait for every tensor instruction by itself (C7515).
+            total = add_splines(
+                total, *operands, steps * flag, 1, True,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
+            )  # fmt: skip
+            total = add_splines(
+                total, *operands, steps * (1 - flag), 0, False,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
+            )  # fmt: skip
+        else:
+            total = add_splines(
+                total, *operands, steps, flag, False,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
+            )  # fmt: skip
     if ACTIVATION != 0:
         for start in range(0, in_features, DEPTH):
             inputs = start + tl.arange(0, DEPTH)
@@ -93,7 +148,8 @@ def contract_output_narrow(
         if SPLINE:
             knots = knots_of(all_knots, i, in_features, ORDER, FEATURES)
             flag = uniform_inputs(all_knots, i + tl.arange(0, 1), in_features, ORDER, FEATURES, DTYPE)
-            first, values, _ = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
+            first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
+            values = nan_where_unknown(values, others)
             weights = spline_weight + i * FEATURES * out_features
             for q in tl.static_range(ORDER + 1):
                 f = first + q

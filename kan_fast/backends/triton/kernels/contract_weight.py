@@ -5,8 +5,44 @@
 import triton
 import triton.language as tl
 
-from kan_fast.backends.triton.kernels.features import base_feature, knots_of, load_scaled, spline_features, spread
-from kan_fast.backends.triton.kernels.spline import uniform_inputs
+from kan_fast.backends.triton.kernels.features import (
+    base_feature,
+    knots_of,
+    load_scaled,
+    smooth_features,
+    spline_features,
+    spread,
+)
+from kan_fast.backends.triton.kernels.spline import continuous, middle_and_scale, uniform_inputs
+
+
+@triton.jit
+def add_rows(
+    total, x, scale, g, knots, inputs, input_ok, first_base, begin, end, columns, column_ok,
+    x_row, x_col, scale_row, scale_col, g_row, g_col, uniform,
+    SMOOTH: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """total (INPUTS * BASES, COLUMNS) and the products of rows begin, ..., end - 1: transposed features (DEPTH, INPUTS * BASES)
+    by g (DEPTH, COLUMNS) a step. SMOOTH: by smooth_features; else by spline_features, which
+    `uniform` is for.
+    """
+    middle, inverse_h = middle_and_scale(knots, ORDER, FEATURES, DTYPE)
+    for start in tl.range(begin, end, DEPTH, num_stages=None if SMOOTH else 2):
+        rows = tl.arange(0, DEPTH).to(tl.int64) + start
+        row_ok = rows < end
+        ok = row_ok[:, None] & input_ok
+        at, s = load_scaled(x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
+        if SMOOTH:
+            first, values, others = smooth_features(at, s, middle, inverse_h, SCALED, ORDER, FEATURES, OUTSIDE, N)
+        else:
+            first, values, others = spline_features(at, s, knots, uniform, SCALED, ORDER, FEATURES, OUTSIDE, N)
+        phi = spread(first, values, others, first_base, OPERAND, DEPTH, INPUTS, BASES, ORDER)
+        at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
+        pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+        total = tl.dot(tl.trans(phi), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+    return total
 
 
 @triton.jit
@@ -17,26 +53,34 @@ def gradient_of_spline(
     SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows begin, ..., end - 1 of the batch into (BASES * INPUTS, COLUMNS) of d_spline[split]."""
+    """Rows begin, ..., end - 1 of the batch into (INPUTS * BASES, COLUMNS) of d_spline[split]."""
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
     block, first_base = part // CHUNKS, part % CHUNKS * BASES
     inputs = block * INPUTS + tl.arange(0, INPUTS)[None, :]
     input_ok, column_ok = inputs < in_features, columns < out_features
     knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
-    flag = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
-    total = tl.zeros((BASES * INPUTS, COLUMNS), DTYPE)
-    for start in range(begin, end, DEPTH):
-        rows = tl.arange(0, DEPTH).to(tl.int64) + start
-        row_ok = rows < end
-        ok = row_ok[:, None] & input_ok
-        at, s = load_scaled(x, scale, rows[:, None], inputs, x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
-        first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
-        phi = spread(first, values, others, first_base, DEPTH, INPUTS, BASES, ORDER)
-        at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
-        pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-        total = tl.dot(tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
-    k = tl.arange(0, BASES * INPUTS)
-    i, f = block * INPUTS + k % INPUTS, first_base + k // INPUTS
+    total = tl.zeros((INPUTS * BASES, COLUMNS), DTYPE)
+    uniform = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
+    if continuous(ORDER, OUTSIDE, N):  # one loop or the other runs, as in contract_output
+        middle = tl.where(uniform != 0, end, begin)
+        total = add_rows(
+            total, x, scale, g, knots, inputs, input_ok, first_base, begin, middle, columns, column_ok,
+            x_row, x_col, scale_row, scale_col, g_row, g_col, 1, True,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
+        )  # fmt: skip
+        total = add_rows(
+            total, x, scale, g, knots, inputs, input_ok, first_base, middle, end, columns, column_ok,
+            x_row, x_col, scale_row, scale_col, g_row, g_col, 0, False,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
+        )  # fmt: skip
+    else:
+        total = add_rows(
+            total, x, scale, g, knots, inputs, input_ok, first_base, begin, end, columns, column_ok,
+            x_row, x_col, scale_row, scale_col, g_row, g_col, uniform, False,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
+        )  # fmt: skip
+    k = tl.arange(0, INPUTS * BASES)
+    i, f = block * INPUTS + k // BASES, first_base + k % BASES
     ok = ((i < in_features) & (f < FEATURES))[:, None] & column_ok[None, :]
     row_of_weights = ((split.to(tl.int64) * in_features + i) * FEATURES + f) * out_features
     tl.store(d_spline + row_of_weights[:, None] + columns[None, :], total.to(d_spline.dtype.element_ty), mask=ok)
@@ -78,7 +122,7 @@ def contract_weight_split(
 ):  # fmt: skip
     """One tile of the gradient from one slice of the batch: transposed features times g, DEPTH rows of the batch a step.
 
-    A tile is (BASES * INPUTS, COLUMNS) of d_spline; after all those come tiles of BASES * INPUTS inputs of d_base.
+    A tile is (INPUTS * BASES, COLUMNS) of d_spline; after all those come tiles of BASES * INPUTS inputs of d_base.
     Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else partial sums.
     """
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kan_fast.backends.triton.kernels.activations import activation
-from kan_fast.backends.triton.kernels.spline import local_bases, uniform_inputs
+from kan_fast.backends.triton.kernels.spline import continuous, local_bases, middle_and_scale, smooth_bases, uniform_inputs
 
 
 @triton.jit
@@ -29,18 +29,33 @@ def knots_of(all_knots, inputs, in_features, ORDER: tl.constexpr, FEATURES: tl.c
 
 
 @triton.jit
-def uniform_blocks(
-    all_knots, uniform, in_features, INPUTS: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.constexpr
+def describe_knots(
+    all_knots, middles, scales, uniform, in_features,
+    INPUTS: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """uniform (blocks,) int32: 1 for every block of INPUTS inputs whose knots are all uniform, else 0.
+    """What smooth_bases asks of every input's knots, middles and scales (in_features,), and uniform (blocks,) int32: 1 for
+    every block of INPUTS inputs whose knots are all uniform, else 0.
 
-    For contract_output alone, whose programs walk through all inputs: found in its loop, the answer would cost a reduction
-    across all threads in every step. The other kernels stay with one block of inputs and find it out themselves, which saves
-    this launch.
+    For contract_output alone, whose programs walk through all inputs. The other kernels stay with one block of inputs and find
+    it out themselves, which saves this launch.
     """
     block = tl.program_id(0)
-    flag = uniform_inputs(all_knots, block * INPUTS + tl.arange(0, INPUTS), in_features, ORDER, FEATURES, DTYPE)
-    tl.store(uniform + block, flag)
+    inputs = block * INPUTS + tl.arange(0, INPUTS)
+    knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
+    middle, scale = middle_and_scale(knots, ORDER, FEATURES, DTYPE)
+    tl.store(middles + inputs, middle, mask=inputs < in_features)
+    tl.store(scales + inputs, scale, mask=inputs < in_features)
+    tl.store(uniform + block, uniform_inputs(all_knots, inputs, in_features, ORDER, FEATURES, DTYPE))
+
+
+@triton.jit
+def all_uniform(uniform, blocks, COUNT: tl.constexpr):
+    """Whether uniform (blocks,) is 1 everywhere: a scalar, 1 or 0. COUNT numbers at a time."""
+    lowest = tl.full((COUNT,), 1, tl.int32)
+    for start in range(0, blocks, COUNT):
+        at = start + tl.arange(0, COUNT)
+        lowest = tl.minimum(lowest, tl.load(uniform + at, mask=at < blocks, other=1))
+    return tl.min(lowest, 0)
 
 
 @triton.jit
@@ -50,18 +65,57 @@ def spline_features(
 ):  # fmt: skip
     """scale * B_f^(n)(x): index of the first basis, the k + 1 values from there on, and the value of all the others.
 
-    That last one is 0, but NaN for x = NaN (and for a scale that makes 0 * scale NaN).
+    That last one is 0, but NaN for x = NaN (and for a scale that makes 0 * scale NaN). The values at such an x are any numbers,
+    of bases that exist.
     """
-    known = tl.where(x == x, x, tl.load(knots + ORDER).to(x.dtype))
-    first, values = local_bases(known, knots, uniform, ORDER, FEATURES, OUTSIDE, N)
-    others = tl.where(x == x, 0.0, x)
-    if SCALED:
-        others *= s
+    if continuous(ORDER, OUTSIDE, N):
+        if uniform != 0:
+            middle, inverse_h = middle_and_scale(knots, ORDER, FEATURES, x.dtype)
+            first, values = smooth_bases(tl.where(x == x, x, middle), middle, inverse_h, ORDER, FEATURES, OUTSIDE, N)
+        else:
+            known = tl.where(x == x, x, tl.load(knots + ORDER).to(x.dtype))
+            first, values = local_bases(known, knots, 0, ORDER, FEATURES, OUTSIDE, N)
+    else:
+        known = tl.where(x == x, x, tl.load(knots + ORDER).to(x.dtype))
+        first, values = local_bases(known, knots, uniform, ORDER, FEATURES, OUTSIDE, N)
+    return first, scaled(values, s, SCALED), zero_or_nan(x, s, SCALED)
+
+
+@triton.jit
+def smooth_features(
+    x, s, middle, inverse_h,
+    SCALED: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """spline_features by smooth_bases, from what middle_and_scale says of uniform knots; for x = NaN `first` is any number."""
+    first, values = smooth_bases(x, middle, inverse_h, ORDER, FEATURES, OUTSIDE, N)
+    return first, scaled(values, s, SCALED), zero_or_nan(x, s, SCALED)
+
+
+@triton.jit
+def scaled(values, s, SCALED: tl.constexpr):
+    """values * scale, each of them, if there is one."""
     result = ()
-    for q in tl.static_range(ORDER + 1):
-        value = values[q] * s if SCALED else values[q]
-        result = result + (tl.where(x == x, value, x),)
-    return first, result, others
+    for q in tl.static_range(len(values)):
+        result = result + ((values[q] * s if SCALED else values[q]),)
+    return result
+
+
+@triton.jit
+def zero_or_nan(x, s, SCALED: tl.constexpr):
+    """0 * x * scale, but 0 for an infinite x."""
+    unknown = tl.where(x == x, 0.0, x)
+    if SCALED:
+        unknown *= s
+    return unknown
+
+
+@triton.jit
+def nan_where_unknown(values, others):
+    """The values, NaN where the value of all others is."""
+    result = ()
+    for q in tl.static_range(len(values)):
+        result = result + (tl.where(others == others, values[q], others),)
+    return result
 
 
 @triton.jit
@@ -74,10 +128,62 @@ def base_feature(x, s, SCALED: tl.constexpr, ACTIVATION: tl.constexpr, N: tl.con
 
 
 @triton.jit
-def spread(first, values, others, first_base, BM: tl.constexpr, BI: tl.constexpr, FC: tl.constexpr, ORDER: tl.constexpr):
-    """Bases first_base, ..., first_base + FC - 1 of a tile (BM, BI): (BM, FC * BI), inputs running fastest."""
-    which = first_base + tl.arange(0, FC)[None, :, None] - tl.reshape(first, (BM, 1, BI))
-    phi = tl.broadcast_to(tl.reshape(others, (BM, 1, BI)), (BM, FC, BI))
-    for q in tl.static_range(ORDER + 1):
-        phi = tl.where(which == q, tl.reshape(values[q], (BM, 1, BI)), phi)
-    return tl.reshape(phi, (BM, FC * BI))
+def spread(
+    first, values, others, first_base,
+    OPERAND: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, FC: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Bases first_base, ..., first_base + FC - 1 of a tile (BM, BI) as OPERAND: (BM, BI * FC), bases running fastest."""
+    if OPERAND.primitive_bitwidth == 16 and ORDER <= 3:
+        words = spread_pairs(first - first_base, values, others, OPERAND, FC, ORDER)
+        pairs = interleave(words)
+        return tl.reshape(tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)).to(OPERAND, bitcast=True), (BM, BI * FC))
+    else:
+        values = nan_where_unknown(values, others)
+        numbers = ()
+        for f in tl.static_range(FC):
+            number = others
+            for q in tl.static_range(ORDER + 1):
+                number = tl.where(first - first_base == f - q, values[q], number)
+            numbers = numbers + (number.to(OPERAND),)
+        return tl.reshape(interleave(numbers), (BM, BI * FC))
+
+
+@triton.jit
+def spread_pairs(first, values, others, OPERAND: tl.constexpr, FC: tl.constexpr, ORDER: tl.constexpr):
+    """FC bases, the window of four of them from `first` on, as FC / 2 words of two numbers of 16 bits.
+
+    The window fills three words, or two where it begins with a word; a word of the result is one of those or none. So a
+    number costs 3 instructions where the comparison of every basis with every place costs 9.
+    """
+    zero = tl.zeros_like(others)
+    low = pair(values[0], values[1] if ORDER > 0 else zero, OPERAND)
+    high = pair(values[2] if ORDER > 1 else zero, values[3] if ORDER > 2 else zero, OPERAND)
+    odd = (first & 1) != 0
+    window = tl.where(odd, low << 16, low), tl.where(odd, (low >> 16) | (high << 16), high), tl.where(odd, high >> 16, 0)
+    words = ()
+    for j in tl.static_range(FC // 2):
+        word = tl.zeros_like(low)
+        for q in tl.static_range(3):
+            word = tl.where((first >> 1) == j - q, window[q], word)
+        words = words + (tl.where(others == others, word, 0xFFFFFFFF),)  # a pair of NaN
+    return words
+
+
+@triton.jit
+def pair(a, b, OPERAND: tl.constexpr):
+    """Two tiles as 16-bit numbers in one tile of words, a in the low half."""
+    a, b = tl.split(tl.join(a, b).to(OPERAND).to(tl.uint16, bitcast=True))
+    return a.to(tl.uint32) | (b.to(tl.uint32) << 16)
+
+
+@triton.jit
+def interleave(tiles):
+    """2^m tiles (BM, BI) as one (BM, BI, 2, ..., 2): tile j at the digits of j. A thread keeps what it has."""
+    COUNT: tl.constexpr = len(tiles)
+    if COUNT == 1:
+        return tiles[0]
+    else:
+        joined = ()
+        for j in tl.static_range(COUNT // 2):
+            joined = joined + (tl.join(tiles[j], tiles[j + COUNT // 2]),)
+        return interleave(joined)
