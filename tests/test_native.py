@@ -276,8 +276,8 @@ CROWDED = {
 @pytest.mark.parametrize("out_features", [3, 40])
 def test_intervals_of_crowded_knots(place, out_features, knots):
     """Of order 0 a value is the coefficient of its interval, to the bit, however unevenly knots lie: at them, beside them,
-    between them and beyond. Triton's products of float32 are made of two tf32 numbers to an operand, which may lack its last
-    bit: an eps for each of the two coefficients, and one for the sum."""
+    between them and beyond. Triton's products of float32 are sums of six, whose order may round: an eps for each of the two
+    coefficients, and one for the sum."""
     stored = knots().float()
     between = stored[:-1] + torch.rand(len(stored) - 1) * (stored[1:] / 2 - stored[:-1] / 2)
     inner = torch.cat([stored, between, *(torch.nextafter(stored, torch.tensor(float(end))) for end in ("-inf", "inf"))])

@@ -97,7 +97,7 @@ def test_bases_per_step_pads_least(features):
 
 
 @pytest.mark.parametrize("kernel", ["contract_output", "contract_input", "contract_weight"])
-@pytest.mark.parametrize("products", [tiles.HALF, tiles.TF32, tiles.TF32X3, tiles.IEEE, tiles.DOUBLE])
+@pytest.mark.parametrize("products", [tiles.HALF, tiles.TWO, tiles.THREE, tiles.IEEE, tiles.DOUBLE])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (16384, 1024, 1024), (10**6, 2, 5), (64, 784, 64), (7, 3, 300), (10**6, 2, 256)])
 @pytest.mark.parametrize("features", [1, 8, 23])
 def test_tiles_are_legal(kernel, products, sizes, features):
@@ -126,6 +126,6 @@ def test_wide_layers_fill_the_device_and_narrow_ones_take_their_own_kernel():
     assert (tile.rows, tile.columns) == (128, 256)
     small = tiles.wide_tile("contract_output", tiles.HALF, 256, 1024, 8, 1024, H100)
     assert (256 // small.rows) * (1024 // small.columns) >= 132
-    assert tiles.is_narrow(10**6, 2, 5, tiles.TF32X3, H100)
-    assert not tiles.is_narrow(16384, 1024, 1024, tiles.TF32X3, H100)
+    assert tiles.is_narrow(10**6, 2, 5, tiles.THREE, H100)
+    assert not tiles.is_narrow(16384, 1024, 1024, tiles.THREE, H100)
     assert not tiles.is_narrow(64, 784, 10, tiles.HALF, H100)  # a walk through 784 inputs by a single program

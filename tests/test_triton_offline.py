@@ -15,8 +15,6 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels that are interpreted in this process cannot be compiled", allow_module_level=True)
 
-import triton
-
 from benchmarks.kernels import (
     ARCHITECTURES,
     KERNELS,
@@ -26,7 +24,6 @@ from benchmarks.kernels import (
     default_configurations,
 )
 
-NEW_ENOUGH_FENCES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 # Bytes that a block may ask of a multiprocessor: CUDA's programming guide, table of technical specifications; AMD's LDS.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 NARROW = {"batch": 1_000_000, "in_features": 2, "out_features": 5}
@@ -93,13 +90,15 @@ def test_bfloat16_runs_on_the_tensor_cores(kernel):
     assert any("bf16" in name for name in main_kernel(Configuration(kernel, "gfx942", n=n)).tensor)
 
 
-def test_float32_highest_is_three_products_or_true_float32():
-    three = main_kernel(Configuration("contract_output", 90, torch.float32))
-    assert set(re.findall(r"wgmma\.mma_async\S*\.(\w+)\.\w+ ", three.ptx)) == {"tf32"}
-    one = main_kernel(SAMPLE[16])
-    assert SAMPLE[16].precision == "high"
-    # Each product is done three times: per column of accumulator and step of depth 8.
-    assert three.ptx.count("wgmma.mma_async") >= 3 * 4 > one.ptx.count("wgmma.mma_async") // 2
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float32_is_several_products_of_bfloat16_or_true_float32(kernel):
+    def products(precision):
+        made = main_kernel(Configuration(kernel, 90, torch.float32, precision, n=int(kernel == "contract_input"))).ptx
+        assert set(re.findall(r"wgmma\.mma_async\S*\.(\w+)\.\w+ ", made)) == {"bf16"}
+        return made.count("wgmma.mma_async")
+
+    # Six products of three parts, three of two.
+    assert products("highest") >= 2 * products("high")
     amd = main_kernel(Configuration("contract_output", "gfx942", torch.float32)).tensor
     assert amd and all(name.endswith("f32") and "xf32" not in name for name in amd), amd
 
@@ -111,8 +110,6 @@ def test_narrow_kernels_use_no_tensor_instruction():
             assert resources.name.endswith("_narrow") and not resources.tensor
 
 
-# With triton 3.6 test_triton_ptx.py, which follows what is written and read, stands in for this where products are not tf32.
-@pytest.mark.skipif(not NEW_ENOUGH_FENCES, reason="triton before 3.9 leaves out a fence for tf32: a known flaw of it")
 @pytest.mark.parametrize("configuration", [c for c in SAMPLE if c.arch == 90], ids=lambda c: c.name)
 def test_what_tensor_cores_read_is_fenced(configuration):
     # wgmma reads shared memory by another path than the threads that wrote it there with ordinary stores.

@@ -179,7 +179,7 @@ def test_another_word_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("products", [tiles.HALF, tiles.TF32X3, tiles.DOUBLE])
+@pytest.mark.parametrize("products", [tiles.HALF, tiles.THREE, tiles.DOUBLE])
 def test_neighbours_are_legal_and_lead_back(kernel, products):
     start = tiles.wide_tile(kernel, products, 16384, 1024, 8, 1024, tiles.Target("cuda", 90, 132))
     around = tuning.neighbours(kernel, start)

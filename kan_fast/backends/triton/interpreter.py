@@ -2,8 +2,6 @@
 
 - tl.dot and arithmetic on bfloat16 treat the bit patterns as integers. Repaired for products, unary and binary operations.
 - float32 becomes bfloat16 by truncation, which is wrong for one number in two. Here it rounds to nearest even.
-- Products with input_precision="tf32" or "tf32x3" run in full float32. Here operands lose the bits that tensor cores drop,
-  and three products are made of operands in two parts, as the compiled kernels do.
 - A product too small for a GPU is accepted. Here it is refused.
 
 Out-of-bounds accesses and races stay unseen: offline compilation and a GPU have to find those.
@@ -56,26 +54,6 @@ def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     result: npt.NDArray[np.uint16] = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
     return result
-
-
-def to_tf32(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """float32 with the low 13 bits dropped, as tensor cores read it."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
-    short: npt.NDArray[np.float32] = bits.view(np.float32)
-    return short
-
-
-def split_tf32(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """float32 as a sum of two tf32 numbers, each rounded to nearest with ties away from 0 (PTX: cvt.rna.tf32). What the sum
-    lacks is at most the last bit: 13 bits are left of 24, and 11 fit.
-    """
-
-    def rounded(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32) + np.uint32(0x1000)
-        return np.where(np.isfinite(numbers), to_tf32(bits.view(np.float32)), numbers)
-
-    large = rounded(values)
-    return large, rounded(values - large)
 
 
 def _is_bfloat16(handle: Any) -> bool:
@@ -133,14 +111,6 @@ def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(f"tl.dot: expected a depth of at least {_LEAST_DEPTH}, got {rows} x {depth} x {columns}")
         if _is_bfloat16(a):
             left, right = from_bfloat16(a.data), from_bfloat16(b.data)
-        elif a.dtype.scalar == tl.float32 and input_precision == _interpreter._ir.INPUT_PRECISION.TF32:
-            left, right = to_tf32(a.data), to_tf32(b.data)
-        elif a.dtype.scalar == tl.float32 and input_precision == _interpreter._ir.INPUT_PRECISION.TF32x3:
-            (left, left_rest), (right, right_rest) = split_tf32(a.data), split_tf32(b.data)
-            rest = np.matmul(left_rest, right, dtype=np.float32) + np.matmul(left, right_rest, dtype=np.float32)
-            # Of an infinite or NaN operand there is no rest: the large parts alone say so.
-            rest = np.where(np.isfinite(rest), rest, np.float32(0))
-            return _interpreter.TensorHandle(np.matmul(left, right, dtype=np.float32) + rest + d.data, d.dtype.scalar)
         else:
             return original(self, a, b, d, input_precision, max_num_imprecise_acc)
         return _interpreter.TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)

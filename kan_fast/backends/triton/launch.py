@@ -70,17 +70,20 @@ class Problem:
 
     @property
     def products(self) -> str:
-        """One of the ways in tiles.py. True float32 comes by three tf32 products on NVIDIA, by fp32 units on AMD."""
+        """One of the ways in tiles.py, as torch.set_float32_matmul_precision says for float32.
+
+        "highest" is three bfloat16 numbers, 24 bits together; "high" and "medium" are two, 16 bits. AMD has units for float32.
+        """
         if self.weight_dtype == torch.float64:
             return tiles.DOUBLE
         if self.weight_dtype == torch.bfloat16 or (self.weight_dtype == torch.float16 and self.n < 2):
             return tiles.HALF
         if self.target.kind == "hip":
             return tiles.IEEE
-        # Higher derivatives grow as 1/h^n, beyond float16: tf32 has the same mantissa and the range.
+        # Higher derivatives grow as 1/h^n, beyond float16: two bfloat16 numbers have more bits and the range.
         if self.weight_dtype == torch.float16:
-            return tiles.TF32
-        return tiles.TF32X3 if torch.get_float32_matmul_precision() == "highest" else tiles.TF32
+            return tiles.TWO
+        return tiles.THREE if torch.get_float32_matmul_precision() == "highest" else tiles.TWO
 
     def modes(self) -> dict[str, Any]:
         """The compile-time arguments that every kernel has."""
@@ -96,10 +99,10 @@ class Problem:
 
     def product_modes(self) -> dict[str, Any]:
         """Those of the kernels that use tl.dot."""
-        products = self.products
-        operand = _TYPES[self.weight_dtype] if products in (tiles.HALF, tiles.DOUBLE) else tl.float32
-        precision = {tiles.TF32: "tf32", tiles.TF32X3: "tf32x3"}.get(products, "ieee")
-        return {"PRECISION": precision, "OPERAND": operand}
+        parts = {tiles.THREE: 3, tiles.TWO: 2}.get(self.products, 1)
+        if parts > 1:
+            return {"PARTS": parts, "OPERAND": tl.bfloat16}
+        return {"PARTS": 1, "OPERAND": tl.float32 if self.products == tiles.IEEE else _TYPES[self.weight_dtype]}
 
 
 @functools.cache
@@ -159,10 +162,11 @@ def plan_contract_output(
     knots, described = _plan_knots(grid, p)
     arguments.update(p.product_modes(), **described, ROWS=tile.rows, COLUMNS=tile.columns)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
+    arguments["STAGES"] = tiles.stages_of_any_knots(p.order, p.outside, p.target)
     arguments["WHOLE"] = p.in_features % tile.inputs == 0
     arguments["OFFSETS"] = tl.int32 if tile.inputs * p.features * p.out_features < 2**31 else tl.int64
     programs = -(-p.batch // tile.rows) * -(-p.out_features // tile.columns)
-    return [*knots, _launch(contract_output_wide, (programs,), arguments, tile)]
+    return [*knots, _product(contract_output_wide, (programs,), arguments, tile)]
 
 
 def plan_contract_input(
@@ -190,7 +194,7 @@ def plan_contract_input(
     arguments.update(p.product_modes(), ROWS=tile.rows)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
     programs = -(-p.batch // tile.rows) * -(-p.in_features // tile.inputs)
-    return [_launch(contract_input_wide, (programs,), arguments, tile)]
+    return [_product(contract_input_wide, (programs,), arguments, tile)]
 
 
 def plan_contract_weight(
@@ -227,8 +231,9 @@ def plan_contract_weight(
         **_strides("x", x), **_strides("scale", x if scale is None else scale), **_strides("g", g),
         "rows_per_split": rows, "SCALED": scale is not None, **p.modes(), **p.product_modes(),
         "COLUMNS": tile.columns, "INPUTS": tile.inputs, "BASES": tile.bases, "DEPTH": tile.depth,
+        "STAGES": tiles.stages_of_any_knots(p.order, p.outside, p.target),
     }  # fmt: skip
-    launches = [_launch(contract_weight_split, (programs, count), arguments, tile)]
+    launches = [_product(contract_weight_split, (programs, count), arguments, tile)]
     if count > 1:
         block = 1024  # 8 numbers per thread of 4 warps: two 16-byte loads in flight for each split
         arguments = {
@@ -256,6 +261,16 @@ def _plan_knots(grid: Tensor, p: Problem) -> tuple[list[Launch], dict[str, Any]]
 
 def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:
     return Launch(kernel, programs, arguments, _options(tile.warps, tile.stages))
+
+
+def _product(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:
+    """The launch of a kernel of products. Of small tiles two blocks fit a multiprocessor however many registers they take; left
+    alone, the assembler aims at three and spills a few for it.
+    """
+    launch = _launch(kernel, programs, arguments, tile)
+    if tile.warps <= 4:
+        launch.options["maxnreg"] = 255
+    return launch
 
 
 def _options(warps: int, stages: int) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def _remember(steps: "list[Launch]", compiled: list[Any], operands: Operands) ->
 
 
 # Arguments of kernels that have another name than the operand, or stand for one that is absent.
-_ALIASES = {"all_knots": "grid", "middles": "grid", "scales": "grid", "uniform": "grid", "scale": "x", "base_weight": "spline_weight"}
+_ALIASES = dict.fromkeys(("all_knots", "middles", "scales", "uniform"), "grid") | {
+    "scale": "x", "base_weight": "spline_weight",
+}  # fmt: skip
 
 
 def _step(step: "Launch", compiled: Any, operands: Operands, temporaries: list[Tensor]) -> Step:

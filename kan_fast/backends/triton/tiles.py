@@ -2,15 +2,16 @@
 
 No figure here was measured on a GPU. The sizes follow from what offline compilation tells (registers, spills, shared
 memory: `python -m benchmarks --what kernels`) and from this reckoning for the products, per tile and step of width K:
-rows * K features are made by about 15 instructions each, on 128 lanes of a multiprocessor; rows * columns * K products
-run on its tensor cores, 2048 per cycle for 16-bit numbers on Hopper. So a feature costs as much as 240 products: the wider
+rows * K features are made by about 10 instructions each, on 128 lanes of a multiprocessor; rows * columns * K products
+run on its tensor cores, 2048 per cycle for 16-bit numbers on Hopper. So a feature costs as much as 160 products: the wider
 the tile (columns), the better, up to what the registers of the accumulator allow.
 """
 
 from dataclasses import dataclass
 
-# How the products are computed: the operands, or the way float32 is split for the tensor cores.
-HALF, TF32, TF32X3, IEEE, DOUBLE = "half", "tf32", "tf32x3", "ieee", "double"
+# How the products are computed: by 16-bit numbers as they are, by float32 in three or two bfloat16 ones, whose six or three
+# products count (kernels/products.py), by float32 itself (AMD), or by float64.
+HALF, THREE, TWO, IEEE, DOUBLE = "half", "three", "two", "ieee", "double"
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,24 @@ class Tile:
 _TILES = {
     # 64 numbers of accumulator per thread at 8 warps. A width of 64 spills here.
     ("contract_output", HALF): (128, 128, 32, 32, 3),
-    # 32-bit operands: the same bytes at half the width.
-    ("contract_output", TF32): (128, 128, 32, 32, 3),
-    # Three products, and both operands split in two: a 128 x 128 tile would come close to spilling.
-    ("contract_output", TF32X3): (64, 128, 32, 32, 2),
+    # Three parts of both operands: a 128 x 128 tile would come close to spilling.
+    ("contract_output", THREE): (64, 128, 32, 32, 2),
+    ("contract_output", TWO): (64, 128, 32, 32, 2),
     # True float32 on AMD, whose matrix instructions take it: no splitting.
     ("contract_output", IEEE): (128, 128, 32, 32, 2),
     # A tensor instruction of 8 x 8 x 4; accumulators take two registers each.
     ("contract_output", DOUBLE): (64, 64, 16, 16, 2),
     # Here the width is the accumulator's, and the features are made once, in the epilogue: columns is not used.
     ("contract_input", HALF): (128, 0, 64, 32, 3),
-    ("contract_input", TF32): (128, 0, 64, 32, 3),
-    ("contract_input", TF32X3): (64, 0, 64, 16, 2),
+    ("contract_input", THREE): (64, 0, 64, 32, 2),
+    ("contract_input", TWO): (64, 0, 64, 32, 3),
     ("contract_input", IEEE): (64, 0, 64, 32, 2),
     # A width of 64 spills.
     ("contract_input", DOUBLE): (64, 0, 32, 16, 2),
     # rows is not used: the tile is width x columns, depth counts rows of the batch.
     ("contract_weight", HALF): (0, 128, 128, 32, 3),
-    ("contract_weight", TF32): (0, 128, 128, 32, 3),
-    ("contract_weight", TF32X3): (0, 64, 64, 32, 2),
+    ("contract_weight", THREE): (0, 64, 64, 32, 2),
+    ("contract_weight", TWO): (0, 64, 64, 16, 3),
     ("contract_weight", IEEE): (0, 128, 128, 32, 2),
     ("contract_weight", DOUBLE): (0, 64, 64, 16, 2),
 }
@@ -73,11 +73,14 @@ _TILES = {
 # that features cost about as much as the products that they feed. The width of 64 is four instructions deep.
 _TILES_HOPPER = {
     ("contract_output", HALF): (128, 256, 64, 32, 3),
-    ("contract_output", TF32X3): (128, 128, 32, 32, 2),
     ("contract_input", HALF): (128, 0, 128, 64, 3),
-    ("contract_input", TF32): (128, 0, 128, 32, 3),
     ("contract_weight", HALF): (0, 256, 128, 32, 3),
-    ("contract_weight", TF32): (0, 256, 128, 32, 3),
+    # Parts are made anew every step, and the products wait for them and they for the products: half a tile of 128 x 128, so
+    # that two blocks of a multiprocessor take turns.
+    ("contract_input", THREE): (64, 0, 128, 32, 2),
+    ("contract_input", TWO): (64, 0, 128, 32, 2),
+    ("contract_weight", THREE): (0, 128, 64, 32, 2),
+    ("contract_weight", TWO): (0, 128, 64, 32, 2),
 }
 
 # 64 KiB of shared memory (LDS) on an MI300: shallower sums and pipelines.
@@ -92,9 +95,23 @@ def _sizes(kernel: str, products: str, target: Target) -> tuple[int, int, int, i
     key = kernel, products
     if target.kind == "hip":
         return _TILES_AMD.get(key, _TILES[key])
-    if target.kind == "cuda" and target.arch in (90, 100, 103):
+    if _is_hopper(target):
         return _TILES_HOPPER.get(key, _TILES[key])
     return _TILES[key]
+
+
+def _is_hopper(target: Target) -> bool:
+    """Or newer: the tensor cores read from shared memory."""
+    return target.kind == "cuda" and target.arch in (90, 100, 103)
+
+
+def stages_of_any_knots(order: int, outside: str, target: Target) -> int:
+    """Triton's num_stages of the loops for knots that are not uniform, which gather so many that registers are scarce.
+
+    Before Hopper two stages spill up to 136 bytes beside the loop for uniform knots; there they fit, but for larger windows and
+    linear extensions.
+    """
+    return 2 if _is_hopper(target) and order <= 3 and outside != "linear" else 1
 
 
 # Inputs whose knots a program describes for contract_output: few, so that the one warp of each has little to wait for.
@@ -115,30 +132,44 @@ def bases_per_step(features: int) -> int:
 
 
 def wide_tile(
-    kernel: str, products: str, batch: int, in_features: int, features: int, out_features: int, target: Target
+    kernel: str, products: str, batch: int, in_features: int, features: int, out_features: int, target: Target, order: int = 3
 ) -> Tile:
     """The tile of a product kernel: the table's, cut to the problem, then halved until every multiprocessor has work."""
     rows, columns, width, depth, stages = _sizes(kernel, products, target)
     bases = bases_per_step(features)
-    if bases < 8 and kernel == "contract_output":
-        width = min(width, 8 * bases)  # more than 8 inputs at a time: their local bases do not fit the registers of Hopper
+    if bases < 8 and kernel != "contract_weight":
+        # More than 8 inputs at a time: their local bases do not fit the registers of Hopper. 16 in an epilogue.
+        width = min(width, bases * (8 if kernel == "contract_output" else 16))
+    if order > 3 and kernel == "contract_output":
+        width = min(width, 32)  # their windows are larger
     width = min(width, max(_LEAST, bases * power_of_two(in_features)))
     columns = min(columns, max(_LEAST, power_of_two(out_features)))
     rows = min(rows, max(_LEAST, power_of_two(batch)))
     if kernel == "contract_weight":  # splitting the batch fills the device
         if out_features % _LEAST:
             # Rows of g and of the gradient that begin anywhere are moved number by number, each with an address of its own:
-            # on Hopper 256 columns then spill 1056 bytes, 128 still 120, and none with half the depth.
-            columns, depth = min(columns, 128), 16
-        return Tile(0, columns, width // bases, bases, depth, _warps(width * columns, depth * width, products), stages)
-    if kernel == "contract_input":
+            # 256 columns then spill 1056 bytes, 128 still 136.
+            columns, depth = min(columns, 64), 16
+        accumulators, made, loaded = width * columns, depth * width, depth * columns
+    elif kernel == "contract_input":
+        if features > bases and _is_hopper(target):
+            rows = min(rows, 64)  # what goes on from block to block of bases is in the way: 128 rows spill up to 32 bytes
         while -(-batch // rows) * -(-in_features // max(1, width // bases)) < target.processors and max(rows, width) > 32:
             rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
         # The features of the epilogue take as much room as the accumulator that they weigh.
-        return Tile(rows, 0, width // bases, bases, depth, _warps(2 * rows * width, 0, products), stages)
-    while -(-batch // rows) * -(-out_features // columns) < target.processors and max(rows, columns) > 32:
-        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
-    return Tile(rows, columns, width // bases, bases, depth, _warps(rows * columns, rows * width, products), stages)
+        accumulators, made, loaded = 2 * rows * width, 0, depth * (rows + width)
+    else:
+        while -(-batch // rows) * -(-out_features // columns) < target.processors and max(rows, columns) > 32:
+            rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+        accumulators, made, loaded = rows * columns, rows * width, width * columns
+    warps = _warps(accumulators, made, loaded * (4 if out_features % _LEAST else 1), products, target)
+    if out_features % _LEAST:
+        warps = min(8, 2 * warps)  # every number has an address of its own
+    if kernel == "contract_weight":
+        rows = 0
+    elif kernel == "contract_input":
+        columns = 0
+    return Tile(rows, columns, width // bases, bases, depth, warps, stages)
 
 
 def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
@@ -155,10 +186,10 @@ def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
 def is_narrow(batch: int, in_features: int, out_features: int, products: str, target: Target) -> bool:
     """Whether the narrow kernel takes a layer of so few outputs.
 
-    Up to 16 outputs a tensor instruction would be mostly padding, and up to 32 where float32 takes three of them. Its
+    Up to 16 outputs a tensor instruction would be mostly padding, and up to 32 where float32 takes six of them. Its
     programs walk through all inputs one by one, so with many inputs it needs a batch that fills the device.
     """
-    few = 16 if products in (HALF, TF32) else 32
+    few = 16 if products in (HALF, TWO) else 32
     return out_features <= few and (in_features <= 64 or batch >= 256 * target.processors)
 
 
@@ -180,10 +211,15 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _warps(area: int, features: int, products: str) -> int:
-    """64 accumulators per thread; half that where operands are split, a quarter where they are twice as wide; 8 at most.
+def _warps(accumulators: int, made: int, loaded: int, products: str, target: Target) -> int:
+    """64 accumulators per thread; a quarter where they are twice as wide, and half before Hopper where operands have parts,
+    which are in registers there; 8 warps at most.
 
-    And no more than half as many features of a step, each made from values of its own: else tiles of few columns spill.
+    And no more than half as many features made in a step, each from values of its own (else tiles of few columns spill), and as
+    many numbers loaded, half as many where they are cut in parts.
     """
-    per_thread = {TF32X3: 32, DOUBLE: 16}.get(products, 64)
-    return max(1, min(8, power_of_two(max(area // (32 * per_thread), features // (16 * per_thread)))))
+    in_parts = products in (THREE, TWO)
+    per_thread = 16 if products == DOUBLE else 32 if in_parts and not _is_hopper(target) else 64
+    operands = max(made, loaded // 2) // (16 if in_parts else 32)
+    threads = max(accumulators // per_thread, 2 * made // per_thread, operands)
+    return max(1, min(8, power_of_two(threads // 32)))

@@ -134,7 +134,7 @@ def tune(kernel: str, problem: "Problem", device: torch.device, clock: Callable[
 
 
 # What the rounding of operands and of the result may add to the error, relative to the largest number of the result.
-_FLOOR = {tiles.HALF: 2.0**-7, tiles.TF32: 2.0**-9, tiles.TF32X3: 2.0**-20, tiles.IEEE: 2.0**-20, tiles.DOUBLE: 2.0**-46}
+_FLOOR = {tiles.HALF: 2.0**-7, tiles.TWO: 2.0**-14, tiles.THREE: 2.0**-20, tiles.IEEE: 2.0**-20, tiles.DOUBLE: 2.0**-46}
 
 
 class Trial:
@@ -255,7 +255,7 @@ def key(kernel: str, problem: "Problem", device: torch.device) -> dict[str, Any]
 
 
 def _default(kernel: str, p: "Problem") -> Tile:
-    return tiles.wide_tile(kernel, p.products, p.batch, p.in_features, p.features, p.out_features, p.target)
+    return tiles.wide_tile(kernel, p.products, p.batch, p.in_features, p.features, p.out_features, p.target, p.order)
 
 
 def _name(device: torch.device) -> str:

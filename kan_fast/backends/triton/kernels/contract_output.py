@@ -13,9 +13,10 @@ from kan_fast.backends.triton.kernels.features import (
     nan_where_unknown,
     smooth_features,
     spline_features,
-    spread,
 )
+from kan_fast.backends.triton.kernels.products import add_product, parts
 from kan_fast.backends.triton.kernels.spline import continuous, uniform_inputs
+from kan_fast.backends.triton.kernels.spreading import spread
 
 
 @triton.jit
@@ -23,17 +24,18 @@ def add_splines(
     total, x, scale, spline_weight, all_knots, middles, scales, rows, row_ok, columns, column_ok,
     in_features, out_features, x_row, x_col, scale_row, scale_col, steps, uniform,
     SMOOTH: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr,
+    SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr,
+    WHOLE: tl.constexpr, OFFSETS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """total (ROWS, COLUMNS) and the products of all splines: features (ROWS, INPUTS * BASES) by weights (INPUTS * BASES, COLUMNS)
-    a step. SMOOTH: by smooth_features, from middles and scales; else by spline_features, which `uniform` is for.
+    """total (ROWS, COLUMNS) and the products of all splines, a step features (ROWS, INPUTS * BASES) by weights (INPUTS * BASES,
+    COLUMNS). SMOOTH: by smooth_features, from middles and scales; else by spline_features, which `uniform` is for.
     """
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
     k = tl.arange(0, INPUTS * BASES)
     # Within a step's block of weights: the same in all steps, so that a step adds one number to each address.
     at_block = (k // BASES * FEATURES + k % BASES)[:, None].to(OFFSETS) * out_features + columns[None, :]
-    for step in tl.range(steps, num_stages=None if SMOOTH else 2):
+    for step in tl.range(steps, num_stages=None if SMOOTH else STAGES):
         first_input = step // CHUNKS * INPUTS
         first_base = step % CHUNKS * BASES
         inputs = first_input + tl.arange(0, INPUTS)[None, :]
@@ -48,13 +50,13 @@ def add_splines(
         else:
             knots = knots_of(all_knots, inputs, in_features, ORDER, FEATURES)
             first, values, others = spline_features(at, s, knots, uniform, SCALED, ORDER, FEATURES, OUTSIDE, N)
-        phi = spread(first, values, others, first_base, OPERAND, ROWS, INPUTS, BASES, ORDER)
+        phi = spread(first, values, others, first_base, PARTS, OPERAND, ROWS, INPUTS, BASES, ORDER)
         block = spline_weight + (first_input.to(tl.int64) * FEATURES + first_base) * out_features
         ok = column_ok[None, :]
         if not WHOLE or FEATURES % BASES != 0:
             ok = ok & ((first_input + k // BASES < in_features) & (first_base + k % BASES < FEATURES))[:, None]
         w = tl.load(block + at_block, mask=ok, other=0.0)
-        total = tl.dot(phi, w.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+        total = add_product(total, phi, parts(w, PARTS, OPERAND))
     return total
 
 
@@ -63,15 +65,15 @@ def contract_output_wide(
     x, scale, spline_weight, base_weight, all_knots, middles, scales, uniform, y,
     batch, in_features, out_features, x_row, x_col, scale_row, scale_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, SPLINE: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile (ROWS, COLUMNS) of y: a product whose left operand is made in registers.
 
     First come all splines, then the base activations, DEPTH inputs a step. middles, scales (in_features,) and uniform (blocks
     of DESCRIBED inputs,) as describe_knots leaves them. WHOLE: in_features is a multiple of INPUTS. OFFSETS: the type that
-    holds the places of numbers within INPUTS inputs' weights.
+    holds the places of numbers within INPUTS inputs' weights. STAGES: as tiles.stages_of_any_knots has it.
     """
     tile = tl.program_id(0)
     tall, wide = tl.cdiv(batch, ROWS), tl.cdiv(out_features, COLUMNS)
@@ -96,16 +98,16 @@ def contract_output_wide(
             # assembler would then wait for every tensor instruction by itself (C7515).
             total = add_splines(
                 total, *operands, steps * flag, 1, True,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS, STAGES,
             )  # fmt: skip
             total = add_splines(
                 total, *operands, steps * (1 - flag), 0, False,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS, STAGES,
             )  # fmt: skip
         else:
             total = add_splines(
                 total, *operands, steps, flag, False,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS, STAGES,
             )  # fmt: skip
     if ACTIVATION != 0:
         for start in range(0, in_features, DEPTH):
@@ -120,7 +122,7 @@ def contract_output_wide(
                 mask=(inputs < in_features)[:, None] & column_ok[None, :],
                 other=0.0,
             )
-            total = tl.dot(phi.to(OPERAND), w.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+            total = add_product(total, parts(phi, PARTS, OPERAND), parts(w, PARTS, OPERAND))
 
     at_y = y + rows[:, None] * out_features + columns[None, :]
     tl.store(at_y, total.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])

@@ -11,9 +11,10 @@ from kan_fast.backends.triton.kernels.features import (
     load_scaled,
     smooth_features,
     spline_features,
-    spread,
 )
+from kan_fast.backends.triton.kernels.products import add_product, parts, turned
 from kan_fast.backends.triton.kernels.spline import continuous, middle_and_scale, uniform_inputs
+from kan_fast.backends.triton.kernels.spreading import spread
 
 
 @triton.jit
@@ -21,15 +22,15 @@ def add_rows(
     total, x, scale, g, knots, inputs, input_ok, first_base, begin, end, columns, column_ok,
     x_row, x_col, scale_row, scale_col, g_row, g_col, uniform,
     SMOOTH: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
-    INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+    SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """total (INPUTS * BASES, COLUMNS) and the products of rows begin, ..., end - 1: transposed features (DEPTH, INPUTS * BASES)
     by g (DEPTH, COLUMNS) a step. SMOOTH: by smooth_features; else by spline_features, which
     `uniform` is for.
     """
     middle, inverse_h = middle_and_scale(knots, ORDER, FEATURES, DTYPE)
-    for start in tl.range(begin, end, DEPTH, num_stages=None if SMOOTH else 2):
+    for start in tl.range(begin, end, DEPTH, num_stages=None if SMOOTH else STAGES):
         rows = tl.arange(0, DEPTH).to(tl.int64) + start
         row_ok = rows < end
         ok = row_ok[:, None] & input_ok
@@ -38,10 +39,10 @@ def add_rows(
             first, values, others = smooth_features(at, s, middle, inverse_h, SCALED, ORDER, FEATURES, OUTSIDE, N)
         else:
             first, values, others = spline_features(at, s, knots, uniform, SCALED, ORDER, FEATURES, OUTSIDE, N)
-        phi = spread(first, values, others, first_base, OPERAND, DEPTH, INPUTS, BASES, ORDER)
+        phi = spread(first, values, others, first_base, PARTS, OPERAND, DEPTH, INPUTS, BASES, ORDER)
         at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
         pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-        total = tl.dot(tl.trans(phi), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+        total = add_product(total, turned(phi), parts(pulled, PARTS, OPERAND))
     return total
 
 
@@ -50,8 +51,8 @@ def gradient_of_spline(
     x, scale, g, all_knots, d_spline, split, begin, end, part, columns,
     in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
-    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+    SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows begin, ..., end - 1 of the batch into (INPUTS * BASES, COLUMNS) of d_spline[split]."""
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
@@ -66,18 +67,18 @@ def gradient_of_spline(
         total = add_rows(
             total, x, scale, g, knots, inputs, input_ok, first_base, begin, middle, columns, column_ok,
             x_row, x_col, scale_row, scale_col, g_row, g_col, 1, True,
-            ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH, STAGES,
         )  # fmt: skip
         total = add_rows(
             total, x, scale, g, knots, inputs, input_ok, first_base, middle, end, columns, column_ok,
             x_row, x_col, scale_row, scale_col, g_row, g_col, 0, False,
-            ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH, STAGES,
         )  # fmt: skip
     else:
         total = add_rows(
             total, x, scale, g, knots, inputs, input_ok, first_base, begin, end, columns, column_ok,
             x_row, x_col, scale_row, scale_col, g_row, g_col, uniform, False,
-            ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH, STAGES,
         )  # fmt: skip
     k = tl.arange(0, INPUTS * BASES)
     i, f = block * INPUTS + k // BASES, first_base + k % BASES
@@ -91,7 +92,7 @@ def gradient_of_base(
     x, scale, g, d_base, split, begin, end, part, columns,
     in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
     ACTIVATION: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows begin, ..., end - 1 of the batch into (HEIGHT inputs, COLUMNS) of d_base[split]."""
@@ -106,7 +107,7 @@ def gradient_of_base(
         phi = base_feature(at, s, SCALED, ACTIVATION, N)
         at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
         pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-        total = tl.dot(tl.trans(phi.to(OPERAND)), pulled.to(OPERAND), total, input_precision=PRECISION, out_dtype=DTYPE)
+        total = add_product(total, turned(parts(phi, PARTS, OPERAND)), parts(pulled, PARTS, OPERAND))
     row_of_weights = (split.to(tl.int64) * in_features + inputs) * out_features
     ok = input_ok[:, None] & column_ok[None, :]
     tl.store(d_base + row_of_weights[:, None] + columns[None, :], total.to(d_base.dtype.element_ty), mask=ok)
@@ -117,13 +118,15 @@ def contract_weight_split(
     x, scale, g, all_knots, d_spline, d_base,
     batch, in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col, rows_per_split,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, SPLINE: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
+    SCALED: tl.constexpr, SPLINE: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient from one slice of the batch: transposed features times g, DEPTH rows of the batch a step.
 
     A tile is (INPUTS * BASES, COLUMNS) of d_spline; after all those come tiles of BASES * INPUTS inputs of d_base.
-    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else partial sums.
+    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else partial sums. STAGES: as
+    tiles.stages_of_any_knots has it.
     """
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
     tile = tl.program_id(0)
@@ -139,14 +142,14 @@ def contract_weight_split(
             gradient_of_spline(
                 x, scale, g, all_knots, d_spline, split, begin, end, part, columns,
                 in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PRECISION, OPERAND, DTYPE, COLUMNS, INPUTS, BASES, DEPTH,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, COLUMNS, INPUTS, BASES, DEPTH, STAGES,
             )  # fmt: skip
     if ACTIVATION != 0:
         if part >= spline_parts:
             gradient_of_base(
                 x, scale, g, d_base, split, begin, end, part - spline_parts, columns,
                 in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
-                ACTIVATION, N, SCALED, PRECISION, OPERAND, DTYPE, BASES * INPUTS, COLUMNS, DEPTH,
+                ACTIVATION, N, SCALED, PARTS, OPERAND, DTYPE, BASES * INPUTS, COLUMNS, DEPTH,
             )  # fmt: skip
 
 

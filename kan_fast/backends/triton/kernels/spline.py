@@ -216,7 +216,9 @@ def local_bases(x, knots, uniform, ORDER: tl.constexpr, FEATURES: tl.constexpr, 
     """
     if OUTSIDE == ZERO:
         span = find_span(x, knots, uniform, ORDER, FEATURES, OUTSIDE)
-        values = basis(x, knots, span, uniform, ORDER, FEATURES, N)
+        # Beyond all knots no basis exists, but a block of bases may have places for some; what stands there has to be finite.
+        lowest, highest = tl.load(knots).to(x.dtype), tl.load(knots + (FEATURES + ORDER)).to(x.dtype)
+        values = basis(tl.minimum(tl.maximum(x, lowest), highest), knots, span, uniform, ORDER, FEATURES, N)
     else:
         start, end = tl.load(knots + ORDER).to(x.dtype), tl.load(knots + FEATURES).to(x.dtype)
         nearest = tl.minimum(tl.maximum(x, start), end)
