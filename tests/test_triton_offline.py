@@ -7,6 +7,7 @@ slow: all of benchmarks.kernels.all_configurations.
 import functools
 import os
 import re
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels that are interpreted in this process cannot be compiled", allow_module_level=True)
+
+from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks.kernels import (
     ARCHITECTURES,
@@ -88,6 +91,18 @@ def test_bfloat16_runs_on_the_tensor_cores(kernel):
     assert "HMMA.16816.F32.BF16" in main_kernel(Configuration(kernel, 80, n=n)).tensor
     assert any(name.startswith("UTC") for name in main_kernel(Configuration(kernel, 100, n=n)).tensor)
     assert any("bf16" in name for name in main_kernel(Configuration(kernel, "gfx942", n=n)).tensor)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_products_of_bfloat16_go_on_while_more_is_made(kernel, tmp_path):
+    # Where the accumulator is touched by anything else, the assembler waits for each instruction by itself, and says so.
+    made = main_kernel(Configuration(kernel, 90, n=int(kernel == "contract_input")))
+    source = tmp_path / "kernel.ptx"
+    source.write_text(made.ptx)
+    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", source, "-o", tmp_path / "kernel.cubin"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Compiling entry function" in told.stderr
+    assert "serialized" not in told.stderr
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
