@@ -17,7 +17,7 @@ from benchmarks.cases import Shape
 
 # Instructions to find the span and evaluate k + 1 local bases, to place one feature, and for a base activation: counted
 # in kan_fast/backends/triton/kernels on uniform knots. They set the scale; compilers differ by a fifth.
-SPAN, PER_ORDER, PLACE, ACTIVATION = 16, 8, 9, 12
+SPAN, PER_ORDER, PLACE, ACTIVATION = 8, 4, 4, 12
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def _card(name: str, float16: float, tf32: float, tf32x3: float, float64: float,
 
 
 # Vendors' data sheets, dense (no structured sparsity): H100 SXM5, H200 SXM (NVIDIA H200 Tensor Core GPU datasheet: the H100's
-# chip with HBM3e; its rates with sparsity, halved), A100 SXM4 80 GB, and MI300X. "tf32x3" is three tf32 products on NVIDIA.
+# chip with HBM3e; its rates with sparsity, halved), A100 SXM4 80 GB, and MI300X. "tf32x3" is three tf32 products on NVIDIA, or
+# six of bfloat16, which take as long.
 # Lanes: float32 FMA peak / 2. float64: that of the tensor cores, where there are any.
 CARDS = {
     made.name: made

@@ -162,7 +162,6 @@ def plan_contract_output(
     knots, described = _plan_knots(grid, p)
     arguments.update(p.product_modes(), **described, ROWS=tile.rows, COLUMNS=tile.columns)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
-    arguments["STAGES"] = tiles.stages_of_any_knots(p.order, p.outside, p.target)
     arguments["WHOLE"] = p.in_features % tile.inputs == 0
     arguments["OFFSETS"] = tl.int32 if tile.inputs * p.features * p.out_features < 2**31 else tl.int64
     programs = -(-p.batch // tile.rows) * -(-p.out_features // tile.columns)
@@ -231,7 +230,6 @@ def plan_contract_weight(
         **_strides("x", x), **_strides("scale", x if scale is None else scale), **_strides("g", g),
         "rows_per_split": rows, "SCALED": scale is not None, **p.modes(), **p.product_modes(),
         "COLUMNS": tile.columns, "INPUTS": tile.inputs, "BASES": tile.bases, "DEPTH": tile.depth,
-        "STAGES": tiles.stages_of_any_knots(p.order, p.outside, p.target),
     }  # fmt: skip
     launches = [_product(contract_weight_split, (programs, count), arguments, tile)]
     if count > 1:

@@ -105,15 +105,6 @@ def _is_hopper(target: Target) -> bool:
     return target.kind == "cuda" and target.arch in (90, 100, 103)
 
 
-def stages_of_any_knots(order: int, outside: str, target: Target) -> int:
-    """Triton's num_stages of the loops for knots that are not uniform, which gather so many that registers are scarce.
-
-    Before Hopper two stages spill up to 136 bytes beside the loop for uniform knots; there they fit, but for larger windows and
-    linear extensions.
-    """
-    return 2 if _is_hopper(target) and order <= 3 and outside != "linear" else 1
-
-
 # Inputs whose knots a program describes for contract_output: few, so that the one warp of each has little to wait for.
 DESCRIBED = 32
 

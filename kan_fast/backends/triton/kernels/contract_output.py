@@ -26,7 +26,7 @@ def add_splines(
     SMOOTH: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr,
-    WHOLE: tl.constexpr, OFFSETS: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """total (ROWS, COLUMNS) and the products of all splines, a step features (ROWS, INPUTS * BASES) by weights (INPUTS * BASES,
     COLUMNS). SMOOTH: by smooth_features, from middles and scales; else by spline_features, which `uniform` is for.
@@ -35,7 +35,8 @@ def add_splines(
     k = tl.arange(0, INPUTS * BASES)
     # Within a step's block of weights: the same in all steps, so that a step adds one number to each address.
     at_block = (k // BASES * FEATURES + k % BASES)[:, None].to(OFFSETS) * out_features + columns[None, :]
-    for step in tl.range(steps, num_stages=None if SMOOTH else STAGES):
+    # Knots of any kind are gathered by so many addresses that loads of further steps would spill.
+    for step in tl.range(steps, num_stages=None if SMOOTH else 1):
         first_input = step // CHUNKS * INPUTS
         first_base = step % CHUNKS * BASES
         inputs = first_input + tl.arange(0, INPUTS)[None, :]
@@ -67,13 +68,13 @@ def contract_output_wide(
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, SPLINE: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIBED: tl.constexpr, WHOLE: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """One tile (ROWS, COLUMNS) of y: a product whose left operand is made in registers.
 
     First come all splines, then the base activations, DEPTH inputs a step. middles, scales (in_features,) and uniform (blocks
     of DESCRIBED inputs,) as describe_knots leaves them. WHOLE: in_features is a multiple of INPUTS. OFFSETS: the type that
-    holds the places of numbers within INPUTS inputs' weights. STAGES: as tiles.stages_of_any_knots has it.
+    holds the places of numbers within INPUTS inputs' weights.
     """
     tile = tl.program_id(0)
     tall, wide = tl.cdiv(batch, ROWS), tl.cdiv(out_features, COLUMNS)
@@ -98,16 +99,16 @@ def contract_output_wide(
             # assembler would then wait for every tensor instruction by itself (C7515).
             total = add_splines(
                 total, *operands, steps * flag, 1, True,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS, STAGES,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
             )  # fmt: skip
             total = add_splines(
                 total, *operands, steps * (1 - flag), 0, False,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS, STAGES,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
             )  # fmt: skip
         else:
             total = add_splines(
                 total, *operands, steps, flag, False,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS, STAGES,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, ROWS, INPUTS, BASES, WHOLE, OFFSETS,
             )  # fmt: skip
     if ACTIVATION != 0:
         for start in range(0, in_features, DEPTH):

@@ -23,14 +23,14 @@ def add_rows(
     x_row, x_col, scale_row, scale_col, g_row, g_col, uniform,
     SMOOTH: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
-    INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """total (INPUTS * BASES, COLUMNS) and the products of rows begin, ..., end - 1: transposed features (DEPTH, INPUTS * BASES)
     by g (DEPTH, COLUMNS) a step. SMOOTH: by smooth_features; else by spline_features, which
     `uniform` is for.
     """
     middle, inverse_h = middle_and_scale(knots, ORDER, FEATURES, DTYPE)
-    for start in tl.range(begin, end, DEPTH, num_stages=None if SMOOTH else STAGES):
+    for start in tl.range(begin, end, DEPTH, num_stages=None if SMOOTH else 1):
         rows = tl.arange(0, DEPTH).to(tl.int64) + start
         row_ok = rows < end
         ok = row_ok[:, None] & input_ok
@@ -52,7 +52,7 @@ def gradient_of_spline(
     in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
-    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows begin, ..., end - 1 of the batch into (INPUTS * BASES, COLUMNS) of d_spline[split]."""
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
@@ -67,18 +67,18 @@ def gradient_of_spline(
         total = add_rows(
             total, x, scale, g, knots, inputs, input_ok, first_base, begin, middle, columns, column_ok,
             x_row, x_col, scale_row, scale_col, g_row, g_col, 1, True,
-            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH, STAGES,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
         )  # fmt: skip
         total = add_rows(
             total, x, scale, g, knots, inputs, input_ok, first_base, middle, end, columns, column_ok,
             x_row, x_col, scale_row, scale_col, g_row, g_col, 0, False,
-            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH, STAGES,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
         )  # fmt: skip
     else:
         total = add_rows(
             total, x, scale, g, knots, inputs, input_ok, first_base, begin, end, columns, column_ok,
             x_row, x_col, scale_row, scale_col, g_row, g_col, uniform, False,
-            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH, STAGES,
+            ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, INPUTS, BASES, DEPTH,
         )  # fmt: skip
     k = tl.arange(0, INPUTS * BASES)
     i, f = block * INPUTS + k // BASES, first_base + k % BASES
@@ -120,13 +120,11 @@ def contract_weight_split(
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, SPLINE: tl.constexpr, PARTS: tl.constexpr, OPERAND: tl.constexpr, DTYPE: tl.constexpr,
     COLUMNS: tl.constexpr, INPUTS: tl.constexpr, BASES: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient from one slice of the batch: transposed features times g, DEPTH rows of the batch a step.
 
     A tile is (INPUTS * BASES, COLUMNS) of d_spline; after all those come tiles of BASES * INPUTS inputs of d_base.
-    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else partial sums. STAGES: as
-    tiles.stages_of_any_knots has it.
+    Split s writes to d_spline[s] and d_base[s]: the tensors themselves if there is one split, else partial sums.
     """
     CHUNKS: tl.constexpr = (FEATURES + BASES - 1) // BASES
     tile = tl.program_id(0)
@@ -142,7 +140,7 @@ def contract_weight_split(
             gradient_of_spline(
                 x, scale, g, all_knots, d_spline, split, begin, end, part, columns,
                 in_features, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col,
-                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, COLUMNS, INPUTS, BASES, DEPTH, STAGES,
+                ORDER, FEATURES, OUTSIDE, N, SCALED, PARTS, OPERAND, DTYPE, COLUMNS, INPUTS, BASES, DEPTH,
             )  # fmt: skip
     if ACTIVATION != 0:
         if part >= spline_parts:
