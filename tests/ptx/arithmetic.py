@@ -49,10 +49,13 @@ def calculate(block: "Block", instruction: Instruction) -> None:
 def setp(block: "Block", instruction: Instruction) -> None:
     """A comparison into a predicate."""
     fields, o = instruction.fields, instruction.operands
-    kind, how = next(field for field in reversed(fields) if field in TYPES), fields[1]
+    how, kind = fields[1], next(field for field in reversed(fields) if field in TYPES or field == "bf16")
     if len(o) > 3:
         raise NotImplementedError(instruction.text)
-    a, b = block.read(o[1], kind), block.read(o[2], kind)
+    if kind == "bf16":
+        a, b, kind = bfloat16(block.read(o[1], "b16")), bfloat16(block.read(o[2], "b16")), "f32"
+    else:
+        a, b = block.read(o[1], kind), block.read(o[2], kind)
     unknown = np.isnan(a) | np.isnan(b) if kind[0] == "f" else np.zeros(block.threads, bool)
     if how in ("nan", "num"):
         result = unknown if how == "nan" else ~unknown
@@ -174,9 +177,12 @@ def _bit_field(block: "Block", instruction: Instruction) -> None:
         mask = (one << length) - one << start
         block.write(o[0], (base & ~mask | field << start & mask).astype(TYPES[kind]))
         return
+    start, length = (block.read(operand, "u32").astype(np.uint64) for operand in o[2:4])
+    if kind == "u64":
+        block.write(o[0], block.read(o[1], kind) >> start & (one << length) - one)
+        return
     if kind[1:] != "32":
         raise NotImplementedError(instruction.text)
-    start, length = (block.read(operand, "u32").astype(np.uint64) for operand in o[2:4])
     value = (block.read(o[1], "b32").astype(np.uint64) >> start & (one << length) - one).astype(np.int64)
     if kind == "s32":
         length = length.astype(np.int64)
