@@ -36,7 +36,11 @@ def check_path(name: str, value: Any) -> str | os.PathLike[str]:
 def check_int(name: str, value: Any, least: int) -> int:
     """value as an int of at least so much."""
     expect(hasattr(value, "__index__") and not isinstance(value, bool), name, "an int", value)
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor or array of floats, or of several numbers
+        expect(False, name, "an int", value)
+        raise
     if number < least:
         raise ValueError(f"{name}: expected {least} or more, got {number}")
     return number
@@ -45,7 +49,12 @@ def check_int(name: str, value: Any, least: int) -> int:
 def check_number(name: str, value: Any, least: float = -math.inf) -> None:
     """Raise TypeError for what float() does not take as a number, ValueError for NaN and numbers below `least`."""
     expect(hasattr(value, "__float__"), name, "a number", value)
-    if not value >= least:
+    try:
+        enough = bool(value >= least)
+    except (TypeError, ValueError, RuntimeError):  # a tensor or array of several numbers
+        expect(False, name, "a number", value)
+        raise
+    if not enough:
         raise ValueError(f"{name}: expected {least:g} or more, got {value}")
 
 

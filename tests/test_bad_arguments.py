@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ BAD = [
     ("train_kan", TRAIN, "model", None, "expected a module, got None"),
     ("train_kan", TRAIN, "epochs", "3", "expected an int, got '3'"),
     ("train_kan", TRAIN, "epochs", 1.5, "expected an int, got 1.5"),
+    ("train_kan", TRAIN, "epochs", X, "expected an int, got Tensor"),
     ("train_kan", TRAIN, "epochs", -1, "expected 0 or more, got -1"),
     ("train_kan", TRAIN, "lr", None, "expected a number, got None"),
     ("train_kan", TRAIN, "lr", float("nan"), "expected 0 or more, got nan"),
@@ -53,6 +55,8 @@ BAD = [
     ("tune_grid_size", {"data_complexity": 2}, "input_dim", None, "expected a number, got None"),
     ("prune_kan", PRUNE, "threshold", "a", "expected a number, got 'a'"),
     ("prune_kan", PRUNE, "threshold", None, "expected a number, got None"),
+    ("prune_kan", PRUNE, "threshold", X, "expected a number, got Tensor"),
+    ("prune_kan", PRUNE, "threshold", np.ones(2), "expected a number, got ndarray"),
     ("prune_kan", PRUNE, "node_threshold", "a", "expected a number, got 'a'"),
     ("prune_kan", PRUNE, "data", 3, f"{ITERABLE} 3"),
     ("prune_kan", PRUNE, "input_names", 3, "expected names, got 3"),

@@ -176,3 +176,14 @@ def test_pruning_masks_edges():
     report = kan_fast.prune_kan(model, 0.5, relative=True)
     assert len(report.removed["layers.0"])
     assert model(X).isfinite().all()
+
+
+def test_a_mask_comes_with_the_checkpoint():
+    model, fresh, masked = model_with("spline_weight"), model_with("spline_weight"), model_with("spline_weight")
+    kan_fast.prune_kan(model, 0.5, relative=True)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(X), model(X))
+    kan_fast.prune_kan(masked, 0.5, relative=True)
+    plain = model_with("spline_weight")
+    masked.load_state_dict(plain.state_dict())
+    assert torch.equal(masked(X), plain(X))

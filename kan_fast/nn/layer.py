@@ -283,7 +283,7 @@ class KANLayer(KnotsStayWide):
                     f" {theirs[1]}, the layer has grid_size = {ours[0]} and spline_order = {ours[1]}"
                 )
                 return
-        if weight is not None:
+        if weight is not None or any(key.startswith(f"{prefix}parametrizations.spline_weight.") for key in state_dict):
             mask = state_dict.get(prefix + "edge_mask")
             if mask is None:
                 self.edge_mask = None
