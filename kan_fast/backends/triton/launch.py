@@ -165,7 +165,7 @@ def plan_contract_output(
     arguments["WHOLE"] = p.in_features % tile.inputs == 0
     arguments["OFFSETS"] = tl.int32 if tile.inputs * p.features * p.out_features < 2**31 else tl.int64
     programs = -(-p.batch // tile.rows) * -(-p.out_features // tile.columns)
-    return [*knots, _product(contract_output_wide, (programs,), arguments, tile)]
+    return [*knots, _product(contract_output_wide, (programs,), arguments, tile, p.target)]
 
 
 def plan_contract_input(
@@ -193,7 +193,7 @@ def plan_contract_input(
     arguments.update(p.product_modes(), ROWS=tile.rows)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
     programs = -(-p.batch // tile.rows) * -(-p.in_features // tile.inputs)
-    return [_product(contract_input_wide, (programs,), arguments, tile)]
+    return [_product(contract_input_wide, (programs,), arguments, tile, p.target)]
 
 
 def plan_contract_weight(
@@ -231,7 +231,7 @@ def plan_contract_weight(
         "rows_per_split": rows, "SCALED": scale is not None, **p.modes(), **p.product_modes(),
         "COLUMNS": tile.columns, "INPUTS": tile.inputs, "BASES": tile.bases, "DEPTH": tile.depth,
     }  # fmt: skip
-    launches = [_product(contract_weight_split, (programs, count), arguments, tile)]
+    launches = [_product(contract_weight_split, (programs, count), arguments, tile, p.target)]
     if count > 1:
         block = 1024  # 8 numbers per thread of 4 warps: two 16-byte loads in flight for each split
         arguments = {
@@ -261,12 +261,12 @@ def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], t
     return Launch(kernel, programs, arguments, _options(tile.warps, tile.stages))
 
 
-def _product(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:
+def _product(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile, target: Target) -> Launch:
     """The launch of a kernel of products. Of small tiles two blocks fit a multiprocessor however many registers they take; left
-    alone, the assembler aims at three and spills a few for it.
+    alone, NVIDIA's assembler aims at three and spills a few for it. AMD's compiler does not know the option.
     """
     launch = _launch(kernel, programs, arguments, tile)
-    if tile.warps <= 4:
+    if tile.warps <= 4 and target.kind == "cuda":
         launch.options["maxnreg"] = 255
     return launch
 
