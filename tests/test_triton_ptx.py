@@ -38,6 +38,7 @@ CASES = [
     ("contract_output", 90, BF16, "highest", (130, 24, 70), {"n": 1, "activation": "none"}),
     ("contract_output", 90, BF16, "highest", (40, 19, 40), {"grid_size": 9, "outside": "linear"}),
     ("contract_output", 90, BF16, "highest", (40, 19, 40), {"free": True}),
+    ("contract_weight", 90, BF16, "highest", (40, 8, 33), {"order": 4, "n": 1, "outside": "clamp", "x_dtype": BF16}),
     ("contract_output", 90, F32, "highest", (70, 5, 130), {"scaled": True, "n": 1}),
     ("contract_output", 90, F32, "high", (130, 5, 70), {"grid_size": 10}),
     ("contract_input", 80, F32, "highest", (40, 3, 5), {"n": 1, "free": True}),
@@ -71,15 +72,16 @@ def as_arrays(step):
 
 def results(
     kernel, arch, dtype, precision, size, *,
-    grid_size=5, order=3, outside="zero", activation="silu", n=0, free=False, scaled=False, change=lambda ptx: ptx,
+    grid_size=5, order=3, outside="zero", activation="silu", n=0, free=False, scaled=False, x_dtype=F32,
+    change=lambda ptx: ptx,
 ):  # fmt: skip
     """What a kernel's PTX computes, and the float64 reference: two tuples of tensors."""
     torch.manual_seed(0)
     (batch, inputs, outputs), features = size, grid_size + order
-    x, grid = 2.6 * torch.rand(batch, inputs) - 1.3, uniform_grid(inputs, grid_size, order, (-1.0, 1.0))
+    x, grid = (2.6 * torch.rand(batch, inputs) - 1.3).to(x_dtype), uniform_grid(inputs, grid_size, order, (-1.0, 1.0))
     if free:
         grid = (grid + (torch.rand_like(grid) - 0.5) / grid_size).sort(1).values
-    scale = torch.randn(batch, inputs) if scaled else None
+    scale = torch.randn(batch, inputs).to(x_dtype) if scaled else None
     spline, g = torch.randn(inputs, features, outputs).to(dtype), torch.randn(batch, outputs).to(dtype)
     base = torch.randn(inputs, outputs).to(dtype) if activation != "none" else None
     modes = activation, outside, n
@@ -93,7 +95,7 @@ def results(
             steps = launch.plan_contract_output(x, scale, spline, base, grid, *out, problem)
             truth = (reference.contract_output(x64, s64, w64, b64, t64, *modes),)
         elif kernel == "contract_input":
-            out = (torch.full((batch, inputs), torch.nan),)
+            out = (torch.full((batch, inputs), torch.nan, dtype=x_dtype),)
             steps = launch.plan_contract_input(x, spline, base, g, grid, *out, problem)
             truth = (reference.contract_input(x64, w64, b64, g64, t64, *modes),)
         else:
@@ -131,6 +133,7 @@ def test_layers_drawn_by_lot(seed):
         "grid_size": draw.choice([1, 3, 5, 6, 9, 20]), "order": order, "n": draw.randint(0, min(2, order)),
         "outside": draw.choice(["zero", "linear", "clamp"]), "activation": draw.choice(["silu", "none", "gelu"]),
         "free": draw.random() < 0.5, "scaled": kernel != "contract_input" and draw.random() < 0.3,
+        "x_dtype": draw.choice([F32, dtype]),
     }  # fmt: skip
     # On uneven knots, and for derivatives, single features are larger than sums of them.
     allowed = 2 * ALLOWED[BF16 if dtype == BF16 else precision]

@@ -42,28 +42,38 @@ def calculate(block: "Block", instruction: Instruction) -> None:
         block.write(o[0], PREDICATE_OPERATIONS[name](*(block.read(x, kind) for x in o[1:])))
     elif kind in ("f32", "f64"):
         _floats(block, instruction)
+    elif kind in ("bf16", "bf16x2"):
+        _bfloats(block, instruction)
     else:
         _integers(block, instruction)
 
 
 def setp(block: "Block", instruction: Instruction) -> None:
-    """A comparison into a predicate."""
+    """A comparison into a predicate; of two bfloat16 numbers in a word into two."""
     fields, o = instruction.fields, instruction.operands
-    how, kind = fields[1], next(field for field in reversed(fields) if field in TYPES or field == "bf16")
+    how, kind = fields[1], next(field for field in reversed(fields) if field in TYPES or field in ("bf16", "bf16x2"))
     if len(o) > 3:
         raise NotImplementedError(instruction.text)
-    if kind == "bf16":
-        a, b, kind = bfloat16(block.read(o[1], "b16")), bfloat16(block.read(o[2], "b16")), "f32"
+    into = o[0].split("|")
+    if kind == "bf16x2":
+        words = [block.read(x, "b32") for x in o[1:]]
+        for predicate, shift in zip(into, (0, 16), strict=True):
+            block.write(predicate, _compare(how, *(bfloat16(word >> np.uint32(shift)) for word in words)))
+    elif kind == "bf16":
+        block.write(into[0], _compare(how, *(bfloat16(block.read(x, "b16")) for x in o[1:])))
     else:
-        a, b = block.read(o[1], kind), block.read(o[2], kind)
-    unknown = np.isnan(a) | np.isnan(b) if kind[0] == "f" else np.zeros(block.threads, bool)
+        block.write(into[0], _compare(how, *(block.read(x, kind) for x in o[1:])))
+
+
+def _compare(how: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a.dtype.kind != "f":
+        result: np.ndarray = COMPARISONS[how](a, b)
+        return result
+    unknown = np.isnan(a) | np.isnan(b)
     if how in ("nan", "num"):
-        result = unknown if how == "nan" else ~unknown
-    elif kind[0] == "f":  # a third letter: true as well where a number is unknown
-        result = np.where(unknown, len(how) == 3, COMPARISONS[how[:2]](a, b))
-    else:
-        result = COMPARISONS[how](a, b)
-    block.write(o[0].split("|")[0], result)
+        return unknown if how == "nan" else ~unknown
+    # A third letter: true as well where a number is unknown.
+    return np.where(unknown, len(how) == 3, COMPARISONS[how[:2]](a, b))
 
 
 def cvt(block: "Block", instruction: Instruction) -> None:
@@ -109,6 +119,20 @@ def _floats(block: "Block", instruction: Instruction) -> None:
     elif "rp" in fields or "rz" in fields:
         raise NotImplementedError(instruction.text)
     block.write(o[0], result)
+
+
+def _bfloats(block: "Block", instruction: Instruction) -> None:
+    """What rounds nothing, on bfloat16 numbers, or two of them in a word."""
+    fields, o = instruction.fields, instruction.operands
+    if fields[0] not in ("min", "max", "abs", "neg") or len(fields) > 2:
+        raise NotImplementedError(instruction.text)
+    halves = (0, 16) if fields[1] == "bf16x2" else (0,)
+    words = [block.read(x, "b32" if len(halves) == 2 else "b16").astype(np.uint32) for x in o[1:]]
+    result = np.zeros(block.threads, np.uint32)
+    for shift in halves:
+        number = FLOAT_OPERATIONS[fields[0]](*(bfloat16(word >> np.uint32(shift)) for word in words))
+        result |= _to_half(number, "bf16").astype(np.uint32) << np.uint32(shift)
+    block.write(o[0], result if len(halves) == 2 else result.astype(np.uint16))
 
 
 def _integers(block: "Block", instruction: Instruction) -> None:
