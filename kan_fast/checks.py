@@ -22,8 +22,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def expect(fits: bool, name: str, wanted: str, value: Any) -> None:
     """Raise TypeError for an argument that is no `wanted` thing: `fits` says so."""
     if not fits:
-        shown = repr(value) if value is None or isinstance(value, str | int | float) else type(value).__name__
-        raise TypeError(f"{name}: expected {wanted}, got {shown}")
+        raise unexpected(name, wanted, value)
+
+
+def unexpected(name: str, wanted: str, value: Any) -> TypeError:
+    """The error that says which argument is no `wanted` thing, and what it is."""
+    shown = repr(value) if value is None or isinstance(value, str | int | float) else type(value).__name__
+    return TypeError(f"{name}: expected {wanted}, got {shown}")
 
 
 def check_path(name: str, value: Any) -> str | os.PathLike[str]:
@@ -38,9 +43,8 @@ def check_int(name: str, value: Any, least: int) -> int:
     expect(hasattr(value, "__index__") and not isinstance(value, bool), name, "an int", value)
     try:
         number = operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor or array of floats, or of several numbers
-        expect(False, name, "an int", value)
-        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor or array of floats, or of several numbers
+        raise unexpected(name, "an int", value) from error
     if number < least:
         raise ValueError(f"{name}: expected {least} or more, got {number}")
     return number
@@ -51,9 +55,8 @@ def check_number(name: str, value: Any, least: float = -math.inf) -> None:
     expect(hasattr(value, "__float__"), name, "a number", value)
     try:
         enough = bool(value >= least)
-    except (TypeError, ValueError, RuntimeError):  # a tensor or array of several numbers
-        expect(False, name, "a number", value)
-        raise
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor or array of several numbers
+        raise unexpected(name, "a number", value) from error
     if not enough:
         raise ValueError(f"{name}: expected {least:g} or more, got {value}")
 

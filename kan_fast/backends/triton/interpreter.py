@@ -109,10 +109,9 @@ def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
         (rows, depth), columns = a.data.shape[-2:], b.data.shape[-1]
         if depth < _LEAST_DEPTH:
             raise ValueError(f"tl.dot: expected a depth of at least {_LEAST_DEPTH}, got {rows} x {depth} x {columns}")
-        if _is_bfloat16(a):
-            left, right = from_bfloat16(a.data), from_bfloat16(b.data)
-        else:
+        if not _is_bfloat16(a):
             return original(self, a, b, d, input_precision, max_num_imprecise_acc)
+        left, right = from_bfloat16(a.data), from_bfloat16(b.data)
         return _interpreter.TensorHandle(np.matmul(left, right, dtype=np.float32) + d.data, d.dtype.scalar)
 
     return create_dot

@@ -141,14 +141,14 @@ def wide_tile(
             # Rows of g and of the gradient that begin anywhere are moved number by number, each with an address of its own:
             # 256 columns then spill 1056 bytes, 128 still 136.
             columns, depth = min(columns, 64), 16
-        accumulators, made, loaded = width * columns, depth * width, depth * columns
+        accumulators, made, loaded, rows = width * columns, depth * width, depth * columns, 0
     elif kernel == "contract_input":
         if features > bases and _is_hopper(target):
             rows = min(rows, 64)  # what goes on from block to block of bases is in the way: 128 rows spill up to 32 bytes
         while -(-batch // rows) * -(-in_features // max(1, width // bases)) < target.processors and max(rows, width) > 32:
             rows, width = (rows // 2, width) if rows >= width else (rows, width // 2)
         # The features of the epilogue take as much room as the accumulator that they weigh.
-        accumulators, made, loaded = 2 * rows * width, 0, depth * (rows + width)
+        accumulators, made, loaded, columns = 2 * rows * width, 0, depth * (rows + width), 0
     else:
         while -(-batch // rows) * -(-out_features // columns) < target.processors and max(rows, columns) > 32:
             rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
@@ -156,10 +156,6 @@ def wide_tile(
     warps = _warps(accumulators, made, loaded * (4 if out_features % _LEAST else 1), products, target)
     if out_features % _LEAST:
         warps = min(8, 2 * warps)  # every number has an address of its own
-    if kernel == "contract_weight":
-        rows = 0
-    elif kernel == "contract_input":
-        columns = 0
     return Tile(rows, columns, width // bases, bases, depth, warps, stages)
 
 
@@ -209,8 +205,9 @@ def _warps(accumulators: int, made: int, loaded: int, products: str, target: Tar
     And no more than half as many features made in a step, each from values of its own (else tiles of few columns spill), and as
     many numbers loaded, half as many where they are cut in parts.
     """
-    in_parts = products in (THREE, TWO)
-    per_thread = 16 if products == DOUBLE else 32 if in_parts and not _is_hopper(target) else 64
-    operands = max(made, loaded // 2) // (16 if in_parts else 32)
-    threads = max(accumulators // per_thread, 2 * made // per_thread, operands)
+    if products in (THREE, TWO):
+        each = 64 if _is_hopper(target) else 32, 16, 32
+    else:
+        each = (16, 8, 64) if products == DOUBLE else (64, 32, 64)
+    threads = max(count // share for count, share in zip((accumulators, made, loaded), each, strict=True))
     return max(1, min(8, power_of_two(threads // 32)))

@@ -68,15 +68,14 @@ def spline_features(
     That last one is 0, but NaN for x = NaN (and for a scale that makes 0 * scale NaN). The values at such an x are any numbers,
     of bases that exist.
     """
+    known = tl.where(x == x, x, tl.load(knots + ORDER).to(x.dtype))
     if continuous(ORDER, OUTSIDE, N):
         if uniform != 0:
             middle, inverse_h = middle_and_scale(knots, ORDER, FEATURES, x.dtype)
-            first, values = smooth_bases(tl.where(x == x, x, middle), middle, inverse_h, ORDER, FEATURES, OUTSIDE, N)
+            first, values = smooth_bases(known, middle, inverse_h, ORDER, FEATURES, OUTSIDE, N)
         else:
-            known = tl.where(x == x, x, tl.load(knots + ORDER).to(x.dtype))
             first, values = local_bases(known, knots, 0, ORDER, FEATURES, OUTSIDE, N)
     else:
-        known = tl.where(x == x, x, tl.load(knots + ORDER).to(x.dtype))
         first, values = local_bases(known, knots, uniform, ORDER, FEATURES, OUTSIDE, N)
     return first, scaled(values, s, SCALED), zero_or_nan(x, s, SCALED)
 
