@@ -126,6 +126,6 @@ def test_wide_layers_fill_the_device_and_narrow_ones_take_their_own_kernel():
     assert (tile.rows, tile.columns) == (128, 256)
     small = tiles.wide_tile("contract_output", tiles.HALF, 256, 1024, 8, 1024, H100)
     assert (256 // small.rows) * (1024 // small.columns) >= 132
-    assert tiles.is_narrow(10**6, 2, 5, tiles.THREE, H100)
-    assert not tiles.is_narrow(16384, 1024, 1024, tiles.THREE, H100)
-    assert not tiles.is_narrow(64, 784, 10, tiles.HALF, H100)  # a walk through 784 inputs by a single program
+    assert tiles.is_narrow(10**6, 2, 5, H100)
+    assert not tiles.is_narrow(16384, 1024, 1024, H100)
+    assert not tiles.is_narrow(64, 784, 10, H100)  # a walk through 784 inputs by a single program

@@ -131,7 +131,7 @@ def test_float32_is_several_products_of_bfloat16_or_true_float32(kernel):
 
 def test_narrow_kernels_use_no_tensor_instruction():
     for configuration in SAMPLE:
-        if configuration.out_features == 5 and configuration.kernel != "contract_weight":
+        if configuration.out_features == 5:
             resources = main_kernel(configuration)
             assert resources.name.endswith("_narrow") and not resources.tensor
 

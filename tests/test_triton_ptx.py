@@ -46,7 +46,12 @@ CASES = [
     ("contract_input", 90, BF16, "highest", (130, 9, 70), {"n": 1}),
     ("contract_input", 90, F32, "highest", (70, 9, 70), {"activation": "none"}),
     ("contract_input", 90, F32, "high", (70, 9, 40), {"n": 1}),
+    ("contract_output", 90, BF16, "highest", (600, 3, 5), {"free": True, "scaled": True}),
+    ("contract_output", 90, F32, "highest", (600, 2, 9), {"grid_size": 9, "outside": "clamp"}),
+    ("contract_input", 90, F32, "highest", (600, 2, 5), {"n": 1, "outside": "linear"}),
     ("contract_weight", 80, F32, "highest", (600, 2, 5), {}),
+    ("contract_weight", 90, F32, "highest", (300, 2, 13), {"grid_size": 9, "free": True}),
+    ("contract_weight", 90, BF16, "highest", (300, 3, 8), {"scaled": True, "n": 1}),
     ("contract_weight", 80, BF16, "highest", (70, 9, 33), {"free": True}),
     ("contract_weight", 90, BF16, "highest", (130, 17, 130), {"scaled": True}),
     ("contract_weight", 90, F32, "highest", (130, 9, 70), {"free": True}),
@@ -127,7 +132,7 @@ def test_layers_drawn_by_lot(seed):
     # Behind cp.async triton before 3.9 leaves out the fence that PTX asks for before wgmma.
     arch = 80 if OLD else draw.choice([80, 90])
     dtype, precision = draw.choice([(BF16, "highest"), (F32, "highest"), (F32, "high")])
-    size = draw.choice([17, 40, 130]), draw.choice([1, 3, 8, 16, 19]), draw.choice([17, 33, 40, 64, 130])
+    size = draw.choice([17, 40, 130]), draw.choice([1, 3, 8, 16, 19]), draw.choice([1, 5, 9, 16, 17, 33, 40, 64, 130])
     order = draw.choice([0, 1, 2, 3, 3, 3, 4, 5])
     modes = {
         "grid_size": draw.choice([1, 3, 5, 6, 9, 20]), "order": order, "n": draw.randint(0, min(2, order)),

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kan_fast.activations import ACTIVATIONS
 from kan_fast.backends.triton import interpreted, tiles, tuning
-from kan_fast.backends.triton.kernels.contract_input import contract_input_narrow, contract_input_wide
-from kan_fast.backends.triton.kernels.contract_output import contract_output_narrow, contract_output_wide
+from kan_fast.backends.triton.kernels.contract_input import contract_input_wide
+from kan_fast.backends.triton.kernels.contract_output import contract_output_wide
 from kan_fast.backends.triton.kernels.contract_weight import add_splits, contract_weight_split
 from kan_fast.backends.triton.kernels.features import describe_knots
+from kan_fast.backends.triton.kernels.narrow import contract_input_narrow, contract_output_narrow, contract_weight_narrow
 from kan_fast.backends.triton.tiles import Target, Tile
 from kan_fast.spline import OUTSIDE
 
@@ -154,10 +155,11 @@ def plan_contract_output(
         **_strides("x", x), **_strides("scale", x if scale is None else scale),
         "SCALED": scale is not None, **p.modes(),
     }  # fmt: skip
-    if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
-        tile = tiles.narrow_tile(p.batch, p.out_features, p.target)
-        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
-        return [_launch(contract_output_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
+    if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.target):
+        tile = tiles.narrow_tile(p.batch, p.out_features, p.order, p.products, p.target)
+        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns, OUTPUTS=p.out_features)
+        programs = tiles.narrow_programs(p.batch, tile, p.target)
+        return [_launch(contract_output_narrow, (programs,), arguments, tile, p.target)]
     tile = tile or tuning.tile("contract_output", p, x.device)
     knots, described = _plan_knots(grid, p)
     arguments.update(p.product_modes(), **described, ROWS=tile.rows, COLUMNS=tile.columns)
@@ -165,7 +167,7 @@ def plan_contract_output(
     arguments["WHOLE"] = p.in_features % tile.inputs == 0
     arguments["OFFSETS"] = tl.int32 if tile.inputs * p.features * p.out_features < 2**31 else tl.int64
     programs = -(-p.batch // tile.rows) * -(-p.out_features // tile.columns)
-    return [*knots, _product(contract_output_wide, (programs,), arguments, tile, p.target)]
+    return [*knots, _launch(contract_output_wide, (programs,), arguments, tile, p.target)]
 
 
 def plan_contract_input(
@@ -185,15 +187,16 @@ def plan_contract_input(
         "g": g, "all_knots": grid, "dx": dx, "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
         **_strides("x", x), **_strides("g", g), **p.modes(),
     }  # fmt: skip
-    if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.products, p.target):
-        tile = tiles.narrow_tile(p.batch, p.out_features, p.target)
-        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns)
-        return [_launch(contract_input_narrow, (-(-p.batch // tile.rows),), arguments, tile)]
+    if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.target):
+        tile = tiles.narrow_tile(p.batch, p.out_features, p.order, p.products, p.target)
+        arguments.update(ROWS=tile.rows, OUTPUTS=p.out_features)
+        programs = tiles.narrow_programs(p.batch, tile, p.target)
+        return [_launch(contract_input_narrow, (programs,), arguments, tile, p.target)]
     tile = tile or tuning.tile("contract_input", p, x.device)
     arguments.update(p.product_modes(), ROWS=tile.rows)
     arguments.update(INPUTS=tile.inputs, BASES=tile.bases, DEPTH=tile.depth, GROUP=tile.group)
     programs = -(-p.batch // tile.rows) * -(-p.in_features // tile.inputs)
-    return [_product(contract_input_wide, (programs,), arguments, tile, p.target)]
+    return [_launch(contract_input_wide, (programs,), arguments, tile, p.target)]
 
 
 def plan_contract_weight(
@@ -211,13 +214,19 @@ def plan_contract_weight(
     tile: instead of what tiles.py or tuning.py say.
     """
     p = problem
+    narrow = tile is None and tiles.is_narrow_weight(p.in_features, p.out_features)
+    if narrow:
+        tile = tiles.narrow_weight_tile(p.features, p.out_features)
     tile = tile or tuning.tile("contract_weight", p, x.device)
     parts = -(-p.in_features // tile.inputs) * -(-p.features // tile.bases) if p.spline else 0
-    parts += -(-p.in_features // (tile.inputs * tile.bases)) if p.base else 0
+    if narrow:
+        parts = parts or p.in_features  # the base branch goes with the first bases
+    elif p.base:
+        parts += -(-p.in_features // (tile.inputs * tile.bases))
     programs = parts * -(-p.out_features // tile.columns)
     spline_size = p.in_features * p.features * p.out_features if p.spline else 0
     base_size = p.in_features * p.out_features if p.base else 0
-    count, rows = tiles.splits(p.batch, programs, spline_size + base_size, tile.depth, p.target)
+    count, rows = tiles.splits(p.batch, programs, spline_size + base_size, tile.depth, p.target, tile.warps)
     spline_parts, base_parts = d_spline, d_base
     if count > 1:
         dtype = torch.promote_types(g.dtype, torch.float32)
@@ -228,17 +237,21 @@ def plan_contract_weight(
         "d_spline": spline_parts, "d_base": base_parts,
         "batch": p.batch, "in_features": p.in_features, "out_features": p.out_features,
         **_strides("x", x), **_strides("scale", x if scale is None else scale), **_strides("g", g),
-        "rows_per_split": rows, "SCALED": scale is not None, **p.modes(), **p.product_modes(),
-        "COLUMNS": tile.columns, "INPUTS": tile.inputs, "BASES": tile.bases, "DEPTH": tile.depth,
+        "rows_per_split": rows, "SCALED": scale is not None, **p.modes(),
+        "COLUMNS": tile.columns, "BASES": tile.bases,
     }  # fmt: skip
-    launches = [_product(contract_weight_split, (programs, count), arguments, tile, p.target)]
+    if narrow:
+        launches = [_launch(contract_weight_narrow, (programs, count), {**arguments, "ROWS": tile.rows}, tile, p.target)]
+    else:
+        arguments.update(p.product_modes(), INPUTS=tile.inputs, DEPTH=tile.depth)
+        launches = [_launch(contract_weight_split, (programs, count), arguments, tile, p.target)]
     if count > 1:
-        block = 1024  # 8 numbers per thread of 4 warps: two 16-byte loads in flight for each split
+        size, depth = tiles.sum_tile(spline_size + base_size, count, p.target)
         arguments = {
             "spline_parts": spline_parts, "base_parts": base_parts, "d_spline": d_spline, "d_base": d_base,
-            "spline_size": spline_size, "base_size": base_size, "splits": count, "SIZE": block,
+            "spline_size": spline_size, "base_size": base_size, "splits": count, "SIZE": size, "DEPTH": depth,
         }  # fmt: skip
-        launches.append(Launch(add_splits, (-(-(spline_size + base_size) // block),), arguments, _options(4, 1)))
+        launches.append(Launch(add_splits, (-(-(spline_size + base_size) // size),), arguments, _options(4, 1)))
     return launches
 
 
@@ -257,15 +270,11 @@ def _plan_knots(grid: Tensor, p: Problem) -> tuple[list[Launch], dict[str, Any]]
     return [Launch(describe_knots, (programs,), arguments, _options(1, 1))], {**found, "DESCRIBED": tiles.DESCRIBED}
 
 
-def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> Launch:
-    return Launch(kernel, programs, arguments, _options(tile.warps, tile.stages))
-
-
-def _product(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile, target: Target) -> Launch:
-    """The launch of a kernel of products. Of small tiles two blocks fit a multiprocessor however many registers they take; left
-    alone, NVIDIA's assembler aims at three and spills a few for it. AMD's compiler does not know the option.
+def _launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any], tile: Tile, target: Target) -> Launch:
+    """The launch of a kernel in tiles. Of small ones two blocks fit a multiprocessor whatever a thread's registers; left alone,
+    NVIDIA's assembler aims at three or more and spills a few for it. AMD's compiler does not know the option.
     """
-    launch = _launch(kernel, programs, arguments, tile)
+    launch = Launch(kernel, programs, arguments, _options(tile.warps, tile.stages))
     if tile.warps <= 4 and target.kind == "cuda":
         launch.options["maxnreg"] = 255
     return launch
@@ -278,5 +287,3 @@ def _options(warps: int, stages: int) -> dict[str, Any]:
 
 def _strides(name: str, tensor: Tensor) -> dict[str, int]:
     return {f"{name}_row": tensor.stride(0), f"{name}_col": tensor.stride(1)}
-
-

@@ -159,38 +159,70 @@ def wide_tile(
     return Tile(rows, columns, width // bases, bases, depth, warps, stages)
 
 
-def narrow_tile(batch: int, out_features: int, target: Target) -> Tile:
-    """The tile of a memory-bound kernel: all outputs, and rows enough for a few per thread."""
-    columns = power_of_two(out_features)
-    # 2048 numbers of accumulator are 16 per thread; twice as many spill where the gradient is held besides.
-    rows = min(max(32, 2048 // columns), 512)
+def narrow_tile(batch: int, out_features: int, order: int, products: str, target: Target) -> Tile:
+    """The tile of a narrow kernel (contract_output, contract_input): one or two rows a thread, with all their outputs.
+
+    Two rows of 5 outputs take about 140 registers; 64-bit numbers take two each, and windows of higher orders more.
+    """
+    rows = 64 if out_features > 6 or order > 3 or products == DOUBLE else 128
     while rows > 32 and -(-batch // rows) < 2 * target.processors:
         rows //= 2
-    # Of one or two outputs too a thread takes four rows at most: 16 of them, with their windows and knots, spill.
-    return Tile(rows, columns, 1, 1, 1, 4 if rows * max(columns, 4) >= 1024 else 1, 1)
+    return Tile(rows, power_of_two(out_features), 1, 1, 1, 2 if rows > 32 else 1, 1)
 
 
-def is_narrow(batch: int, in_features: int, out_features: int, products: str, target: Target) -> bool:
-    """Whether the narrow kernel takes a layer of so few outputs.
+def narrow_programs(batch: int, tile: Tile, target: Target) -> int:
+    """How many programs walk through the batch: as many as are there at once, so that knots are looked at no more often."""
+    return min(-(-batch // tile.rows), 16 // tile.warps * target.processors)
 
-    Up to 16 outputs a tensor instruction would be mostly padding, and up to 32 where float32 takes six of them. Its
-    programs walk through all inputs one by one, so with many inputs it needs a batch that fills the device.
+
+def narrow_weight_tile(features: int, out_features: int) -> Tile:
+    """The tile of contract_weight_narrow: a row a thread, which holds bases * columns sums (and columns of the base branch).
+
+    One warp, so that the sums of threads are added without shared memory. 8 x 5 sums take 85 registers.
     """
-    few = 16 if products in (HALF, TWO) else 32
-    return out_features <= few and (in_features <= 64 or batch >= 256 * target.processors)
+    columns = -(-out_features // -(-out_features // 8))
+    return Tile(32, columns, 1, min(8, power_of_two(features)), 32, 1, 1)
 
 
-def splits(batch: int, tiles: int, size: int, depth: int, target: Target) -> tuple[int, int]:
+def is_narrow(batch: int, in_features: int, out_features: int, target: Target) -> bool:
+    """Whether the narrow kernels take contract_output and contract_input of a layer of so few outputs.
+
+    Up to 16 outputs a tensor instruction would be mostly padding. Their programs walk through all inputs one by one, so with
+    many inputs they need a batch that fills the device.
+    """
+    return out_features <= 16 and (in_features <= 64 or batch >= 256 * target.processors)
+
+
+def is_narrow_weight(in_features: int, out_features: int) -> bool:
+    """Whether contract_weight_narrow takes a layer.
+
+    Its programs take an input each: with many of them they read the batch too often, and with many outputs the tensor cores
+    are faster.
+    """
+    return out_features <= 16 and in_features * out_features <= 128
+
+
+def splits(batch: int, tiles: int, size: int, depth: int, target: Target, warps: int = 8) -> tuple[int, int]:
     """How many slices of the batch contract_weight sums apart, and the rows of each: from shapes and device alone.
 
-    Enough of them for two programs per multiprocessor, no slice below 4 steps, and at most 64 MiB of partial sums (size
-    numbers each).
+    Enough of them for two programs per multiprocessor and 16 warps, no slice below 4 steps, and at most 64 MiB of partial sums
+    (size numbers each).
     """
-    wanted = -(-2 * target.processors // max(1, tiles))
+    wanted = -(-max(2, 16 // warps) * target.processors // max(1, tiles))
     most = min(max(1, batch // (4 * depth)), max(1, 2**24 // max(1, size)))
     count = max(1, min(wanted, most))
     rows = -(-batch // (count * depth)) * depth
     return max(1, -(-batch // rows)), rows
+
+
+def sum_tile(size: int, count: int, target: Target) -> tuple[int, int]:
+    """How many numbers a program of add_splits sums, and of how many slices at a time; 16 numbers a thread of 4 warps at most.
+
+    Few numbers of many slices are spread over programs (of 64 bytes) and over the threads of each: one load after another would
+    take as long as the contraction.
+    """
+    numbers = min(1024, max(16, power_of_two(-(-size // target.processors))))
+    return numbers, min(power_of_two(count), 2048 // numbers)
 
 
 def power_of_two(size: int) -> int:

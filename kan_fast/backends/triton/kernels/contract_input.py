@@ -105,39 +105,3 @@ def contract_input_wide(
             total += weigh(spline, first, values, others, chunk * BASES, ROWS, INPUTS, BASES, ORDER)
     at_dx = dx + rows[:, None] * in_features + inputs
     tl.store(at_dx, total.to(dx.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def contract_input_narrow(
-    x, spline_weight, base_weight, g, all_knots, dx,
-    batch, in_features, out_features, x_row, x_col, g_row, g_col,
-    ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SPLINE: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of dx; their g (at most COLUMNS outputs) stays in registers. Plain multiply-add, as in the narrow forward."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    row_ok, column_ok = rows < batch, columns < out_features
-    at_g = g + rows[:, None] * g_row + columns[None, :].to(tl.int64) * g_col
-    pulled = tl.load(at_g, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(DTYPE)
-    for step in range(in_features):
-        i = tl.zeros((), tl.int64) + step  # the interpreter counts in Python's numbers
-        at, s = load_scaled(x, x, rows, i, x_row, x_col, x_row, x_col, row_ok, False, DTYPE)
-        total = tl.zeros((ROWS,), DTYPE)
-        if SPLINE:
-            knots = knots_of(all_knots, i, in_features, ORDER, FEATURES)
-            flag = uniform_inputs(all_knots, i + tl.arange(0, 1), in_features, ORDER, FEATURES, DTYPE)
-            first, values, others = spline_features(at, s, knots, flag, False, ORDER, FEATURES, OUTSIDE, N)
-            values = nan_where_unknown(values, others)
-            weights = spline_weight + i * FEATURES * out_features
-            for q in tl.static_range(ORDER + 1):
-                f = first + q
-                exists = (f >= 0) & (f < FEATURES)
-                ok = exists[:, None] & column_ok[None, :]
-                w = tl.load(weights + f[:, None] * out_features + columns[None, :], mask=ok, other=0.0).to(DTYPE)
-                total += tl.where(exists, values[q], 0.0) * tl.sum(w * pulled, 1)
-        if ACTIVATION != 0:
-            w = tl.load(base_weight + i * out_features + columns, mask=column_ok, other=0.0).to(DTYPE)
-            total += base_feature(at, s, False, ACTIVATION, N) * tl.sum(w[None, :] * pulled, 1)
-        tl.store(dx + rows * in_features + i, total.to(dx.dtype.element_ty), mask=row_ok)

@@ -10,12 +10,11 @@ from kan_fast.backends.triton.kernels.features import (
     base_feature,
     knots_of,
     load_scaled,
-    nan_where_unknown,
     smooth_features,
     spline_features,
 )
 from kan_fast.backends.triton.kernels.products import add_product, parts
-from kan_fast.backends.triton.kernels.spline import continuous, uniform_inputs
+from kan_fast.backends.triton.kernels.spline import continuous
 from kan_fast.backends.triton.kernels.spreading import spread
 
 
@@ -114,9 +113,7 @@ def contract_output_wide(
         for start in range(0, in_features, DEPTH):
             inputs = start + tl.arange(0, DEPTH)
             ok = row_ok[:, None] & (inputs < in_features)[None, :]
-            at, s = load_scaled(
-                x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE
-            )
+            at, s = load_scaled(x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
             phi = base_feature(at, s, SCALED, ACTIVATION, N)
             w = tl.load(
                 base_weight + inputs[:, None].to(tl.int64) * out_features + columns[None, :],
@@ -125,43 +122,5 @@ def contract_output_wide(
             )
             total = add_product(total, parts(phi, PARTS, OPERAND), parts(w, PARTS, OPERAND))
 
-    at_y = y + rows[:, None] * out_features + columns[None, :]
-    tl.store(at_y, total.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
-
-
-@triton.jit
-def contract_output_narrow(
-    x, scale, spline_weight, base_weight, all_knots, y,
-    batch, in_features, out_features, x_row, x_col, scale_row, scale_col,
-    ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SCALED: tl.constexpr, SPLINE: tl.constexpr, DTYPE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows of y with all their outputs (at most COLUMNS): one pass over x and y, k + 1 rows of weights per input.
-
-    Plain multiply-add: no tensor instruction, hence no padding, and true float32 products.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    row_ok, column_ok = rows < batch, columns < out_features
-    total = tl.zeros((ROWS, COLUMNS), DTYPE)
-    for step in range(in_features):
-        i = tl.zeros((), tl.int64) + step  # the interpreter counts in Python's numbers
-        at, s = load_scaled(x, scale, rows, i, x_row, x_col, scale_row, scale_col, row_ok, SCALED, DTYPE)
-        if SPLINE:
-            knots = knots_of(all_knots, i, in_features, ORDER, FEATURES)
-            flag = uniform_inputs(all_knots, i + tl.arange(0, 1), in_features, ORDER, FEATURES, DTYPE)
-            first, values, others = spline_features(at, s, knots, flag, SCALED, ORDER, FEATURES, OUTSIDE, N)
-            values = nan_where_unknown(values, others)
-            weights = spline_weight + i * FEATURES * out_features
-            for q in tl.static_range(ORDER + 1):
-                f = first + q
-                exists = (f >= 0) & (f < FEATURES)
-                ok = exists[:, None] & column_ok[None, :]
-                w = tl.load(weights + f[:, None] * out_features + columns[None, :], mask=ok, other=0.0).to(DTYPE)
-                total += tl.where(exists, values[q], 0.0)[:, None] * w
-        if ACTIVATION != 0:
-            w = tl.load(base_weight + i * out_features + columns, mask=column_ok, other=0.0).to(DTYPE)
-            total += base_feature(at, s, SCALED, ACTIVATION, N)[:, None] * w[None, :]
     at_y = y + rows[:, None] * out_features + columns[None, :]
     tl.store(at_y, total.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])

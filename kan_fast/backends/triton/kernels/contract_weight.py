@@ -153,18 +153,22 @@ def contract_weight_split(
 
 @triton.jit
 def add_splits(
-    spline_parts, base_parts, d_spline, d_base, spline_size, base_size, splits, SIZE: tl.constexpr
+    spline_parts, base_parts, d_spline, d_base, spline_size, base_size, splits, SIZE: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """d_spline (spline_size,) and d_base (base_size,) from their partial sums (splits, size), added in a fixed order."""
+    """d_spline (spline_size,) and d_base (base_size,) from their partial sums (splits, size), added in a fixed order.
+
+    A tile (DEPTH splits, SIZE numbers) at a time; a number's DEPTH sums are added up in the end.
+    """
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     in_spline = at < spline_size
     base_at = at - spline_size
     in_base = (base_at >= 0) & (base_at < base_size)
-    spline = tl.zeros((SIZE,), spline_parts.dtype.element_ty)
-    base = tl.zeros((SIZE,), spline_parts.dtype.element_ty)
-    for step in range(splits):
-        split = tl.zeros((), tl.int64) + step  # the interpreter counts in Python's numbers
-        spline += tl.load(spline_parts + split * spline_size + at, mask=in_spline, other=0.0)
-        base += tl.load(base_parts + split * base_size + base_at, mask=in_base, other=0.0)
-    tl.store(d_spline + at, spline.to(d_spline.dtype.element_ty), mask=in_spline)
-    tl.store(d_base + base_at, base.to(d_base.dtype.element_ty), mask=in_base)
+    spline = tl.zeros((DEPTH, SIZE), spline_parts.dtype.element_ty)
+    base = tl.zeros((DEPTH, SIZE), spline_parts.dtype.element_ty)
+    for first in range(0, splits, DEPTH):
+        split = first + tl.arange(0, DEPTH)[:, None].to(tl.int64)
+        ok = split < splits
+        spline += tl.load(spline_parts + split * spline_size + at[None, :], mask=ok & in_spline[None, :], other=0.0)
+        base += tl.load(base_parts + split * base_size + base_at[None, :], mask=ok & in_base[None, :], other=0.0)
+    tl.store(d_spline + at, tl.sum(spline, 0).to(d_spline.dtype.element_ty), mask=in_spline)
+    tl.store(d_base + base_at, tl.sum(base, 0).to(d_base.dtype.element_ty), mask=in_base)
