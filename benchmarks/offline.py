@@ -64,6 +64,9 @@ def target(arch: int | str) -> Target:
 def compile_launch(launch: Launch, name: str, arch: int | str) -> Resources:
     """Compile one launch for an architecture and take stock."""
     kernel = launch.kernel
+    unknown = launch.arguments.keys() - {parameter.name for parameter in kernel.params}
+    if unknown:  # the launcher refuses them too
+        raise TypeError(f"{kernel.__name__}: has no arguments {sorted(unknown)}")
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
