@@ -216,7 +216,7 @@ def plan_contract_weight(
     p = problem
     narrow = tile is None and tiles.is_narrow_weight(p.in_features, p.out_features)
     if narrow:
-        tile = tiles.narrow_weight_tile(p.features, p.out_features)
+        tile = tiles.narrow_weight_tile(p.features, p.out_features, p.products)
     tile = tile or tuning.tile("contract_weight", p, x.device)
     parts = -(-p.in_features // tile.inputs) * -(-p.features // tile.bases) if p.spline else 0
     if narrow:

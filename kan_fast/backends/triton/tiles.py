@@ -175,12 +175,13 @@ def narrow_programs(batch: int, tile: Tile, target: Target) -> int:
     return min(-(-batch // tile.rows), 16 // tile.warps * target.processors)
 
 
-def narrow_weight_tile(features: int, out_features: int) -> Tile:
+def narrow_weight_tile(features: int, out_features: int, products: str) -> Tile:
     """The tile of contract_weight_narrow: a row a thread, which holds bases * columns sums (and columns of the base branch).
 
-    One warp, so that the sums of threads are added without shared memory. 8 x 5 sums take 85 registers.
+    One warp, so that the sums of threads are added without shared memory. 8 x 5 sums take 85 registers; 64-bit ones two each.
     """
-    columns = -(-out_features // -(-out_features // 8))
+    most = 4 if products == DOUBLE else 8
+    columns = -(-out_features // -(-out_features // most))
     return Tile(32, columns, 1, min(8, power_of_two(features)), 32, 1, 1)
 
 
