@@ -238,7 +238,9 @@ class Block:
             bits = 8 * np.dtype(TYPES[kind]).itemsize // len(parts)
             raw = np.zeros(self.threads, np.uint64)
             for i, part in enumerate(parts):
-                raw |= self.read(part, f"b{bits}").astype(np.uint64) << np.uint64(bits * i)
+                # Half of a word may be what nobody wrote, for nobody to use: NaN, should somebody all the same.
+                number = self.read(part, f"b{bits}").astype(np.uint64) if self.has_value(part) else np.uint64(2**bits - 1)
+                raw |= number << np.uint64(bits * i)
             return raw
         if operand in self.special:
             return self.special[operand]

@@ -3,12 +3,12 @@
 - tl.dot and arithmetic on bfloat16 treat the bit patterns as integers. Repaired for products, unary and binary operations.
 - float32 becomes bfloat16 by truncation, which is wrong for one number in two. Here it rounds to nearest even.
 - A product too small for a GPU is accepted. Here it is refused.
+- Triton 3.6 makes loop bounds of arrays of one number in a way that NumPy 2.5 refuses. Here the number is taken out.
 
 Out-of-bounds accesses and races stay unseen: offline compilation and a GPU have to find those.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,14 +30,13 @@ def repair() -> None:
     builder.create_dot = _dot(builder.create_dot)
     builder.cast_impl = _cast(builder.cast_impl)
     builder.create_fp_to_fp = _convert(builder.create_fp_to_fp)
+    _interpreter._patch_lang_tensor = _bounds(_interpreter._patch_lang_tensor)
 
 
 def run(launches: Iterable[Any]) -> None:
     """Run launches in the mended interpreter, as silent about 1 / 0 and overflow as a GPU."""
     repair()
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        # What triton 3.6 does with every loop bound.
-        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
+    with np.errstate(all="ignore"):
         for launch in launches:
             launch.run()
 
@@ -102,6 +101,14 @@ def _convert(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, src, dst_type, rounding_mode)
 
     return create_fp_to_fp
+
+
+def _bounds(original: Callable[..., None]) -> Callable[..., None]:
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
 
 
 def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
