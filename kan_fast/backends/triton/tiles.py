@@ -47,8 +47,8 @@ class Tile:
 _TILES = {
     # 64 numbers of accumulator per thread at 8 warps. A width of 64 spills here.
     ("contract_output", HALF): (128, 128, 32, 32, 3),
-    # Three parts of both operands: a 128 x 128 tile would come close to spilling.
-    ("contract_output", THREE): (64, 128, 32, 32, 2),
+    # Three parts of both operands: a 128 x 128 tile would come close to spilling, and a depth of 32 does (triton 3.8).
+    ("contract_output", THREE): (64, 128, 32, 16, 2),
     ("contract_output", TWO): (64, 128, 32, 32, 2),
     # True float32 on AMD, whose matrix instructions take it: no splitting. A depth of 32 spills for fourth derivatives.
     ("contract_output", IEEE): (128, 128, 32, 16, 2),
@@ -73,6 +73,7 @@ _TILES = {
 # that features cost about as much as the products that they feed. The width of 64 is four instructions deep.
 _TILES_HOPPER = {
     ("contract_output", HALF): (128, 256, 64, 32, 3),
+    ("contract_output", THREE): (64, 128, 32, 32, 2),
     ("contract_input", HALF): (128, 0, 128, 64, 3),
     ("contract_weight", HALF): (0, 256, 128, 32, 3),
     # Parts are made anew every step, and the products wait for them and they for the products: half a tile of 128 x 128, so
