@@ -31,11 +31,12 @@ def activation(name: str, x: Array, n: int) -> Array:
 def bases(x: Array, knots: Array, k: int, outside: str, n: int) -> Array:
     """n-th derivative of every basis of one input: x (B), knots (G + 2k + 1) -> (B, G + k)."""
     num_bases = len(knots) - k - 1
+    order = min(n, k + 1)  # 0 from there on; further on SciPy 1.15, the last for Python 3.10, writes beyond its memory
     if outside == "zero":
         # k more knots on either side make the range of SciPy's spline that of all our knots.
         step = np.arange(1, k + 1)
         padded = np.concatenate([knots[0] - step[::-1], knots, knots[-1] + step])
-        values = BSpline(padded, np.eye(len(padded) - k - 1), k, extrapolate=False)(x, nu=n)[:, k : k + num_bases]
+        values = BSpline(padded, np.eye(len(padded) - k - 1), k, extrapolate=False)(x, nu=order)[:, k : k + num_bases]
         held = (x >= knots[0]) & (x < knots[-1])  # half-open; SciPy closes the last interval
         return np.where(held[:, None], values, 0.0)
     a, b = knots[k], knots[num_bases]
@@ -43,10 +44,10 @@ def bases(x: Array, knots: Array, k: int, outside: str, n: int) -> Array:
     nearest = np.clip(x, a, b)
     beyond = (x != nearest)[:, None]
     if outside == "clamp":
-        return np.where(beyond, 0.0, spline(nearest, nu=n)) if n else spline(nearest)
+        return np.where(beyond, 0.0, spline(nearest, nu=order)) if n else spline(nearest)
     if n == 0:
         return spline(nearest) + np.where(beyond, spline(nearest, nu=1) * (x - nearest)[:, None], 0.0)
-    return np.where(beyond & (n > 1), 0.0, spline(nearest, nu=n))
+    return np.where(beyond & (n > 1), 0.0, spline(nearest, nu=order))
 
 
 def features(x: Tensor, grid: Tensor, k: int, activation_name: str, outside: str, n: int) -> tuple[Array | None, Array]:
