@@ -133,14 +133,15 @@ def test_the_sizes_meet_both_kinds_of_kernels():
     assert is_narrow(NARROW) and not is_narrow(WIDE)
 
 
-@pytest.mark.parametrize("outputs", [1, 2, 7, 8, 9, 13, 16])
+@pytest.mark.parametrize("outputs", [1, 7, 8, 13, 16])
 def test_narrow_layers_of_every_width(outputs):
     # Rows, outputs and bases that fill their tiles, and that leave some over; more than one slice of the batch.
     inputs = min(3, 128 // outputs)
-    assert is_narrow((300, inputs, outputs))
+    rows = min(300, 2000 // outputs)
+    assert is_narrow((rows, inputs, outputs))
     check(Case((1, inputs, outputs), 1))
     check(Case((64, inputs, outputs), n=1, scaled=True, knots="mixed", activation="none"))
-    check(Case((300, inputs, outputs), 20, scaled=True))
+    check(Case((rows, inputs, outputs), 20, scaled=True))
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])

@@ -156,8 +156,8 @@ def plan_contract_output(
         "SCALED": scale is not None, **p.modes(),
     }  # fmt: skip
     if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.target):
-        tile = tiles.narrow_tile(p.batch, p.out_features, p.order, p.products, p.target)
-        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns, OUTPUTS=arguments.pop("out_features"))
+        tile = tiles.narrow_tile(p.batch, p.in_features, p.out_features, p.order, p.products, p.target)
+        arguments.update(ROWS=tile.rows, COLUMNS=tile.columns, INPUTS=tile.inputs, OUTPUTS=arguments.pop("out_features"))
         programs = tiles.narrow_programs(p.batch, tile, p.target)
         return [_launch(contract_output_narrow, (programs,), arguments, tile, p.target)]
     tile = tile or tuning.tile("contract_output", p, x.device)
@@ -188,8 +188,8 @@ def plan_contract_input(
         **_strides("x", x), **_strides("g", g), **p.modes(),
     }  # fmt: skip
     if tile is None and tiles.is_narrow(p.batch, p.in_features, p.out_features, p.target):
-        tile = tiles.narrow_tile(p.batch, p.out_features, p.order, p.products, p.target)
-        arguments.update(ROWS=tile.rows, OUTPUTS=arguments.pop("out_features"))
+        tile = tiles.narrow_tile(p.batch, p.in_features, p.out_features, p.order, p.products, p.target)
+        arguments.update(ROWS=tile.rows, INPUTS=tile.inputs, OUTPUTS=arguments.pop("out_features"))
         programs = tiles.narrow_programs(p.batch, tile, p.target)
         return [_launch(contract_input_narrow, (programs,), arguments, tile, p.target)]
     tile = tile or tuning.tile("contract_input", p, x.device)

@@ -106,7 +106,7 @@ def _is_hopper(target: Target) -> bool:
     return target.kind == "cuda" and target.arch in (90, 100, 103)
 
 
-# Inputs whose knots a program describes for contract_output: few, so that the one warp of each has little to wait for.
+# Inputs whose knots a program describes at a time: few, so that the one warp of describe_knots has little to wait for.
 DESCRIBED = 32
 
 # tl.dot needs this much of every dimension in every dtype and version (triton 3.6 wants a depth of 16 for all of them).
@@ -160,15 +160,17 @@ def wide_tile(
     return Tile(rows, columns, width // bases, bases, depth, warps, stages)
 
 
-def narrow_tile(batch: int, out_features: int, order: int, products: str, target: Target) -> Tile:
-    """The tile of a narrow kernel (contract_output, contract_input): one or two rows a thread, with all their outputs.
+def narrow_tile(batch: int, in_features: int, out_features: int, order: int, products: str, target: Target) -> Tile:
+    """The tile of a narrow kernel (contract_output, contract_input): one or two rows a thread, with all their outputs. `inputs`
+    is how many inputs' knots are looked at at a time.
 
     Two rows of 5 outputs take about 140 registers; 64-bit numbers take two each, and windows of higher orders more.
     """
     rows = 64 if out_features > 6 or order > 3 or products == DOUBLE else 128
     while rows > 32 and -(-batch // rows) < 2 * target.processors:
         rows //= 2
-    return Tile(rows, power_of_two(out_features), 1, 1, 1, 2 if rows > 32 else 1, 1)
+    inputs = min(DESCRIBED, power_of_two(in_features))
+    return Tile(rows, power_of_two(out_features), inputs, 1, 1, 2 if rows > 32 else 1, 1)
 
 
 def narrow_programs(batch: int, tile: Tile, target: Target) -> int:

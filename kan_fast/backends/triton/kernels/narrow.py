@@ -47,11 +47,14 @@ def side_by_side(tiles):
 
 
 @triton.jit
-def uniform_everywhere(all_knots, in_features, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.constexpr):
-    """1 if all inputs have uniform knots, else 0: a scalar."""
+def uniform_everywhere(
+    all_knots, in_features, INPUTS: tl.constexpr, ORDER: tl.constexpr, FEATURES: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """1 if all inputs have uniform knots, else 0: a scalar. INPUTS of them at a time."""
     flag = tl.full((), 1, tl.int32)
-    for start in range(0, in_features, 8):
-        flag = tl.minimum(flag, uniform_inputs(all_knots, start + tl.arange(0, 8), in_features, ORDER, FEATURES, DTYPE))
+    for start in range(0, in_features, INPUTS):
+        inputs = start + tl.arange(0, INPUTS)
+        flag = tl.minimum(flag, uniform_inputs(all_knots, inputs, in_features, ORDER, FEATURES, DTYPE))
     return flag
 
 
@@ -146,11 +149,11 @@ def contract_output_narrow(
     batch, in_features, x_row, x_col, scale_row, scale_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, SPLINE: tl.constexpr, DTYPE: tl.constexpr,
-    OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles (ROWS, OUTPUTS) of y, k + 1 rows of weights per row and input. COLUMNS: the power of two from OUTPUTS on."""
     tiles = tl.cdiv(batch, ROWS)
-    flag = uniform_everywhere(all_knots, in_features, ORDER, FEATURES, DTYPE) if SPLINE else 0
+    flag = uniform_everywhere(all_knots, in_features, INPUTS, ORDER, FEATURES, DTYPE) if SPLINE else 0
     operands = x, scale, spline_weight, base_weight, all_knots, y
     sizes = batch, in_features, x_row, x_col, scale_row, scale_col
     if SPLINE and continuous(ORDER, OUTSIDE, N):  # one loop or the other runs
@@ -209,11 +212,11 @@ def contract_input_narrow(
     x, spline_weight, base_weight, g, all_knots, dx,
     batch, in_features, x_row, x_col, g_row, g_col,
     ORDER: tl.constexpr, FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, OUTSIDE: tl.constexpr, N: tl.constexpr,
-    SPLINE: tl.constexpr, DTYPE: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
+    SPLINE: tl.constexpr, DTYPE: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS rows of dx."""
+    """Tiles of ROWS rows of dx. INPUTS: how many inputs' knots are looked at at a time, here and in contract_output_narrow."""
     tiles = tl.cdiv(batch, ROWS)
-    flag = uniform_everywhere(all_knots, in_features, ORDER, FEATURES, DTYPE) if SPLINE else 0
+    flag = uniform_everywhere(all_knots, in_features, INPUTS, ORDER, FEATURES, DTYPE) if SPLINE else 0
     operands = x, spline_weight, base_weight, g, all_knots, dx
     sizes = batch, in_features, x_row, x_col, g_row, g_col
     if SPLINE and continuous(ORDER, OUTSIDE, N):
