@@ -149,7 +149,8 @@ def parallelize_kan(model: KAN, mesh: DeviceMesh) -> KAN:
     the forward pass and the gradient of its input in the backward pass, and nothing else crosses ranks. Widths between the
     layers of a pair need not be multiples of the number of ranks; DTensor wants them not to be smaller.
     Parameters become DTensors: make the optimiser afterwards. For two dimensions, shard with the mesh's tensor-parallel
-    dimension first and fully_shard over the other one.
+    dimension first and fully_shard over the other one. Second derivatives with respect to x need torch's collectives to be
+    differentiable twice: those of torch 2.13 are, those of 2.11 are not (autograd then says that x was not used).
     """
     expect(isinstance(mesh, DeviceMesh), "mesh", "a DeviceMesh", mesh)
     if mesh.ndim != 1:
