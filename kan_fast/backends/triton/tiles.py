@@ -181,7 +181,7 @@ def narrow_programs(batch: int, tile: Tile, target: Target) -> int:
 def narrow_weight_tile(features: int, out_features: int, products: str) -> Tile:
     """The tile of contract_weight_narrow: a row a thread, which holds bases * columns sums (and columns of the base branch).
 
-    One warp, so that the sums of threads are added without shared memory. 8 x 5 sums take 85 registers; 64-bit ones two each.
+    One warp, so that the sums of threads are added without shared memory. 8 x 5 sums take 117 registers; 64-bit ones two each.
     """
     most = 4 if products == DOUBLE else 8
     columns = -(-out_features // -(-out_features // most))

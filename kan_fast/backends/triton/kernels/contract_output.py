@@ -113,7 +113,9 @@ def contract_output_wide(
         for start in range(0, in_features, DEPTH):
             inputs = start + tl.arange(0, DEPTH)
             ok = row_ok[:, None] & (inputs < in_features)[None, :]
-            at, s = load_scaled(x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE)
+            at, s = load_scaled(
+                x, scale, rows[:, None], inputs[None, :], x_row, x_col, scale_row, scale_col, ok, SCALED, DTYPE
+            )
             phi = base_feature(at, s, SCALED, ACTIVATION, N)
             w = tl.load(
                 base_weight + inputs[:, None].to(tl.int64) * out_features + columns[None, :],

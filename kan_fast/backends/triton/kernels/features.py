@@ -118,6 +118,15 @@ def nan_where_unknown(values, others):
 
 
 @triton.jit
+def basis_number(f, first, values, others, ORDER: tl.constexpr):
+    """Basis f of a window that begins with basis `first`: one of its values, or that of all others."""
+    number = others
+    for q in tl.static_range(ORDER + 1):
+        number = tl.where(first == f - q, values[q], number)
+    return number
+
+
+@triton.jit
 def base_feature(x, s, SCALED: tl.constexpr, ACTIVATION: tl.constexpr, N: tl.constexpr):
     """scale * act^(n)(x), NaN for NaN."""
     value = tl.where(x == x, activation(x, ACTIVATION, N), x)

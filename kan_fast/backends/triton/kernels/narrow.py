@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kan_fast.backends.triton.kernels.features import (
     base_feature,
+    basis_number,
     knots_of,
     load_scaled,
     nan_where_unknown,
@@ -87,6 +88,15 @@ def load_weights(at, q, first, FEATURES: tl.constexpr, OUTPUTS: tl.constexpr, DT
 
 
 @triton.jit
+def load_base_weights(base_weight, i, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr):
+    """Weights of input i's base activation: a scalar for each output."""
+    weights = ()
+    for o in tl.static_range(OUTPUTS):
+        weights = weights + (tl.load(base_weight + i * OUTPUTS + o).to(DTYPE),)
+    return weights
+
+
+@triton.jit
 def add_multiples(totals, factor, tiles):
     """totals + factor * tiles, each of them."""
     sums = ()
@@ -121,9 +131,7 @@ def output_rows(
         totals = zeros(OUTPUTS, ROWS, DTYPE)
         for step in range(in_features):
             i = tl.zeros((), tl.int64) + step
-            at, s = load_scaled(
-                x, scale, begin + within, i, x_row, x_col, scale_row, scale_col, row_ok, SCALED, DTYPE
-            )  # fmt: skip
+            at, s = load_scaled(x, scale, begin + within, i, x_row, x_col, scale_row, scale_col, row_ok, SCALED, DTYPE)
             if SPLINE:
                 knots = knots_of(all_knots, i, in_features, ORDER, FEATURES)
                 first, values, _ = features_of(at, s, knots, uniform, SMOOTH, SCALED, ORDER, FEATURES, OUTSIDE, N)
@@ -131,9 +139,7 @@ def output_rows(
                 for q in tl.static_range(ORDER + 1):
                     totals = add_multiples(totals, values[q], load_weights(at_w, q, first, FEATURES, OUTPUTS, DTYPE))
             if ACTIVATION != 0:
-                weights = ()
-                for o in tl.static_range(OUTPUTS):
-                    weights = weights + (tl.load(base_weight + i * OUTPUTS + o).to(DTYPE),)
+                weights = load_base_weights(base_weight, i, OUTPUTS, DTYPE)
                 totals = add_multiples(totals, base_feature(at, s, SCALED, ACTIVATION, N), weights)
         result = side_by_side(totals + zeros(COLUMNS - OUTPUTS, ROWS, DTYPE)).to(y.dtype.element_ty)
         at_y = y + begin * OUTPUTS + (within[:, None] * OUTPUTS + columns)
@@ -200,9 +206,7 @@ def input_rows(
                 for q in tl.static_range(ORDER + 1):
                     total += values[q] * dot(load_weights(at_w, q, first, FEATURES, OUTPUTS, DTYPE), pulled)
             if ACTIVATION != 0:
-                weights = ()
-                for o in tl.static_range(OUTPUTS):
-                    weights = weights + (tl.load(base_weight + i * OUTPUTS + o).to(DTYPE),)
+                weights = load_base_weights(base_weight, i, OUTPUTS, DTYPE)
                 total += base_feature(at, s, False, ACTIVATION, N) * dot(weights, pulled)
             tl.store(dx + rows * in_features + i, total.to(dx.dtype.element_ty), mask=row_ok)
 
@@ -243,7 +247,7 @@ def add_rows(
     N: tl.constexpr, SCALED: tl.constexpr, SPLINE: tl.constexpr, DTYPE: tl.constexpr,
     COLUMNS: tl.constexpr, BASES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """totals ((BASES + 1) * COLUMNS tiles, basis by basis, then the base activation) and what rows begin, ..., end - 1 give."""
+    """totals (COLUMNS tiles for each basis, then for the base activation) and what rows begin, ..., end - 1 give."""
     for start in tl.range(begin, end, ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         row_ok = rows < end
@@ -257,15 +261,13 @@ def add_rows(
         sums = ()
         if SPLINE:
             first, values, others = features_of(at, s, knots, uniform, SMOOTH, SCALED, ORDER, FEATURES, OUTSIDE, N)
-        for f in tl.static_range(BASES):
-            phi = tl.zeros((ROWS,), DTYPE)
-            if SPLINE:
-                phi = others
-                for q in tl.static_range(ORDER + 1):
-                    phi = tl.where(first - first_base == f - q, values[q], phi)
-            sums = sums + add_multiples(totals[f * COLUMNS : (f + 1) * COLUMNS], phi, pulled)
-        phi = base_feature(at, s, SCALED, ACTIVATION, N) if ACTIVATION != 0 else tl.zeros((ROWS,), DTYPE)
-        totals = sums + add_multiples(totals[BASES * COLUMNS :], phi, pulled)
+            for f in tl.static_range(BASES):
+                phi = basis_number(f, first - first_base, values, others, ORDER)
+                sums = sums + add_multiples(totals[f * COLUMNS : (f + 1) * COLUMNS], phi, pulled)
+        if ACTIVATION != 0:
+            phi = base_feature(at, s, SCALED, ACTIVATION, N)
+            sums = sums + add_multiples(totals[len(sums) :], phi, pulled)
+        totals = sums
     return totals
 
 
@@ -295,7 +297,8 @@ def contract_weight_narrow(
     flag = uniform_inputs(knots, tl.arange(0, 1), 1, ORDER, FEATURES, DTYPE) if SPLINE else 0
     operands = x, scale, g, knots, i, first_base
     sizes = first_column, out_features, x_row, x_col, scale_row, scale_col, g_row, g_col
-    totals = zeros((BASES + 1) * COLUMNS, ROWS, DTYPE)
+    SUMS: tl.constexpr = (BASES if SPLINE else 0) + (1 if ACTIVATION != 0 else 0)
+    totals = zeros(SUMS * COLUMNS, ROWS, DTYPE)
     if SPLINE and continuous(ORDER, OUTSIDE, N):
         middle = tl.where(flag != 0, end, begin)
         totals = add_rows(
@@ -321,4 +324,4 @@ def contract_weight_narrow(
         if ACTIVATION != 0:
             at = (split * in_features + i) * out_features + o
             ok = (chunk == 0) & (o < out_features)
-            tl.store(d_base + at, tl.sum(totals[BASES * COLUMNS + c], 0).to(d_base.dtype.element_ty), mask=ok)
+            tl.store(d_base + at, tl.sum(totals[(SUMS - 1) * COLUMNS + c], 0).to(d_base.dtype.element_ty), mask=ok)

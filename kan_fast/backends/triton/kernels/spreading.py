@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from kan_fast.backends.triton.kernels.features import nan_where_unknown
+from kan_fast.backends.triton.kernels.features import basis_number, nan_where_unknown
 from kan_fast.backends.triton.kernels.products import bits_of_parts, parts
 
 
@@ -21,9 +21,7 @@ def spread(
         values = nan_where_unknown(values, others)
         numbers = ()
         for f in tl.static_range(FC):
-            number = others
-            for q in tl.static_range(ORDER + 1):
-                number = tl.where(first - first_base == f - q, values[q], number)
+            number = basis_number(f, first - first_base, values, others, ORDER)
             numbers = numbers + (number.to(bits_of(others.dtype), bitcast=True),)
         return parts(as_tile(interleave(numbers), others.dtype, BM, BI, FC), PARTS, OPERAND)
 
